@@ -1,0 +1,49 @@
+"""truedepth: a pretrained LLM, shallower and wider, without retraining.
+
+    import truedepth as td
+
+    plan = td.Plan.span(30, first=14, last=27)         # layers 14 to 27 in pairs: 30 -> 23
+    td.convert("default", "smollm2-lp", plan)
+    print(td.perplexity("smollm2-lp", against="default"))
+
+Importing truedepth makes `transformers.AutoModelForCausalLM` load its checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from truedepth.errors import TruedepthError
+from truedepth.plan import Plan
+from truedepth.registration import register
+
+if TYPE_CHECKING:
+    from truedepth.conversion import convert
+    from truedepth.evaluate import perplexity
+    from truedepth.loading import load
+    from truedepth.sources import open_source
+
+__version__ = "0.1.0"
+
+__all__ = ["Plan", "TruedepthError", "convert", "load", "open_source", "perplexity"]
+
+# Loaded when first used: they import torch, which takes a second. No module bears the name of one
+# of these functions, for a submodule once imported would take the name over.
+_LAZY = {
+    "convert": "truedepth.conversion",
+    "load": "truedepth.loading",
+    "open_source": "truedepth.sources",
+    "perplexity": "truedepth.evaluate",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'truedepth' has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = value = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+register()

@@ -1,0 +1,5 @@
+"""`python -m truedepth`."""
+
+from truedepth.cli import main
+
+main()

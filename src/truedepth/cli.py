@@ -1,0 +1,253 @@
+"""The command line: each command is a few lines over the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from truedepth import __version__
+from truedepth.errors import TruedepthError
+from truedepth.plan import Plan, parse_span
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Layer Parallelism: a pretrained LLM, shallower and wider, without retraining.",
+    epilog="MODEL is a hub id, a directory, a .gguf file, or the word 'default'"
+    " (SmolLM2-135M-Instruct). Layers are numbered from 0.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DType(StrEnum):
+    """Of weights, in memory or on disk."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+    def torch(self) -> torch.dtype | None:
+        """None for auto."""
+        import torch
+
+        return None if self is DType.auto else getattr(torch, self.value)  # type: ignore[no-any-return]
+
+
+Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'default'.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")]
+Seed = Annotated[int, typer.Option(help="Of all random choices.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if any]")]
+Weights = Annotated[
+    DType, typer.Option(help="Of weights; auto is float32 on a CPU, else the checkpoint's own.")
+]
+Text = Annotated[
+    Path | None, typer.Option(help=".txt or .jsonl file. [default: Python's own documentation]")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"truedepth {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def info(
+    model: Model,
+    json: Json = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Weights = DType.auto,
+) -> None:
+    """What a model is, what can be paired, and what a plan would save."""
+    from truedepth.inspection import inspect_model
+    from truedepth.report.pages import print_info
+
+    found = inspect_model(model)
+    print_info(found, dtype.torch())
+    _write_json(json, found.to_dict())
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Pair this span of layers: 14-27 is layers 14 to 27.")
+    ] = None,
+    group: Annotated[int, typer.Option(help="With --layers: layers a group.")] = 2,
+    plan: Annotated[Path | None, typer.Option(help="Plan file (YAML).")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="Pair this many pairs in the late middle; 0 pairs none.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Pair in the late middle down to this effective depth.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    json: Json = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Annotated[DType, typer.Option(help="Of the written weights.")] = DType.auto,
+) -> None:
+    """Write MODEL as a layer-parallel checkpoint to the directory OUT."""
+    if sum(choice is not None for choice in (layers, plan, pairs, depth)) != 1:
+        raise TruedepthError("Say what to pair with one of --layers, --plan, --pairs, --depth.")
+    from truedepth.conversion import convert
+    from truedepth.report.pages import print_conversion
+    from truedepth.sources import open_source
+
+    read = Plan.from_yaml(plan) if plan else None
+    span = parse_span(layers) if layers else None
+    source = open_source(model)
+    if span:
+        read = Plan.span(source.num_layers, *span, group=group)
+    elif read is None:
+        if depth is not None and not 0 < depth <= source.num_layers:
+            raise TruedepthError(
+                f"Depth {depth} is not possible: {source.name} has {source.num_layers} layers."
+            )
+        wanted = source.num_layers - depth if depth is not None else pairs
+        read = Plan.late_pairs(source.num_layers, wanted or 0)
+    done = convert(source, out, read, dtype=dtype.torch(), shard_size=shard_size, force=force)
+    print_conversion(done)
+    _write_json(
+        json,
+        {
+            "path": str(done.path),
+            "source": done.source,
+            "origin": done.origin,
+            "size": done.size,
+            "plan": done.plan.to_dict(),
+            "effective_depth": done.plan.effective_depth,
+        },
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="The original, on the same tokens.")] = None,
+    text: Text = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=0, help="Use the first so many; 0 for all.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 4,
+    json: Json = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Weights = DType.auto,
+) -> None:
+    """Perplexity, and with --against the distance from the original."""
+    from truedepth.evaluate import perplexity
+    from truedepth.report.tables import perplexity_rows, print_rows
+
+    _seed(seed)
+    measured = perplexity(
+        model,
+        against=against,
+        text=text,
+        window=window,
+        windows=windows or None,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype.torch(),
+    )
+    print_rows([("model", model), *perplexity_rows(measured)])
+    _write_json(json, {"model": model, "against": against, **measured.to_dict()})
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What the model answers or continues.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt; no chat template.")
+    ] = False,
+    json: Json = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Weights = DType.auto,
+) -> None:
+    """Let a model, original or converted, answer PROMPT."""
+    from truedepth.generation import answer
+    from truedepth.loading import load
+
+    _seed(seed)
+    loaded = load(model, device=device, dtype=dtype.torch())
+    text = answer(
+        loaded,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        raw=raw,
+        stream=True,
+    )
+    _write_json(json, {"model": model, "prompt": prompt, "text": text})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the converted checkpoint here.")] = None,
+    json: Json = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Weights = DType.auto,
+) -> None:
+    """Convert the default model, layers 14 to 27 in pairs, and measure it: one page."""
+    from truedepth.demo import run_demo
+    from truedepth.report.pages import print_demo
+
+    _seed(seed)
+    result = run_demo(out, device=device, dtype=dtype.torch())
+    print_demo(result)
+    _write_json(json, result.to_dict())
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TruedepthError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage or input."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except TruedepthError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(_fail("Interrupted.", 130))
+    except OSError as error:
+        sys.exit(_fail(f"{error.strerror or error}: {error.filename or 'no file'}.", 1))
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"truedepth: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,79 @@
+"""The default model at the paper's dose, converted and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truedepth.bench import DecodeSpeed, decode_speed
+from truedepth.conversion import Conversion, convert
+from truedepth.evaluate import Perplexity, perplexity
+from truedepth.generation import answer
+from truedepth.loading import default_device, load
+from truedepth.plan import Plan
+from truedepth.sources import open_source
+
+FIRST, LAST = 14, 27  # 30 -> 23 layers, the paper's -22 % of depth
+WINDOWS = 16
+PROMPT = "Why is the sky blue? Answer in two sentences."
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `truedepth demo` prints."""
+
+    conversion: Conversion
+    perplexity: Perplexity
+    speed_before: DecodeSpeed
+    speed_after: DecodeSpeed
+    prompt: str
+    answer_before: str
+    answer_after: str
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self)
+        data["conversion"] |= {
+            "path": str(self.conversion.path),
+            "plan": self.conversion.plan.to_dict(),
+        }
+        return data | {"perplexity": self.perplexity.to_dict()}
+
+
+def run_demo(
+    out: Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Demo:
+    """Convert the default model, layers 14 to 27 in pairs, and compare it with the original.
+
+    Args:
+        out: Where the checkpoint is kept; by default it is thrown away.
+        device: To run on.
+        dtype: To run in.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "converted"
+        source = open_source("default")
+        plan = Plan.span(source.num_layers, FIRST, LAST, model=source.name)
+        conversion = convert(source, directory, plan)
+        before = load(source, device=device, dtype=dtype)
+        after = load(directory, device=device, dtype=dtype)
+        speed_before, speed_after = decode_speed([before, after])
+        return Demo(
+            conversion=conversion,
+            perplexity=perplexity(after, against=before, windows=WINDOWS),
+            speed_before=speed_before,
+            speed_after=speed_after,
+            prompt=PROMPT,
+            answer_before=answer(before, PROMPT, max_new_tokens=64),
+            answer_after=answer(after, PROMPT, max_new_tokens=64),
+            device=str(device or default_device()),
+        )

@@ -1,0 +1,171 @@
+"""What a model loses: perplexity, and the distance from its original on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truedepth.errors import TruedepthError
+from truedepth.loading import Loaded, load
+from truedepth.progress import progress_bar
+from truedepth.sources import Source
+from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows
+
+CHUNK_TOKENS = 128  # positions whose log-probabilities are held at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of one model on one text, or of a model against its original on the same tokens."""
+
+    text: str
+    windows: int
+    window: int
+    """Tokens in a window; all but the first are predicted."""
+
+    tokens: int
+    """Tokens predicted."""
+
+    nll: float
+    """Mean negative log-likelihood, nats a token."""
+
+    against_nll: float | None = None
+    """That of the original."""
+
+    excess: float | None = None
+    """Excess loss `nll - against_nll`, nats a token."""
+
+    excess_stderr: float | None = None
+    """Standard error of the excess over windows; None for a single window."""
+
+    kl: float | None = None
+    """Mean KL(original ‖ model), nats a token."""
+
+    top1_agreement: float | None = None
+    """Share of tokens at which both models' most likely next token is the same."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+    @property
+    def against_perplexity(self) -> float | None:
+        """That of the original."""
+        return None if self.against_nll is None else math.exp(self.against_nll)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, perplexities included."""
+        return asdict(self) | {
+            "perplexity": self.perplexity,
+            "against_perplexity": self.against_perplexity,
+        }
+
+
+def perplexity(
+    model: str | Path | Source | Loaded,
+    *,
+    against: str | Path | Source | Loaded | None = None,
+    text: str | Path | None = None,
+    window: int = 512,
+    windows: int | None = 64,
+    batch_size: int = 4,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Perplexity:
+    """Measure a model's perplexity, and with `against` its distance from the original.
+
+    Args:
+        model: What to measure; anything that `load` takes, or what it gave.
+        against: The original, run on the same tokens.
+        text: A `.txt` or `.jsonl` file; by default the documentation that Python carries.
+        window: Tokens a window.
+        windows: Use at most the first so many windows of the text; None for all.
+        batch_size: Windows a forward pass.
+        device: For models that are not loaded yet.
+        dtype: Likewise.
+
+    Raises:
+        TruedepthError: The text is too short, the tokenizers differ, or a model gives no numbers.
+    """
+    if batch_size < 1:
+        raise TruedepthError(f"The batch size must be at least 1, not {batch_size}.")
+    content = default_text() if text is None else read_text(text)
+    ours = model if isinstance(model, Loaded) else load(model, device=device, dtype=dtype)
+    ids = token_windows(ours.tokenizer, content, window, windows)
+    theirs = against
+    if theirs is not None:
+        theirs = theirs if isinstance(theirs, Loaded) else load(theirs, device=device, dtype=dtype)
+        other = token_windows(theirs.tokenizer, content, window, windows)
+        if not torch.equal(ids, other):
+            raise TruedepthError(
+                f"{ours.source.name} and {theirs.source.name} cut the text into different tokens;"
+                " only models with the same tokenizer can be compared."
+            )
+    measured = []
+    with progress_bar("Measuring", len(ids)) as advance:
+        for batch in ids.split(batch_size):
+            measured.append(_measure(ours, theirs, batch))
+            advance(len(batch))
+    name = DEFAULT_TEXT if text is None else str(text)
+    return _summary(torch.cat(measured), ids, name, compared=theirs is not None)
+
+
+@torch.inference_mode()
+def _measure(ours: Loaded, theirs: Loaded | None, ids: Tensor) -> Tensor:
+    """`[batch, 4]` float64 means over a window: NLL, original's NLL, KL, top-1 agreement."""
+    logits = _logits(ours, ids)
+    other = _logits(theirs, ids) if theirs else None
+    rows = []
+    for index, targets in enumerate(ids[:, 1:]):
+        sums = torch.zeros(4, dtype=torch.float64)
+        for chunk in _chunks(len(targets)):
+            target = targets[chunk, None].to(logits.device)
+            logp = logits[index, chunk].float().log_softmax(-1)
+            sums[0] -= logp.gather(-1, target).double().sum().cpu()
+            if other is not None:
+                reference = other[index, chunk].float().log_softmax(-1)
+                sums[1] -= reference.gather(-1, target).double().sum().cpu()
+                sums[2] += (reference.exp() * (reference - logp)).double().sum().cpu()
+                sums[3] += (reference.argmax(-1) == logp.argmax(-1)).sum().cpu()
+        rows.append(sums / len(targets))
+    return torch.stack(rows)
+
+
+def _logits(loaded: Loaded, ids: Tensor) -> Tensor:
+    """`[batch, window - 1, vocabulary]`: the predictions of every token but the first."""
+    return loaded.model(ids.to(loaded.model.device), use_cache=False).logits[:, :-1]
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    for start in range(0, length, CHUNK_TOKENS):
+        yield slice(start, start + CHUNK_TOKENS)
+
+
+def _summary(rows: Tensor, ids: Tensor, text: str, compared: bool) -> Perplexity:
+    nll, against_nll, kl, top1 = rows.mean(0).tolist()
+    if not math.isfinite(nll) or not math.isfinite(against_nll):
+        raise TruedepthError(
+            "A model gives logits that are not finite numbers; try --dtype float32.", exit_code=1
+        )
+    count, window = ids.shape
+    plain = Perplexity(
+        text=text, windows=count, window=window, tokens=count * (window - 1), nll=nll
+    )
+    if not compared:
+        return plain
+    difference = rows[:, 0] - rows[:, 1]
+    return replace(
+        plain,
+        against_nll=against_nll,
+        excess=nll - against_nll,
+        excess_stderr=(difference.std() / count**0.5).item() if count > 1 else None,
+        kl=kl,
+        top1_agreement=top1,
+    )

@@ -1,0 +1,95 @@
+"""What widening has to know of a model family, one small file a family.
+
+Families are data. A decoder layer reads the residual stream through linear maps that follow a norm,
+and writes to it through linear maps whose output is added to it; that, and the names, is all that
+widening needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from truedepth.errors import TruedepthError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one family's tensors, as transformers calls them."""
+
+    model_type: str
+    """`model_type` in config.json."""
+
+    class_prefix: str
+    """What transformers' class names begin with: `Llama` for `LlamaForCausalLM`."""
+
+    reads: Mapping[str, str]
+    """Linear maps that read the residual stream -> the norm before them, whose gain they absorb."""
+
+    writes: tuple[str, ...]
+    """Linear maps whose output is added to the residual stream."""
+
+    obsolete: tuple[str, ...] = ()
+    """Tensors of a layer that old checkpoints carry and no current model class reads."""
+
+    layer: str = "model.layers.{}."
+    """Prefix of the tensors of one layer."""
+
+    outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "lm_head")
+    """Modules that belong to no layer."""
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a layer, each once, in the order of their first use."""
+        return tuple(dict.fromkeys(self.reads.values()))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module of a layer that has parameters."""
+        return (*self.norms, *self.reads, *self.writes)
+
+    def split(self, tensor: str) -> tuple[int | None, str]:
+        """`model.layers.3.mlp.up_proj.weight` as `(3, "mlp.up_proj.weight")`.
+
+        A tensor of no layer gives `(None, tensor)`.
+        """
+        head, tail = self.layer.split("{}")
+        if tensor.startswith(head):
+            index, separator, rest = tensor.removeprefix(head).partition(tail)
+            if separator and index.isdecimal():
+                return int(index), rest
+        return None, tensor
+
+
+def all_families() -> Iterator[Family]:
+    """Every supported family."""
+    from truedepth.families.llama import LLAMA
+
+    yield LLAMA
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        TruedepthError: The family is unknown, or this model of it cannot be widened exactly.
+    """
+    model_type = config.get("model_type")
+    known = {family.model_type: family for family in all_families()}
+    if isinstance(model_type, str) and model_type.startswith("truedepth_"):
+        raise TruedepthError(
+            f"{where} is layer-parallel already; convert the model that it was made from instead."
+        )
+    if model_type not in known:
+        raise TruedepthError(
+            f"{where} is of the family {model_type!r}, which is not supported;"
+            f" supported: {', '.join(sorted(known))}."
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise TruedepthError(
+            f"{where} holds quantized weights ({method}), which cannot be folded exactly;"
+            " convert the unquantized model and quantize the result."
+        )
+    return known[model_type]

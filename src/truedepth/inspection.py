@@ -1,0 +1,103 @@
+"""What a model is and what a plan would save, from its config alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from truedepth.conversion import plan_of
+from truedepth.plan import Plan
+from truedepth.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a number of pairs would save."""
+
+    pairs: int
+    paired_layers: int
+    effective_depth: int
+    all_reduces_per_token: int
+    """At any tensor-parallel size above 1."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `truedepth info` prints."""
+
+    name: str
+    origin: str
+    family: str
+    plan: Plan
+    """Of a converted model its own; of any other all layers alone."""
+
+    converted: bool
+    parameters: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    quantization: str | None
+    savings: tuple[Saving, ...]
+    """For converted models empty: their layers are grouped already."""
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Keys and values of all layers for one token. A plan does not change it."""
+        return 2 * self.plan.num_layers * self.kv_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self) | {"plan": self.plan.to_dict()}
+        return data | {"kv_elements_per_token": self.kv_elements_per_token}
+
+
+def inspect_model(model: str | Path | Source) -> Info:
+    """Describe a model without reading its weights.
+
+    Raises:
+        TruedepthError: There is no such model, or its family is not supported.
+    """
+    source = model if isinstance(model, Source) else open_source(model, weights=False)
+    plan = plan_of(source.config)
+    family = source.config["model_type"] if plan else source.family.model_type
+    config = _transformers_config(source)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    own = plan or Plan(source.num_layers)
+    return Info(
+        name=source.name,
+        origin=source.origin,
+        family=family.removeprefix("truedepth_"),
+        plan=own,
+        converted=plan is not None,
+        parameters=empty.num_parameters(),
+        hidden_size=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        ffn=config.intermediate_size,
+        quantization=source.quantization,
+        savings=() if plan else _savings(own.num_layers),
+    )
+
+
+def _transformers_config(source: Source) -> Any:
+    if source.path.is_dir():
+        return AutoConfig.from_pretrained(source.path)
+    return AutoConfig.for_model(**source.config)
+
+
+def _savings(num_layers: int) -> tuple[Saving, ...]:
+    """Plans that take away about 0, 10, 20, 30, 40 and 50 % of the depth."""
+    counts = sorted({num_layers * tenth // 10 for tenth in range(5)} | {num_layers // 2})
+    plans = [(pairs, Plan.late_pairs(num_layers, pairs)) for pairs in counts]
+    return tuple(
+        Saving(pairs, plan.paired_layers, plan.effective_depth, plan.all_reduces_per_token(2))
+        for pairs, plan in plans
+    )

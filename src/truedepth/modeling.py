@@ -1,0 +1,125 @@
+"""Decoder-only models whose layers differ in width: the classes of truedepth checkpoints.
+
+`config.layer_widths[i]` is the number of original layers that layer i runs side by side. Layer i is
+the model family's own decoder layer, built from the model's config with head counts and FFN width
+multiplied by that number; the rest of the model is the family's own code, so that attention back
+ends, caches, generation and tensor-parallel plans are those of the original.
+
+`TruedepthLlamaForCausalLM` and its like are made from `transformers.LlamaForCausalLM` and its like
+when they are first asked for. This file is copied into every checkpoint and imports nothing but
+transformers, so that checkpoints load with `trust_remote_code=True` where truedepth is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+
+PREFIX = "Truedepth"
+
+WIDENED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What of a config grows with a layer's width."""
+
+on_first_config: list[Callable[[], None]] = []
+"""Called when the first config is made. truedepth, where installed, registers its models then."""
+
+
+class LayerConfig:
+    """The model's config as a layer of a given width sees it.
+
+    A live view rather than a copy: `model.set_attn_implementation(...)` after construction changes
+    the model's config, and wide layers must follow.
+    """
+
+    def __init__(self, config: Any, width: int) -> None:
+        self._config = config
+        self._width = width
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_width"):  # copy and pickle ask early
+            raise AttributeError(name)
+        value = getattr(self._config, name)
+        return value * self._width if name in WIDENED else value
+
+
+class LayerWidthsConfig:
+    """Adds `layer_widths` (one integer a layer) and `truedepth` (how it was made) to a config."""
+
+    layer_widths: list[int] | None = None
+    truedepth: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        while on_first_config:
+            on_first_config.pop()()
+        if self.layer_widths is None:
+            self.layer_widths = [1] * self.num_hidden_layers  # type: ignore[attr-defined]
+        widths, depth = self.layer_widths, self.num_hidden_layers  # type: ignore[attr-defined]
+        if not isinstance(widths, list) or not all(type(w) is int and w >= 1 for w in widths):
+            raise ValueError(
+                f"layer_widths must be a list of integers of at least 1, not {widths!r}"
+            )
+        if len(widths) != depth:
+            raise ValueError(f"layer_widths has {len(widths)} entries for {depth} hidden layers")
+
+    @property
+    def per_layer_config(self) -> list[Any]:
+        """One config a layer; what transformers' caches size themselves by (since 5.20)."""
+        return [
+            LayerConfig(self, width) if width > 1 else self for width in self.layer_widths or ()
+        ]
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: object) -> None:
+        raise ValueError("per_layer_config follows from layer_widths and cannot be set")
+
+
+class LayerWidthsModel:
+    """Replaces the layers that are wider than one by the family's own layer, built wider."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers = self.base_model.layers  # type: ignore[attr-defined]
+        for index, layer_config in enumerate(config.per_layer_config):
+            if layer_config is not config:
+                layers[index] = type(layers[index])(layer_config, index)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+_AUTO_CLASSES = {
+    "Config": "AutoConfig",
+    "Model": "AutoModel",
+    "ForCausalLM": "AutoModelForCausalLM",
+}
+
+
+def __getattr__(name: str) -> type:
+    """`Truedepth<Family>Config`, `Truedepth<Family>Model`, `Truedepth<Family>ForCausalLM`."""
+    suffix = next((suffix for suffix in _AUTO_CLASSES if name.endswith(suffix)), None)
+    if not name.startswith(PREFIX) or suffix is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = getattr(transformers, name.removeprefix(PREFIX))
+    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    if suffix == "Config":
+        body["model_type"] = f"{PREFIX.lower()}_{base.model_type}"
+        # The fields must stand in the body of a config class, which becomes a dataclass.
+        body["__annotations__"] = LayerWidthsConfig.__annotations__
+        body |= dict.fromkeys(LayerWidthsConfig.__annotations__)
+        made = type(name, (LayerWidthsConfig, base), body)
+    else:
+        config_class = globals().get(f"{PREFIX}{base.config_class.__name__}")
+        body["config_class"] = config_class or __getattr__(f"{PREFIX}{base.config_class.__name__}")
+        made = type(name, (LayerWidthsModel, base), body)
+    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # save_pretrained then saves this file too
+    globals()[name] = made
+    return made
+
+
+def auto_map(class_prefix: str) -> dict[str, str]:
+    """config.json's `auto_map`: where transformers finds the classes when it runs remote code."""
+    module = __name__.rpartition(".")[2]
+    return {
+        auto: f"{module}.{PREFIX}{class_prefix}{suffix}" for suffix, auto in _AUTO_CLASSES.items()
+    }

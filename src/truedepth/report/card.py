@@ -1,0 +1,46 @@
+"""The README.md of a converted checkpoint."""
+
+from __future__ import annotations
+
+from truedepth import __version__
+from truedepth.plan import Plan
+from truedepth.sources import Source
+
+
+def model_card(source: Source, plan: Plan) -> str:
+    """Markdown with the metadata that model hubs read."""
+    base = f"base_model: {source.name}\n" if "/" in source.name else ""
+    quantized = ""
+    if source.quantization:
+        quantized = f"\nThe source's weights were dequantized once from {source.quantization}.\n"
+    before, after = 2 * plan.num_layers, plan.all_reduces_per_token(2)
+    return f"""---
+{base}library_name: transformers
+pipeline_tag: text-generation
+tags: [truedepth, layer-parallelism]
+---
+
+# {source.name.rpartition("/")[2]}, {plan.num_layers} layers at depth {plan.effective_depth}
+
+{source.name} with {plan.paired_layers} of its {plan.num_layers} layers running side by side in wide
+layers (Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__} without training.
+
+    {plan}
+
+| | original | this model |
+|---|---|---|
+| layers, one after another | {plan.num_layers} | {plan.effective_depth} |
+| all-reduces a token under tensor parallelism | {before} | {after} |
+
+The number of weights is the original's, and so is the size of the KV cache. The output is not: what
+pairing costs is measured by `truedepth eval THIS --against ORIGINAL`.
+{quantized}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS")
+```
+
+`trust_remote_code` is not needed after `import truedepth`. The licence is that of the original.
+"""

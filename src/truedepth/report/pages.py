@@ -1,0 +1,123 @@
+"""What the commands print, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+
+from truedepth.conversion import Conversion
+from truedepth.demo import Demo
+from truedepth.inspection import Info
+from truedepth.report.tables import excess_text, print_rows, size_text
+
+
+def print_info(info: Info, dtype: torch.dtype | None) -> None:
+    """What a model is and what a plan would save; sizes in `dtype` or, by default, in bfloat16."""
+    dtype = dtype or torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    plan = info.plan
+    rows = [
+        ("model", info.name),
+        ("found", info.origin + (f" ({info.quantization})" if info.quantization else "")),
+        ("family", f"{info.family}, widened exactly, groups of any size"),
+        (
+            "layers",
+            f"{plan.num_layers}"
+            + (f", at depth {plan.effective_depth}: {plan}" if info.converted else ""),
+        ),
+        (
+            "a layer",
+            f"hidden size {info.hidden_size}, {info.heads} heads, {info.kv_heads} KV heads,"
+            f" head_dim {info.head_dim}, FFN {info.ffn}",
+        ),
+        (
+            "parameters",
+            f"{info.parameters / 1e6:,.1f} M,"
+            f" {size_text(info.parameters * dtype.itemsize)} in {name}",
+        ),
+        ("KV cache", f"{size_text(info.kv_elements_per_token * dtype.itemsize)} a token in {name}"),
+    ]
+    if info.converted:
+        print_rows([*rows, ("all-reduces", _all_reduces(plan.num_layers, plan.effective_depth))])
+        return
+    print_rows([*rows, ("can be paired", f"all layers, 0 to {plan.num_layers - 1}")])
+    print("\nWhat pairing would save (weights and KV cache stay the same):\n")
+    full = 2 * plan.num_layers
+    print_rows(
+        [
+            (
+                str(saving.pairs),
+                str(saving.paired_layers),
+                str(saving.effective_depth),
+                f"{saving.all_reduces_per_token}",
+                f"{saving.all_reduces_per_token / full - 1:+.0%}" if saving.pairs else "",
+            )
+            for saving in info.savings
+        ],
+        header=("pairs", "Δ", "effective depth", "all-reduces a token*", ""),
+    )
+    print("\n* under tensor parallelism; none on one device")
+
+
+def _all_reduces(layers: int, depth: int) -> str:
+    return f"{2 * layers} -> {2 * depth} a token under tensor parallelism"
+
+
+def print_conversion(done: Conversion) -> None:
+    """What was written."""
+    plan = done.plan
+    print_rows(
+        [
+            ("model", f"{done.source} ({done.origin})"),
+            ("plan", str(plan)),
+            (
+                "effective depth",
+                f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})",
+            ),
+            ("all-reduces", _all_reduces(plan.num_layers, plan.effective_depth)),
+            ("written", f"{done.path} ({size_text(done.size)} of weights)"),
+        ]
+    )
+
+
+def print_demo(demo: Demo) -> None:
+    """One page: plan, size, loss, speed, and the same prompt answered by both."""
+    measured, done = demo.perplexity, demo.conversion
+    print_conversion(done)
+    print()
+    before, after = demo.speed_before, demo.speed_after
+    print_rows(
+        [
+            ("effective depth", str(done.plan.num_layers), str(done.plan.effective_depth)),
+            (
+                "all-reduces a token, tensor parallel",
+                str(2 * done.plan.num_layers),
+                str(done.plan.all_reduces_per_token(2)),
+            ),
+            ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
+            ("excess loss, nats a token", "", excess_text(measured)),
+            ("KL from the original, nats a token", "", f"{measured.kl:.4f}"),
+            ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
+            (
+                f"decode on this {demo.device}, tokens/s",
+                f"{before.median:.1f} ({before.lowest:.1f}-{before.highest:.1f})",
+                f"{after.median:.1f} ({after.lowest:.1f}-{after.highest:.1f})",
+            ),
+        ],
+        header=("", "original", "layer-parallel"),
+    )
+    print(f"\nPerplexity on {measured.tokens} tokens of {measured.text}.")
+    print("One device has no all-reduces to save: the gain is under tensor parallelism.")
+    print(f"\n{demo.prompt}\n")
+    width = min(Console().width, 100) // 2 - 1
+    Console(highlight=False).print(
+        Columns(
+            [
+                Panel(demo.answer_before or "(nothing)", title="original", width=width),
+                Panel(demo.answer_after or "(nothing)", title="layer-parallel", width=width),
+            ]
+        )
+    )
+    print("This is the paper's raw form, without repair: it costs a small model much.")

@@ -1,0 +1,62 @@
+"""Tables for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from truedepth.evaluate import Perplexity
+
+
+def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> None:
+    """Print columns: the first left-aligned, in a table with a header the others right-aligned."""
+    table = Table(show_header=header is not None, box=None, pad_edge=False, header_style="bold")
+    for index in range(len(rows[0])):
+        numeric = index > 0 and header is not None
+        table.add_column(
+            header[index] if header else "",
+            justify="right" if numeric else "left",
+            style="dim" if index == 0 and not header else "",
+            no_wrap=index == 0,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
+    """What `truedepth eval` prints."""
+    rows = [
+        ("text", measured.text),
+        ("windows", f"{measured.windows} of {measured.window} tokens, {measured.tokens} predicted"),
+        ("NLL", f"{measured.nll:.4f} nats a token"),
+        ("perplexity", f"{measured.perplexity:.2f}"),
+    ]
+    if measured.excess is None:
+        return rows
+    rows += [
+        ("original's NLL", f"{measured.against_nll:.4f} nats a token"),
+        ("original's perplexity", f"{measured.against_perplexity:.2f}"),
+        ("excess loss", excess_text(measured) + " nats a token"),
+        ("KL(original‖model)", f"{measured.kl:.4f} nats a token"),
+        ("top-1 agreement", f"{measured.top1_agreement:.1%}"),
+    ]
+    return rows
+
+
+def excess_text(measured: Perplexity) -> str:
+    """`0.9198 ± 0.0212`: the excess and its standard error over windows."""
+    spread = "" if measured.excess_stderr is None else f" ± {measured.excess_stderr:.4f}"
+    return f"{measured.excess:.4f}{spread}"
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest decimal unit that leaves a figure of at least 1."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

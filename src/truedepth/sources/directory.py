@@ -1,0 +1,142 @@
+"""A transformers model directory with safetensors weights, in one file or in shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from truedepth.errors import TruedepthError
+from truedepth.sources.source import Source
+from truedepth.tensors import LazyTensor, from_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_JSON_BYTES = 256 << 20  # the index of a model with a million tensors takes about 100 MB
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What goes along unread: tokenizers of every kind, chat templates, generation config, licence.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def open_directory(path: Path, name: str | None = None, origin: str = "directory") -> Source:
+    """Open a directory that holds config.json and safetensors.
+
+    Raises:
+        TruedepthError: It is not a model directory, or a file of it is broken.
+    """
+    config = read_json(path / "config.json", missing=f"{path} is not a model directory: it has no")
+    for key in ("model_type", "num_hidden_layers", "hidden_size"):
+        if key not in config:
+            raise TruedepthError(f"{path / 'config.json'} lacks the key {key!r}.")
+
+    def save_companions(out: Path) -> None:
+        for pattern in COMPANIONS:
+            for file in sorted(path.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, out / file.name)
+
+    def load_tokenizer() -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TruedepthError(f"{path} has no tokenizer that transformers can load.") from error
+
+    return Source(
+        name=name or path.resolve().name,
+        origin=origin,
+        path=path,
+        config=config,
+        read_tensors=lambda: _open_tensors(path),
+        save_companions=save_companions,
+        load_tokenizer=load_tokenizer,
+    )
+
+
+def read_json(path: Path, missing: str = "There is no") -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        TruedepthError: The file is missing (`missing` begins the sentence), too large or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise TruedepthError(f"{path} is too large for a JSON file of a model.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TruedepthError(f"{missing} {path.name}.") from error
+    except OSError as error:
+        raise TruedepthError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise TruedepthError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise TruedepthError(f"{path} does not hold a JSON object.")
+    return data
+
+
+def _open_tensors(path: Path) -> Mapping[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
+    for file, expected in _weight_files(path).items():
+        held = _open_file(file)
+        if lost := expected - set(held):
+            raise TruedepthError(
+                f"{path / INDEX} places {min(lost)!r} in {file.name}, which does not hold it."
+            )
+        tensors.update(held)
+    return tensors
+
+
+def _weight_files(path: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a model and the tensors that the index, if any, places in each."""
+    files: dict[str, set[str]] = {}
+    if (path / INDEX).exists():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TruedepthError(f"{path / INDEX} has no weight_map.")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise TruedepthError(f"{path / INDEX} names {name!r}, which is no file beside it.")
+            files.setdefault(name, set()).add(tensor)
+    elif (path / SINGLE_FILE).exists():
+        files[SINGLE_FILE] = set()
+    elif any(file.suffix in (".bin", ".pt", ".pth") for file in path.iterdir()):
+        raise TruedepthError(
+            f"{path} has pickled weights only, which can run code when they are read;"
+            " save the model as safetensors first."
+        )
+    else:
+        raise TruedepthError(f"{path} has no weights: neither {SINGLE_FILE} nor {INDEX}.")
+    for name in files:
+        if not (path / name).is_file():
+            raise TruedepthError(f"The shard {path / name} is missing.")
+    return {path / name: tensors for name, tensors in files.items()}
+
+
+def _open_file(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file. They share its memory map, so that reading makes no copy."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            names = handle.keys()
+            return {name: from_tensor(handle.get_tensor(name)) for name in names}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error

@@ -1,0 +1,197 @@
+"""A GGUF file as a source: tensors dequantized as they are read, under transformers' names.
+
+transformers rebuilds config and tokenizer from the file's metadata. Read here are the tensors,
+lazily, and two things it passes over in 5.23: the split of digits in the tokenizer, and Llama 3's
+RoPE scaling, which GGUF keeps as a tensor of factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import torch
+
+from truedepth.errors import TruedepthError
+from truedepth.families import Family, family_of
+from truedepth.sources.source import Source
+from truedepth.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA}
+
+# llama.cpp's pre-tokenizers that take digits one by one (llama-vocab.cpp) before GPT-2's own split.
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+
+PLAIN = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") -> Source:
+    """Open a GGUF file of the llama architecture.
+
+    Raises:
+        TruedepthError: It is not a whole GGUF file, or of an architecture that is not supported.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+    except Exception as error:  # the reader raises whatever a bad offset leads to
+        raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
+    if architecture not in ARCHITECTURES:
+        raise TruedepthError(
+            f"{path} is of the GGUF architecture {architecture!r}, which is not supported;"
+            f" supported: {', '.join(sorted(ARCHITECTURES))}."
+        )
+    config = _config(path, reader)
+
+    def load_tokenizer() -> PreTrainedTokenizerBase:
+        from tokenizers import pre_tokenizers
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if _value(reader, "tokenizer.ggml.pre") in SINGLE_DIGITS:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+                ]
+            )
+        return tokenizer
+
+    def save_companions(out: Path) -> None:
+        from transformers import GenerationConfig
+
+        load_tokenizer().save_pretrained(out)
+        tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**tokens).save_pretrained(out)
+
+    kinds = {tensor.tensor_type for tensor in reader.tensors} - set(PLAIN)
+    return Source(
+        name=name or path.name,
+        origin=origin,
+        path=path,
+        config=config,
+        read_tensors=lambda: _tensors(path, reader, config),
+        save_companions=save_companions,
+        load_tokenizer=load_tokenizer,
+        quantization=", ".join(sorted(kind.name for kind in kinds)) or None,
+    )
+
+
+def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    return reader.fields[key].contents() if key in reader.fields else default
+
+
+def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise TruedepthError(f"{path} has metadata that transformers cannot read.") from error
+    config.pop("_name_or_path", None)
+    config["architectures"] = ["LlamaForCausalLM"]
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    config["attention_bias"] = "blk.0.attn_q.bias" in names
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    config["tie_word_embeddings"] = "output.weight" not in names
+    if factors := names.get("rope_freqs.weight"):
+        config["rope_parameters"] |= _llama3_scaling(path, factors.data, config)
+    return config
+
+
+def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3's RoPE parameters whose frequency factors are `factors` (`[head_dim / 2]`).
+
+    Llama 3.1 and later use these constants with a factor of 8 or 32; any other model is refused.
+    """
+    theta, dim = config["rope_parameters"]["rope_theta"], config["head_dim"]
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    wavelength = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
+    blend = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    expected = 1 / ((1 - blend) / scaling["factor"] + blend)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise TruedepthError(f"{path} scales RoPE in a way that transformers' config cannot say.")
+    return scaling
+
+
+def _tensors(
+    path: Path, reader: gguf.GGUFReader, config: dict[str, Any]
+) -> Mapping[str, LazyTensor]:
+    family = family_of(config, str(path))
+    names = _transformers_names(family, config["num_hidden_layers"], reader)
+    tensors = {}
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":  # in the config, see _llama3_scaling
+            continue
+        if tensor.name not in names:
+            raise TruedepthError(
+                f"{path} has the tensor {tensor.name!r}, which has no known place."
+            )
+        name = names[tensor.name]
+        heads = None
+        if ".q_proj." in name:
+            heads = config["num_attention_heads"]
+        elif ".k_proj." in name:
+            heads = config["num_key_value_heads"]
+        tensors[name] = _lazy(tensor, heads)
+    return tensors
+
+
+def _transformers_names(family: Family, num_layers: int, reader: gguf.GGUFReader) -> dict[str, str]:
+    """GGUF name -> transformers name of every tensor that a model of the family may have."""
+    architecture = ARCHITECTURES[_value(reader, "general.architecture")]
+    to_gguf = gguf.get_tensor_name_map(architecture, num_layers)
+    modules = list(family.outside) + [
+        family.layer.format(layer) + module
+        for layer in range(num_layers)
+        for module in family.modules
+    ]
+    return {
+        f"{to_gguf.get_name(module)}.{part}": f"{module}.{part}"
+        for module in modules
+        for part in ("weight", "bias")
+    }
+
+
+def _lazy(tensor: gguf.ReaderTensor, heads: int | None) -> LazyTensor:
+    """A tensor dequantized row by row; `heads` undoes llama.cpp's interleaving of rotary rows.
+
+    llama.cpp rotates neighbouring rows of q and k, transformers the two halves of a head.
+    Quantization blocks lie within rows, so rows can be picked before they are dequantized.
+    """
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    kind = tensor.tensor_type
+    dtype = PLAIN.get(kind, torch.float32)
+    data = tensor.data.reshape(shape[0], -1) if len(shape) > 1 else tensor.data
+    order = np.arange(shape[0])
+    if heads is not None:
+        order = order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        picked = data[order[start:stop]]
+        if kind == gguf.GGMLQuantizationType.BF16:
+            values = torch.from_numpy(picked.view(np.int16)).view(torch.bfloat16)
+        elif kind in PLAIN:
+            values = torch.from_numpy(picked)
+        else:
+            values = torch.from_numpy(gguf.dequantize(picked, kind))
+        return values.reshape(stop - start, *shape[1:]).to(dtype)
+
+    return LazyTensor(shape, dtype, rows)

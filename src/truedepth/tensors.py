@@ -1,0 +1,112 @@
+"""Tensors that are read when they are needed, a block of rows at a time.
+
+Checkpoints are larger than memory, so everything between reading and writing one is built from
+`LazyTensor`: a shape, a dtype, and a function that returns any range of rows. Combining lazy
+tensors gives a lazy tensor; nothing is read until somebody asks for rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of known shape and dtype whose rows (first dimension) are read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Callable[[int, int], Tensor]
+    """`rows(start, stop)`: rows start to stop - 1, as `[stop - start, *shape[1:]]`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def blocks(self, max_bytes: int) -> Iterator[Tensor]:
+        """The tensor from first row to last in blocks of at most `max_bytes` (at least one row)."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, max_bytes * count // max(1, self.nbytes))
+        for start in range(0, count, step):
+            yield self.rows(start, min(start + step, count))
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        """The same values, rounded to `dtype`."""
+        if dtype == self.dtype:
+            return self
+        return LazyTensor(self.shape, dtype, lambda start, stop: self.rows(start, stop).to(dtype))
+
+
+def from_tensor(tensor: Tensor) -> LazyTensor:
+    """A tensor that is in memory (or mapped into it) already."""
+    return LazyTensor(
+        tuple(tensor.shape),
+        tensor.dtype,
+        lambda start, stop: tensor[start:stop] if tensor.shape else tensor,
+    )
+
+
+def ones(size: int, dtype: torch.dtype) -> LazyTensor:
+    """`[size]` ones."""
+    return LazyTensor((size,), dtype, lambda start, stop: torch.ones(stop - start, dtype=dtype))
+
+
+def stack_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """`[r_i, c]` each, one under another: `[Σ r_i, c]`."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        pieces, offset = [], 0
+        for part in parts:
+            low, high = max(start - offset, 0), min(stop - offset, part.shape[0])
+            if low < high:
+                pieces.append(part.rows(low, high))
+            offset += part.shape[0]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return LazyTensor(shape, _common_dtype(parts), rows)
+
+
+def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """`[r, c_i]` each, side by side: `[r, Σ c_i]`."""
+    shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+    return LazyTensor(
+        shape,
+        _common_dtype(parts),
+        lambda start, stop: torch.cat([part.rows(start, stop) for part in parts], dim=1),
+    )
+
+
+def scale_columns(matrix: LazyTensor, scale: LazyTensor) -> LazyTensor:
+    """`W diag(g)` in float32: column j of `[r, c]` times element j of `[c]`. Not rounded."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        return matrix.rows(start, stop).to(torch.float32) * scale.read().to(torch.float32)
+
+    return LazyTensor(matrix.shape, torch.float32, rows)
+
+
+def add(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """The sum of tensors of one shape in float32. Not rounded."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        return torch.stack([part.rows(start, stop).to(torch.float32) for part in parts]).sum(0)
+
+    return LazyTensor(parts[0].shape, torch.float32, rows)
+
+
+def _common_dtype(parts: Sequence[LazyTensor]) -> torch.dtype:
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return dtype

@@ -1,0 +1,98 @@
+"""Text to measure on, and its cutting into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from truedepth.errors import TruedepthError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TEXT = "Python documentation topics (pydoc_data.topics)"
+
+
+def default_text() -> str:
+    """Technical prose and code that every Python carries, so that measuring works offline.
+
+    It differs between versions of Python; figures compare within one.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: str | Path) -> str:
+    """Running text from a `.txt` file, or the documents of a `.jsonl` file of `{"text": …}` lines.
+
+    Raises:
+        TruedepthError: The file is missing, of another kind, malformed (with the line), or empty.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TruedepthError(f"Cannot read the text {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise TruedepthError(f"{path} is not UTF-8 text.") from error
+    if path.suffix == ".jsonl":
+        lines = content.splitlines()
+        content = "\n\n".join(
+            _document(line, path, number) for number, line in enumerate(lines, 1) if line.strip()
+        )
+    elif path.suffix != ".txt":
+        raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file.")
+    if not content.strip():
+        raise TruedepthError(f"{path} is empty.")
+    return content
+
+
+def _document(line: str, path: Path, number: int) -> str:
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        raise TruedepthError(f"{path}, line {number}: not valid JSON.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise TruedepthError(f"{path}, line {number}: lacks the key 'text', which must hold text.")
+    return str(document["text"])
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, window: int, limit: int | None = None
+) -> Tensor:
+    """The first `limit` windows of a text: consecutive, not overlapping, the rest dropped.
+
+    Where the tokenizer begins every text with a BOS token, so does every window.
+
+    Returns:
+        `[windows, window]` int64 token ids.
+
+    Raises:
+        TruedepthError: The text is shorter than one window.
+    """
+    if window < 2:
+        raise TruedepthError(f"A window needs at least 2 tokens to predict one, not {window}.")
+    prefix = _bos(tokenizer)
+    body = window - len(prefix)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // body
+    if count == 0:
+        raise TruedepthError(
+            f"The text has {len(ids)} tokens, fewer than one window of {window};"
+            " give more text or a smaller --window."
+        )
+    count = min(count, limit or count)
+    rows = [prefix + ids[start * body : (start + 1) * body] for start in range(count)]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+    with_special = tokenizer("x")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and with_special[:1] == [bos] else []

@@ -36,9 +36,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
     """`make_model(num_hidden_layers=4, …)` gives the directory of a random Llama; cached."""
     made: dict[str, Path] = {}
 
-    def make(
-        dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **options: Any
-    ) -> Path:
+    def make(dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **options: Any) -> Path:
         key = repr((dtype, shard_size, sorted(options.items())))
         if key not in made:
             directory = tmp_path_factory.mktemp("model")
@@ -78,9 +76,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the cat sat on the mat and then the hat " * 8], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def random_ids(batch: int = 2, length: int = 17, seed: int = 1) -> Tensor:
@@ -93,7 +89,7 @@ def random_ids(batch: int = 2, length: int = 17, seed: int = 1) -> Tensor:
 def reference_logits(original: Any, ids: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     """Layer Parallelism as the paper writes it, with the original's own layers and norms.
 
-        a = x + Σ_i A_i(N_i x)        y = a + Σ_i F_i(N'_i a)
+    a = x + Σ_i A_i(N_i x)        y = a + Σ_i F_i(N'_i a)
     """
     body = original.model
     x = body.embed_tokens(ids)

@@ -51,8 +51,13 @@ def test_yaml_round_trip(tmp_path):
     plan = Plan.span(30, 14, 17, model="a/b")
     plan.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == plan
-    assert "groups: [[14, 15], [16, 17]]" in (tmp_path / "plan.yaml").read_text()
-    assert "[0]" not in (tmp_path / "plan.yaml").read_text()  # layers named nowhere run alone
+    text = (tmp_path / "plan.yaml").read_text()
+    assert text == "model: a/b\nnum_layers: 30\ngroups:\n- [14, 15]\n- [16, 17]\n"
+
+
+def test_yaml_of_another_style(tmp_path):
+    (tmp_path / "plan.yaml").write_text("num_layers: 30\ngroups: [[14, 15], [16, 17]]  # late\n")
+    assert Plan.from_yaml(tmp_path / "plan.yaml") == Plan.span(30, 14, 17)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +72,8 @@ def test_yaml_round_trip(tmp_path):
         (lambda: Plan(30, [["a"]]), ["'a'"]),
         (lambda: Plan(0), ["at least 1"]),
         (lambda: Plan.span(30, 14, 30), ["Layer 30", "0 to 29"]),
-        (lambda: Plan.span(30, 14, 26), ["13 layers", "layer 25 or 27"]),
-        (lambda: Plan.span(30, 29, 29), ["1 layers", "layer 28."]),
+        (lambda: Plan.span(30, 14, 26), ["length 13", "layer 25 or 27"]),
+        (lambda: Plan.span(30, 29, 29), ["length 1", "divide."]),
         (lambda: Plan.span(30, 14, 12), ["empty"]),
         (lambda: Plan.span(30, 14, 15, group=0), ["at least 1"]),
         (lambda: Plan.late_pairs(30, 16), ["16 pairs", "0 to 15"]),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_ids, reference_logits
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
+from conftest import random_ids, reference_logits
 from truedepth.families.llama import LLAMA
 from truedepth.tensors import from_tensor
 from truedepth.widen import widen
@@ -83,7 +83,7 @@ def two_layers(seed=0):
 
     def layer():
         shapes = {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
-        shapes |= {name: (6, 8) for name in LLAMA.reads} | {name: (8, 6) for name in LLAMA.writes}
+        shapes |= dict.fromkeys(LLAMA.reads, (6, 8)) | dict.fromkeys(LLAMA.writes, (8, 6))
         return {f"{name}.weight": torch.randn(s, generator=generator) for name, s in shapes.items()}
 
     return layer(), layer()

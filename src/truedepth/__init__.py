@@ -11,6 +11,8 @@ Importing truedepth makes `transformers.AutoModelForCausalLM` load its checkpoin
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truedepth.errors import TruedepthError
@@ -46,4 +48,7 @@ def __getattr__(name: str) -> object:
     return value
 
 
-register()
+# Takes seconds, for transformers' models are imported. The command line registers when it loads a
+# model instead, so that help and error messages come at once.
+if Path(sys.argv[0] if sys.argv else "").name != "truedepth":
+    register()

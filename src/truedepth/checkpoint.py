@@ -26,7 +26,7 @@ from torch import Tensor
 from truedepth.errors import TruedepthError
 from truedepth.tensors import LazyTensor
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 1 << 20  # small enough to stay in cache and to be reused by the allocator
 
 FILENAME_PATTERN = "model{suffix}.safetensors"
 
@@ -53,7 +53,8 @@ def atomic_directory(out: Path, force: bool = False) -> Iterator[Path]:
     With `force` an existing `out` is replaced at that moment and not before.
 
     Raises:
-        TruedepthError: `out` exists, is being written by another run, or cannot be written.
+        TruedepthError: `out` exists, is being written by another run, or cannot be written. An
+            OSError of the block, such as a full disk, becomes one too.
     """
     out = out.absolute()
     if out.exists() and not force:
@@ -77,8 +78,13 @@ def atomic_directory(out: Path, force: bool = False) -> Iterator[Path]:
             if out.exists() and not force:
                 raise TruedepthError(f"{out} has appeared meanwhile; give --force to replace it.")
             _rename(partial, out)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+                raise TruedepthError(
+                    f"Writing {out} failed: {reason}; nothing of it was kept.", exit_code=1
+                ) from error
             raise
     finally:
         os.close(lock)
@@ -101,13 +107,19 @@ def write_weights(
 
     Returns:
         The number of bytes of all tensors.
+
+    Raises:
+        TruedepthError: `shard_size` is not a size.
     """
-    split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern=FILENAME_PATTERN,
-        max_shard_size=shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern=FILENAME_PATTERN,
+            max_shard_size=shard_size,
+        )
+    except ValueError as error:
+        raise TruedepthError(f"{shard_size!r} is not a size; write it as 5GB.") from error
     for filename, names in split.filename_to_tensors.items():
         _write_shard(directory / filename, {name: tensors[name] for name in names}, progress)
     if split.is_sharded:
@@ -144,7 +156,8 @@ def _write_shard(
 
 
 def _write_block(file: BinaryIO, block: Tensor) -> int:
-    return file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+    raw = block.contiguous().reshape(-1).view(torch.uint8)
+    return file.write(raw.numpy().data)
 
 
 def _empty(directory: Path) -> None:

@@ -40,11 +40,21 @@ class DType(StrEnum):
         """None for auto."""
         import torch
 
-        return None if self is DType.auto else getattr(torch, self.value)  # type: ignore[no-any-return]
+        return None if self is DType.auto else getattr(torch, self.value)
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Before hours of work, not after them."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise TruedepthError(f"Cannot write {path}: give a file in a directory that exists.")
+    return path
 
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'default'.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the result as JSON.", callback=_writable),
+]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if any]")]
 Weights = Annotated[
@@ -154,7 +164,7 @@ def evaluate(
     from truedepth.evaluate import perplexity
     from truedepth.report.tables import perplexity_rows, print_rows
 
-    _seed(seed)
+    _prepare(seed)
     measured = perplexity(
         model,
         against=against,
@@ -165,8 +175,8 @@ def evaluate(
         device=device,
         dtype=dtype.torch(),
     )
-    print_rows([("model", model), *perplexity_rows(measured)])
-    _write_json(json, {"model": model, "against": against, **measured.to_dict()})
+    print_rows(perplexity_rows(measured))
+    _write_json(json, measured.to_dict())
 
 
 @app.command()
@@ -187,8 +197,10 @@ def generate(
     from truedepth.generation import answer
     from truedepth.loading import load
 
-    _seed(seed)
+    _prepare(seed)
     loaded = load(model, device=device, dtype=dtype.torch())
+    if model == "default":
+        print(f"{loaded.source.name} from: {loaded.source.origin}", file=sys.stderr)
     text = answer(
         loaded,
         prompt,
@@ -212,25 +224,25 @@ def demo(
     from truedepth.demo import run_demo
     from truedepth.report.pages import print_demo
 
-    _seed(seed)
+    _prepare(seed)
     result = run_demo(out, device=device, dtype=dtype.torch())
     print_demo(result)
     _write_json(json, result.to_dict())
 
 
-def _seed(seed: int) -> None:
+def _prepare(seed: int) -> None:
+    """Before a model is loaded: the random state, and no bars of transformers in log files."""
     import torch
+    from transformers.utils import logging
 
     torch.manual_seed(seed)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
-    if path is None:
-        return
-    try:
+    if path is not None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TruedepthError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def main() -> None:
@@ -245,7 +257,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(_fail("Interrupted.", 130))
     except OSError as error:
-        sys.exit(_fail(f"{error.strerror or error}: {error.filename or 'no file'}.", 1))
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(_fail(f"{error.strerror or error}{where}.", 1))
 
 
 def _fail(sentence: str, code: int) -> int:

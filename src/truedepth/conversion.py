@@ -105,6 +105,11 @@ def converted_tensors(
         raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}.")
     if source.config.get("tie_word_embeddings"):
         outside.pop("lm_head.weight", None)  # the embedding again; transformers ties it on loading
+        needed = set(source.family.outside) - {"lm_head"}
+    else:
+        needed = set(source.family.outside)
+    if lacking := sorted(name for name in needed if f"{name}.weight" not in outside):
+        raise TruedepthError(f"{source.path} has no tensor '{lacking[0]}.weight'.")
 
     tensors = dict(outside)
     for index, group in enumerate(plan.groups):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from truedepth.errors import TruedepthError
 from truedepth.loading import Loaded, load
 from truedepth.progress import progress_bar
-from truedepth.sources import Source
+from truedepth.sources import Source, open_source
 from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows
 
 CHUNK_TOKENS = 128  # positions whose log-probabilities are held at a time
@@ -23,6 +23,9 @@ CHUNK_TOKENS = 128  # positions whose log-probabilities are held at a time
 @dataclass(frozen=True)
 class Perplexity:
     """Of one model on one text, or of a model against its original on the same tokens."""
+
+    model: str
+    """The model's name and where it was found."""
 
     text: str
     windows: int
@@ -35,8 +38,11 @@ class Perplexity:
     nll: float
     """Mean negative log-likelihood, nats a token."""
 
+    against: str | None = None
+    """The original's name and where it was found."""
+
     against_nll: float | None = None
-    """That of the original."""
+    """NLL of the original."""
 
     excess: float | None = None
     """Excess loss `nll - against_nll`, nats a token."""
@@ -97,24 +103,39 @@ def perplexity(
     if batch_size < 1:
         raise TruedepthError(f"The batch size must be at least 1, not {batch_size}.")
     content = default_text() if text is None else read_text(text)
-    ours = model if isinstance(model, Loaded) else load(model, device=device, dtype=dtype)
-    ids = token_windows(ours.tokenizer, content, window, windows)
-    theirs = against
-    if theirs is not None:
-        theirs = theirs if isinstance(theirs, Loaded) else load(theirs, device=device, dtype=dtype)
-        other = token_windows(theirs.tokenizer, content, window, windows)
-        if not torch.equal(ids, other):
-            raise TruedepthError(
-                f"{ours.source.name} and {theirs.source.name} cut the text into different tokens;"
-                " only models with the same tokenizer can be compared."
-            )
+    # Texts and tokenizers first: what is wrong with them should not take the loading of a model.
+    opened = [_open(each) for each in (model, against) if each is not None]
+    ids, *others = [token_windows(each.tokenizer, content, window, windows) for each in opened]
+    if any(not torch.equal(ids, other) for other in others):
+        raise TruedepthError(
+            f"{' and '.join(map(_name, opened))} cut the text into different tokens;"
+            " only models with the same tokenizer can be compared."
+        )
+    loaded = [
+        each if isinstance(each, Loaded) else load(each, device=device, dtype=dtype)
+        for each in opened
+    ]
+    ours, theirs = loaded[0], loaded[1] if len(loaded) > 1 else None
     measured = []
     with progress_bar("Measuring", len(ids)) as advance:
-        for batch in ids.split(batch_size):
+        for batch in torch.split(ids, batch_size):
             measured.append(_measure(ours, theirs, batch))
             advance(len(batch))
-    name = DEFAULT_TEXT if text is None else str(text)
-    return _summary(torch.cat(measured), ids, name, compared=theirs is not None)
+    return _summary(
+        torch.cat(measured),
+        window,
+        names=[_name(each) for each in opened],
+        text=DEFAULT_TEXT if text is None else str(text),
+    )
+
+
+def _name(opened: Source | Loaded) -> str:
+    source = opened.source if isinstance(opened, Loaded) else opened
+    return f"{source.name} ({source.origin})"
+
+
+def _open(model: str | Path | Source | Loaded) -> Source | Loaded:
+    return model if isinstance(model, Source | Loaded) else open_source(model)
 
 
 @torch.inference_mode()
@@ -140,7 +161,8 @@ def _measure(ours: Loaded, theirs: Loaded | None, ids: Tensor) -> Tensor:
 
 def _logits(loaded: Loaded, ids: Tensor) -> Tensor:
     """`[batch, window - 1, vocabulary]`: the predictions of every token but the first."""
-    return loaded.model(ids.to(loaded.model.device), use_cache=False).logits[:, :-1]
+    logits: Tensor = loaded.model(ids.to(loaded.model.device), use_cache=False).logits
+    return logits[:, :-1]
 
 
 def _chunks(length: int) -> Iterator[slice]:
@@ -148,21 +170,27 @@ def _chunks(length: int) -> Iterator[slice]:
         yield slice(start, start + CHUNK_TOKENS)
 
 
-def _summary(rows: Tensor, ids: Tensor, text: str, compared: bool) -> Perplexity:
+def _summary(rows: Tensor, window: int, names: Sequence[str], text: str) -> Perplexity:
     nll, against_nll, kl, top1 = rows.mean(0).tolist()
     if not math.isfinite(nll) or not math.isfinite(against_nll):
         raise TruedepthError(
             "A model gives logits that are not finite numbers; try --dtype float32.", exit_code=1
         )
-    count, window = ids.shape
+    count = len(rows)
     plain = Perplexity(
-        text=text, windows=count, window=window, tokens=count * (window - 1), nll=nll
+        model=names[0],
+        text=text,
+        windows=count,
+        window=window,
+        tokens=count * (window - 1),
+        nll=nll,
     )
-    if not compared:
+    if len(names) == 1:
         return plain
     difference = rows[:, 0] - rows[:, 1]
     return replace(
         plain,
+        against=names[1],
         against_nll=against_nll,
         excess=nll - against_nll,
         excess_stderr=(difference.std() / count**0.5).item() if count > 1 else None,

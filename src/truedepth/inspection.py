@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from truedepth.conversion import plan_of
+from truedepth.loading import transformers_config
 from truedepth.plan import Plan
 from truedepth.sources import Source, open_source
 
@@ -66,7 +67,7 @@ def inspect_model(model: str | Path | Source) -> Info:
     source = model if isinstance(model, Source) else open_source(model, weights=False)
     plan = plan_of(source.config)
     family = source.config["model_type"] if plan else source.family.model_type
-    config = _transformers_config(source)
+    config = transformers_config(source)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     own = plan or Plan(source.num_layers)
@@ -85,12 +86,6 @@ def inspect_model(model: str | Path | Source) -> Info:
         quantization=source.quantization,
         savings=() if plan else _savings(own.num_layers),
     )
-
-
-def _transformers_config(source: Source) -> Any:
-    if source.path.is_dir():
-        return AutoConfig.from_pretrained(source.path)
-    return AutoConfig.for_model(**source.config)
 
 
 def _savings(num_layers: int) -> tuple[Saving, ...]:

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from truedepth.errors import TruedepthError
-from truedepth.plan import Plan
+from truedepth.registration import register
 from truedepth.sources import Source, open_source
+
+register()
 
 
 class Loaded(NamedTuple):
@@ -40,27 +42,28 @@ def load(
         TruedepthError: There is no such model, or transformers cannot load it.
     """
     source = model if isinstance(model, Source) else open_source(model)
-    device = torch.device(device or default_device())
+    device = _device(device)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     options = {"dtype": dtype or "auto", **options}
+    tensors = source.tensors  # opened here so that a broken file is named
     try:
         if source.path.is_dir():
             loaded = AutoModelForCausalLM.from_pretrained(source.path, **options)
         else:
             # One reader of GGUF for loading and converting, so that both see the same weights.
-            config = AutoConfig.for_model(**source.config)
+            config = transformers_config(source)
             loaded = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(
                 None,
                 config=config,
-                state_dict={name: tensor.read() for name, tensor in source.tensors.items()},
+                state_dict={name: tensor.read() for name, tensor in tensors.items()},
                 **options,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise TruedepthError(
             f"transformers cannot load {source.path}: {_first_line(error)}"
         ) from error
-    return Loaded(loaded.to(device).eval(), source.load_tokenizer(), source)
+    return Loaded(loaded.to(device).eval(), source.tokenizer, source)
 
 
 def default_device() -> str:
@@ -68,9 +71,31 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def unpaired_plan(source: Source) -> Plan:
-    """The plan of a model in which every layer runs alone."""
-    return Plan(source.num_layers, model=source.name)
+def _device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, which must be there."""
+    name = name or default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise TruedepthError(f"There is no device {str(name)!r} on this machine.") from error
+    return device
+
+
+def transformers_config(source: Source) -> Any:
+    """The config of a source as transformers' own class.
+
+    Raises:
+        TruedepthError: transformers cannot read it.
+    """
+    try:
+        if source.path.is_dir():
+            return AutoConfig.from_pretrained(source.path)
+        return AutoConfig.for_model(**source.config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TruedepthError(
+            f"transformers cannot read the config of {source.path}: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

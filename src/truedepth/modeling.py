@@ -12,7 +12,6 @@ transformers, so that checkpoints load with `trust_remote_code=True` where trued
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -21,9 +20,6 @@ PREFIX = "Truedepth"
 
 WIDENED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """What of a config grows with a layer's width."""
-
-on_first_config: list[Callable[[], None]] = []
-"""Called when the first config is made. truedepth, where installed, registers its models then."""
 
 
 class LayerConfig:
@@ -52,8 +48,6 @@ class LayerWidthsConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        while on_first_config:
-            on_first_config.pop()()
         if self.layer_widths is None:
             self.layer_widths = [1] * self.num_hidden_layers  # type: ignore[attr-defined]
         widths, depth = self.layer_widths, self.num_hidden_layers  # type: ignore[attr-defined]
@@ -80,7 +74,7 @@ class LayerWidthsModel:
     """Replaces the layers that are wider than one by the family's own layer, built wider."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         layers = self.base_model.layers  # type: ignore[attr-defined]
         for index, layer_config in enumerate(config.per_layer_config):
             if layer_config is not config:
@@ -112,7 +106,8 @@ def __getattr__(name: str) -> type:
         config_class = globals().get(f"{PREFIX}{base.config_class.__name__}")
         body["config_class"] = config_class or __getattr__(f"{PREFIX}{base.config_class.__name__}")
         made = type(name, (LayerWidthsModel, base), body)
-    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # save_pretrained then saves this file too
+    # save_pretrained then saves this file too.
+    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # type: ignore[attr-defined]
     globals()[name] = made
     return made
 

@@ -80,14 +80,11 @@ class Plan:
                 f"The span {first}-{last} is empty: its last layer comes before its first."
             )
         if length % group:
+            shorter, longer = last - length % group, last + group - length % group
+            ends = [str(end) for end in (shorter, longer) if first < end < num_layers]
             raise TruedepthError(
-                f"The span {first}-{last} has {length} layers, which groups of {group} do not"
-                f" divide; end it at layer {last - length % group}"
-                + (
-                    f" or {last + group - length % group}."
-                    if last + group - length % group < num_layers
-                    else "."
-                )
+                f"The span {first}-{last} has length {length}, which groups of {group} do not"
+                " divide" + (f"; end it at layer {' or '.join(ends)}." if ends else ".")
             )
         groups = [tuple(range(start, start + group)) for start in range(first, last + 1, group)]
         return cls(num_layers, groups, model)

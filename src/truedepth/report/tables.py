@@ -30,6 +30,8 @@ def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] | None = Non
 def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
     """What `truedepth eval` prints."""
     rows = [
+        ("model", measured.model),
+        *([("original", measured.against)] if measured.against else []),
         ("text", measured.text),
         ("windows", f"{measured.windows} of {measured.window} tokens, {measured.tokens} predicted"),
         ("NLL", f"{measured.nll:.4f} nats a token"),
@@ -38,8 +40,8 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
     if measured.excess is None:
         return rows
     rows += [
-        ("original's NLL", f"{measured.against_nll:.4f} nats a token"),
-        ("original's perplexity", f"{measured.against_perplexity:.2f}"),
+        ("NLL of the original", f"{measured.against_nll:.4f} nats a token"),
+        ("perplexity of the original", f"{measured.against_perplexity:.2f}"),
         ("excess loss", excess_text(measured) + " nats a token"),
         ("KL(original‖model)", f"{measured.kl:.4f} nats a token"),
         ("top-1 agreement", f"{measured.top1_agreement:.1%}"),

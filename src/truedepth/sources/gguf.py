@@ -96,10 +96,10 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = {k: v for k, v in read.to_diff_dict().items() if not k.startswith("_")}
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise TruedepthError(f"{path} has metadata that transformers cannot read.") from error
-    config.pop("_name_or_path", None)
     config["architectures"] = ["LlamaForCausalLM"]
     names = {tensor.name: tensor for tensor in reader.tensors}
     config["attention_bias"] = "blk.0.attn_q.bias" in names

@@ -38,7 +38,7 @@ class Source:
     """Writes everything but config and weights (tokenizer, generation config) to a directory."""
 
     load_tokenizer: Callable[[], PreTrainedTokenizerBase] = field(repr=False)
-    """Loads the tokenizer."""
+    """Loads the tokenizer; called at most once, through `tokenizer`."""
 
     quantization: str | None = None
     """How the weights were quantized, if they were: they are dequantized when they are read."""
@@ -47,6 +47,11 @@ class Source:
     def tensors(self) -> Mapping[str, LazyTensor]:
         """Every tensor by the name that transformers gives it, in the order of the file."""
         return self.read_tensors()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as transformers loads it."""
+        return self.load_tokenizer()
 
     @cached_property
     def family(self) -> Family:

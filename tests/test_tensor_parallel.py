@@ -1,0 +1,51 @@
+"""transformers' own tensor parallelism over two CPU processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import truedepth as td
+from conftest import random_ids
+
+RANK = """
+import sys, torch, truedepth
+from transformers import AutoModelForCausalLM
+checkpoint, ids, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto", device_map=None)
+wide = model.model.layers[1]
+shard = wide.self_attn.q_proj.weight.to_local()
+with torch.no_grad():
+    output = model(torch.load(ids)).logits
+rank = torch.distributed.get_rank()
+torch.save((shard, output), f"{logits}.{rank}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_path):
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, [[1, 2], [3, 4]]))
+    expected = td.load(tmp_path / "out").model
+    torch.save(random_ids(), tmp_path / "ids")
+    (tmp_path / "rank.py").write_text(RANK)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [f"--master-port={port}", str(tmp_path / "rank.py")]
+    command += [str(tmp_path / name) for name in ("out", "ids", "logits")]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    layer = td.open_source(make_model()).tensors
+    for rank in (0, 1):
+        shard, logits = torch.load(tmp_path / f"logits.{rank}")
+        torch.testing.assert_close(logits, expected(random_ids()).logits, atol=1e-4, rtol=0)
+        original = layer[f"model.layers.{1 + rank}.self_attn.q_proj.weight"].read()
+        gain = layer[f"model.layers.{1 + rank}.input_layernorm.weight"].read()
+        assert torch.equal(shard, original * gain)

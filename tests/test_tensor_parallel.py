@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 
-import pytest
 import torch
 
 import truedepth as td
@@ -16,8 +15,9 @@ from conftest import random_ids
 RANK = """
 import sys, torch, truedepth
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 checkpoint, ids, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto", device_map=None)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(tp_size=2))
 wide = model.model.layers[1]
 shard = wide.self_attn.q_proj.weight.to_local()
 with torch.no_grad():
@@ -29,7 +29,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_path):
     td.convert(make_model(), tmp_path / "out", td.Plan(6, [[1, 2], [3, 4]]))
     expected = td.load(tmp_path / "out").model

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from truedepth.errors import TruedepthError
 from truedepth.registration import register
@@ -45,7 +51,7 @@ def load(
     device = _device(device)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    options = {"dtype": dtype or "auto", **options}
+    options = {"dtype": dtype or "auto", "device_map": device, **options}
     tensors = source.tensors  # opened here so that a broken file is named
     try:
         if source.path.is_dir():
@@ -53,7 +59,7 @@ def load(
         else:
             # One reader of GGUF for loading and converting, so that both see the same weights.
             config = transformers_config(source)
-            loaded = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(
+            loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
                 state_dict={name: tensor.read() for name, tensor in tensors.items()},
@@ -63,7 +69,7 @@ def load(
         raise TruedepthError(
             f"transformers cannot load {source.path}: {_first_line(error)}"
         ) from error
-    return Loaded(loaded.to(device).eval(), source.tokenizer, source)
+    return Loaded(loaded.eval(), source.tokenizer, source)
 
 
 def default_device() -> str:

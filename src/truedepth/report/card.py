@@ -39,7 +39,7 @@ pairing costs is measured by `truedepth eval THIS --against ORIGINAL`.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS")
+tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
 ```
 
 `trust_remote_code` is not needed after `import truedepth`. The licence is that of the original.

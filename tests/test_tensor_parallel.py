@@ -17,7 +17,8 @@ import sys, torch, truedepth
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 checkpoint, ids, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(tp_size=2))
+ranks = DistributedConfig(tp_size=2)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=ranks)
 wide = model.model.layers[1]
 shard = wide.self_attn.q_proj.weight.to_local()
 with torch.no_grad():

@@ -86,6 +86,7 @@ def anonymous_memory(process: subprocess.Popen[bytes]) -> int:
 
 
 def timed_copy(source: Path, target: Path) -> float:
+    """Seconds to copy a directory and have it on the disk."""
     start = time.perf_counter()
     shutil.copytree(source, target)
     subprocess.run(["sync", "-f", target], check=True)
@@ -95,6 +96,7 @@ def timed_copy(source: Path, target: Path) -> float:
 
 
 def timed_conversion(source: Path, target: Path, layers: int) -> tuple[float, int]:
+    """Seconds of a conversion, start of Python included, and its peak of anonymous memory."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", CONVERT, source, target, str(layers)])
     peak = 0
@@ -109,6 +111,7 @@ def timed_conversion(source: Path, target: Path, layers: int) -> tuple[float, in
 
 
 def main() -> None:
+    """Copy and convert in turn; print and write what it took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=2)

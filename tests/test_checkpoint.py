@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from conftest import random_ids
-from truedepth.checkpoint import atomic_directory, write_weights
+from truedepth.checkpoint import BLOCK_BYTES, atomic_directory, write_weights
 from truedepth.tensors import LazyTensor, from_tensor
 
 PLAN = td.Plan(6, [[1, 2], [3, 4]])
@@ -46,7 +48,9 @@ def test_contents(make_model, tmp_path):
     assert config["num_hidden_layers"] == 4
     assert config["truedepth"]["plan"]["groups"] == [[1, 2], [3, 4]]
     assert config["truedepth"]["version"] == td.__version__
-    assert "0 [1+2] [3+4] 5" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "0 [1+2] [3+4] 5" in card
+    assert "| all-reduces a token under tensor parallelism | 12 | 8 |" in card
 
 
 def test_shards_are_filled_to_their_size_and_load(make_model, tmp_path):
@@ -81,6 +85,34 @@ def test_dtypes_of_every_width_are_aligned_and_read_back(tmp_path):
         assert file.metadata() == {"format": "pt"}
         for name, tensor in tensors.items():
             assert torch.equal(file.get_tensor(name), tensor)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    for name, tensor in tensors.items():
+        assert (start + header[name]["data_offsets"][0]) % tensor.itemsize == 0
+
+
+def test_tensors_are_written_in_small_blocks(tmp_path):
+    asked = []
+
+    def rows(start, stop):
+        asked.append(stop - start)
+        return torch.zeros(stop - start, 1 << 10)
+
+    write_weights(tmp_path, {"a": LazyTensor((5000, 1 << 10), torch.float32, rows)})
+    assert sum(asked) == 5000
+    assert max(asked) * (1 << 12) <= BLOCK_BYTES
+
+
+@pytest.mark.parametrize("size", ["5GB", "500 MiB", "100kb", 12345, "12345"])
+def test_sizes_of_shards(tmp_path, size):
+    write_weights(tmp_path, {"a": from_tensor(torch.zeros(3))}, size)
+
+
+@pytest.mark.parametrize("size", ["huge", "-5GB", "0", 0, 1.5, "5XB", ""])
+def test_sizes_that_are_none(tmp_path, size):
+    with pytest.raises(td.TruedepthError, match="not a size"):
+        write_weights(tmp_path, {"a": from_tensor(torch.zeros(3))}, size)
 
 
 def test_weights_in_another_dtype(make_model, tmp_path):
@@ -92,8 +124,7 @@ def test_weights_in_another_dtype(make_model, tmp_path):
 
 
 def test_existing_output_needs_force(make_model, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
+    precious(tmp_path)
     with pytest.raises(td.TruedepthError, match="--force"):
         td.convert(make_model(), tmp_path / "out", PLAN)
     assert listing(tmp_path / "out") == ["precious"]
@@ -103,12 +134,68 @@ def test_existing_output_needs_force(make_model, tmp_path):
 
 
 def test_force_keeps_the_old_output_until_the_new_is_whole(make_model, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
+    precious(tmp_path)
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", force=True):
         raise RuntimeError
     assert listing(tmp_path) == ["out"]
     assert listing(tmp_path / "out") == ["precious"]
+
+
+def precious(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+
+
+def test_force_gives_the_old_output_back_if_the_rename_fails(tmp_path, monkeypatch):
+    precious(tmp_path)
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == ".out.partial":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    failed = pytest.raises(td.TruedepthError, match="No space left")
+    with failed, atomic_directory(tmp_path / "out", force=True):
+        pass
+    assert listing(tmp_path) == ["out"]
+    assert listing(tmp_path / "out") == ["precious"]
+
+
+def test_an_output_set_aside_by_a_killed_run_is_put_back(tmp_path):
+    precious(tmp_path)
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
+    with pytest.raises(td.TruedepthError, match="--force"), atomic_directory(tmp_path / "out"):
+        pass
+    assert listing(tmp_path / "out") == ["precious"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(td.TruedepthError, match="--force"), atomic_directory(tmp_path / "out"):
+        precious(tmp_path)
+    assert listing(tmp_path) == ["out"]
+    assert listing(tmp_path / "out") == ["precious"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_is_written_where_it_points(make_model, tmp_path, there):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    if there:
+        (tmp_path / "target").mkdir()
+    td.convert(make_model(), tmp_path / "link", PLAN, force=there)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "config.json").exists()
+    assert listing(tmp_path) == ["link", "target"]
+
+
+def test_a_source_of_links_is_not_overwritten(make_model, tmp_path):
+    shutil.copytree(make_model(), tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for file in (tmp_path / "real").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    with pytest.raises(td.TruedepthError, match="contains the source"):
+        td.convert(tmp_path / "links", tmp_path / "real", PLAN, force=True)
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,7 @@ def test_info(run, make_model, tmp_path):
     source = td.open_source(make_model())
     assert data["parameters"] == sum(t.read().numel() for t in source.tensors.values())
     assert [saving["effective_depth"] for saving in data["savings"]] == [6, 5, 4, 3]
+    assert [saving["all_reduces_per_token"] for saving in data["savings"]] == [12, 10, 8, 6]
 
 
 def test_info_needs_no_weights(run, make_model, tmp_path):
@@ -95,16 +97,14 @@ def test_sampling_depends_on_the_seed_alone(run, make_model):
         (["--pairs", "0"], []),
         (["--pairs", "1"], [[2, 3]]),
         (["--depth", "4"], [[2, 3], [4, 5]]),
+        (["--layers", "2-5"], [[2, 3], [4, 5]]),
         (["--layers", "0-5", "--group", "3"], [[0, 1, 2], [3, 4, 5]]),
     ],
 )
 def test_ways_to_say_what_is_paired(run, make_model, tmp_path, choice, groups):
     assert run("convert", make_model(), tmp_path / "out", *choice)[0] == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    if choice[0] == "--depth":
-        assert config["num_hidden_layers"] == 4
-    else:
-        assert config["truedepth"]["plan"]["groups"] == groups
+    assert config["truedepth"]["plan"]["groups"] == groups
 
 
 def test_a_plan_file(run, make_model, tmp_path):
@@ -114,102 +114,107 @@ def test_a_plan_file(run, make_model, tmp_path):
     assert config["layer_widths"] == [3, 1, 1, 1]
 
 
+PAIR = ["--pairs", "1"]
+
+# What is bad -> arguments, in which {names} stand for what `bad_inputs` makes, and words expected.
+BAD = {
+    "missing path": (["info", "{tmp}/nothing"], "no model at"),
+    "not a model": (["info", "{tmp}/empty"], "config.json"),
+    "not a model file": (["eval", "{text}"], "not a model"),
+    "impossible hub id": (["info", "foo/bar--baz"], "possible hub id"),
+    "unknown family": (["info", "{tmp}/bert"], "'bert', which is not supported; supported: llama"),
+    "unknown family to convert": (["convert", "{tmp}/bert", "{out}", *PAIR], "'bert'"),
+    "unknown activation": (["info", "{tmp}/activation"], "cannot build the model"),
+    "unknown RoPE to convert": (["convert", "{tmp}/rope", "{out}", *PAIR], "transformers"),
+    "no heads": (["convert", "{tmp}/heads", "{out}", *PAIR], "transformers"),
+    "layer out of range": (
+        ["convert", "{model}", "{out}", "--layers", "4-7"],
+        "Layer 7 is out of range: the model has layers 0 to 5",
+    ),
+    "span that is none": (["convert", "{model}", "{out}", "--layers", "all"], "'all'"),
+    "empty span": (["convert", "{model}", "{out}", "--layers", ""], "''"),
+    "overlap": (["convert", "{model}", "{out}", "--plan", "{tmp}/overlap.yaml"], "in two groups"),
+    "not consecutive": (
+        ["convert", "{model}", "{out}", "--plan", "{tmp}/gap.yaml"],
+        "Group [1, 3] is not consecutive",
+    ),
+    "another depth": (["convert", "{model}", "{out}", "--plan", "{tmp}/deep.yaml"], "for 8 layers"),
+    "broken plan": (
+        ["convert", "{model}", "{out}", "--plan", "{tmp}/broken.yaml"],
+        "not valid YAML",
+    ),
+    "missing plan": (["convert", "{model}", "{out}", "--plan", "{tmp}/no.yaml"], "Cannot read"),
+    "truncated weights": (
+        ["convert", "{tmp}/truncated", "{out}", *PAIR],
+        "model.safetensors is corrupt or truncated",
+    ),
+    "truncated weights to load": (["eval", "{tmp}/truncated"], "model.safetensors is corrupt"),
+    "nothing to pair": (["convert", "{model}", "{out}"], "--layers, --plan, --pairs, --depth"),
+    "two plans": (["convert", "{model}", "{out}", *PAIR, "--depth", "5"], "one of --layers"),
+    "group without span": (["convert", "{model}", "{out}", *PAIR, "--group", "3"], "--layers only"),
+    "too many pairs": (["convert", "{model}", "{out}", "--pairs", "4"], "allow 0 to 3"),
+    "depth too large": (["convert", "{model}", "{out}", "--depth", "7"], "depths 3 to 6"),
+    "depth too small": (["convert", "{model}", "{out}", "--depth", "2"], "depths 3 to 6"),
+    "shard size": (["convert", "{model}", "{out}", *PAIR, "--shard-size", "huge"], "'huge'"),
+    "no shard size": (["convert", "{model}", "{out}", *PAIR, "--shard-size", "0GB"], "'0GB'"),
+    "existing output": (["convert", "{model}", "{tmp}/existing", *PAIR], "--force"),
+    "output inside the source": (["convert", "{model}", "{model}/out", *PAIR], "inside the source"),
+    "read-only output": (["convert", "{model}", "/proc/out", *PAIR], "Cannot write to"),
+    "empty text": (["eval", "{model}", "--text", "{tmp}/empty.txt"], "is empty"),
+    "missing text": (["eval", "{model}", "--text", "{tmp}/no.txt"], "Cannot read the text"),
+    "short text": (["eval", "{model}", "--text", "{text}", "--window", "9999"], "fewer than one"),
+    "long window": (["eval", "{model}", "--text", "{text}", "--window", "600"], "512 positions"),
+    "another vocabulary": (
+        ["eval", "{model}", "--text", "{text}", "--window", "64", "--against", "{vocabulary}"],
+        "320 and 384 entries",
+    ),
+    "no tokenizer": (["eval", "{tmp}/dumb"], "no tokenizer"),
+    "empty prompt": (["generate", "{model}", ""], "prompt is empty"),
+    "unknown device": (["eval", "{model}", "--text", "{text}", "--device", "abacus"], "abacus"),
+    "unwritable JSON": (["info", "{model}", "--json", "{tmp}/none/x.json"], "Cannot write"),
+}
+
+
 @pytest.fixture
-def bad(make_model, tmp_path, text):
-    """Every kind of bad input by name, as the arguments of a command."""
-    model, out = make_model(), tmp_path / "out"
-    files = {name: tmp_path / f"{name}.yaml" for name in ("overlap", "gap", "deep", "broken")}
-    files["overlap"].write_text("num_layers: 6\ngroups: [[1, 2], [2, 3]]")
-    files["gap"].write_text("num_layers: 6\ngroups: [[1, 3]]")
-    files["deep"].write_text("num_layers: 8\ngroups: [[6, 7]]")
-    files["broken"].write_text("num_layers: [")
+def bad_inputs(make_model, tmp_path, text):
+    """Paths to bad things, by the names in `BAD`."""
+    model = make_model()
+    (tmp_path / "overlap.yaml").write_text("num_layers: 6\ngroups: [[1, 2], [2, 3]]")
+    (tmp_path / "gap.yaml").write_text("num_layers: 6\ngroups: [[1, 3]]")
+    (tmp_path / "deep.yaml").write_text("num_layers: 8\ngroups: [[6, 7]]")
+    (tmp_path / "broken.yaml").write_text("num_layers: [")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "empty").mkdir()
-    for name in ("bert", "truncated", "existing"):
-        shutil.copytree(model, tmp_path / name)
     config = json.loads((model / "config.json").read_text())
-    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    changes = {
+        "bert": {"model_type": "bert"},
+        "activation": {"hidden_act": "nope"},
+        "rope": {"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}},
+        "heads": {"num_attention_heads": 0},
+        "existing": {},
+    }
+    for name, change in changes.items():
+        shutil.copytree(model, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+    shutil.copytree(model, tmp_path / "truncated")
     weights = tmp_path / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    pair = ["--pairs", "1"]
-    return {
-        "missing path": ["info", tmp_path / "nothing"],
-        "not a model": ["info", tmp_path / "empty"],
-        "not a model file": ["eval", text],
-        "unknown family": ["info", tmp_path / "bert"],
-        "unknown family to convert": ["convert", tmp_path / "bert", out, *pair],
-        "layer out of range": ["convert", model, out, "--layers", "4-7"],
-        "span that is none": ["convert", model, out, "--layers", "all"],
-        "overlap": ["convert", model, out, "--plan", files["overlap"]],
-        "not consecutive": ["convert", model, out, "--plan", files["gap"]],
-        "another depth": ["convert", model, out, "--plan", files["deep"]],
-        "broken plan": ["convert", model, out, "--plan", files["broken"]],
-        "missing plan": ["convert", model, out, "--plan", tmp_path / "none.yaml"],
-        "truncated weights": ["convert", tmp_path / "truncated", out, *pair],
-        "truncated weights to load": ["eval", tmp_path / "truncated"],
-        "nothing to pair": ["convert", model, out],
-        "two plans": ["convert", model, out, *pair, "--depth", "5"],
-        "too many pairs": ["convert", model, out, "--pairs", "4"],
-        "depth too large": ["convert", model, out, "--depth", "7"],
-        "depth too small": ["convert", model, out, "--depth", "2"],
-        "bad shard size": ["convert", model, out, *pair, "--shard-size", "huge"],
-        "existing output": ["convert", model, tmp_path / "existing", *pair],
-        "output inside the source": ["convert", model, model / "out", *pair],
-        "read-only output": ["convert", model, "/proc/out", *pair],
-        "empty text": ["eval", model, "--text", tmp_path / "empty.txt"],
-        "missing text": ["eval", model, "--text", tmp_path / "none.txt"],
-        "short text": ["eval", model, "--text", text, "--window", "100000"],
-        "unknown device": ["eval", model, "--text", text, "--device", "abacus"],
-        "unwritable JSON": ["info", model, "--json", tmp_path / "none" / "x.json"],
-    }
+    shutil.copytree(model, tmp_path / "dumb", ignore=shutil.ignore_patterns("tokenizer*"))
+    vocabulary = make_model(vocab_size=384)
+    out = tmp_path / "out"
+    return {"tmp": tmp_path, "model": model, "text": text, "vocabulary": vocabulary, "out": out}
 
 
-CASES = [
-    ("missing path", "no model at"),
-    ("not a model", "config.json"),
-    ("not a model file", "not a model"),
-    ("unknown family", "'bert', which is not supported; supported: llama"),
-    ("unknown family to convert", "'bert'"),
-    ("layer out of range", "Layer 7 is out of range: the model has layers 0 to 5"),
-    ("span that is none", "'all'"),
-    ("overlap", "Layer 2 is in two groups"),
-    ("not consecutive", "Group [1, 3] is not consecutive"),
-    ("another depth", "for 8 layers"),
-    ("broken plan", "not valid YAML"),
-    ("missing plan", "Cannot read the plan"),
-    ("truncated weights", "model.safetensors is corrupt or truncated"),
-    ("truncated weights to load", "model.safetensors"),
-    ("nothing to pair", "--layers, --plan, --pairs, --depth"),
-    ("two plans", "--layers, --plan, --pairs, --depth"),
-    ("too many pairs", "allow 0 to 3"),
-    ("depth too large", "has 6 layers"),
-    ("depth too small", "allow 0 to 3"),
-    ("bad shard size", "'huge'"),
-    ("existing output", "--force"),
-    ("output inside the source", "inside the source"),
-    ("read-only output", "Cannot write to"),
-    ("empty text", "is empty"),
-    ("missing text", "Cannot read the text"),
-    ("short text", "fewer than one window"),
-    ("unknown device", "abacus"),
-    ("unwritable JSON", "Cannot write"),
-]
-
-
-@pytest.mark.parametrize(("case", "words"), CASES, ids=[case for case, _ in CASES])
-def test_bad_input_gives_one_sentence_and_exit_code_2(run, bad, case, words, tmp_path):
-    code, out, err = run(*bad[case])
-    assert code == 2
+@pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
+def test_bad_input_gives_one_sentence_and_exit_code_2(run, bad_inputs, arguments, words):
+    code, out, err = run(*[argument.format(**bad_inputs) for argument in arguments])
+    assert code == 2, err
     assert words in err
     assert err.startswith("truedepth: ")
     assert err.endswith(".\n")
     assert err.count("\n") == 1
     assert out == ""
-    assert not (tmp_path / "out").exists()
-
-
-def test_every_bad_input_is_tried(bad):
-    assert set(bad) == {case for case, _ in CASES}
+    assert not bad_inputs["out"].exists()
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["info"], ["eval", "x", "--window", "1"]])
@@ -240,3 +245,49 @@ def test_help_fits_80_columns_and_needs_no_torch(command):
 
 def test_version(run):
     assert run("--version")[1] == f"truedepth {td.__version__}\n"
+
+
+def test_brackets_in_names_are_printed_as_they_are(run, make_model, tmp_path, monkeypatch):
+    """rich would take them for markup."""
+    monkeypatch.chdir(tmp_path)
+    Path("a[v2][_x].txt").write_text("the cat sat on the mat " * 99)
+    code, out, _ = run("eval", make_model(), "--text", "a[v2][_x].txt", "--window", 64)
+    assert code == 0
+    assert "a[v2][_x].txt" in out
+
+
+def test_a_note_where_the_plan_was_made_for_another_model(run, make_model, tmp_path):
+    td.Plan(6, [[0, 1]], model="someone/other").to_yaml(tmp_path / "plan.yaml")
+    arguments = ["convert", make_model(), tmp_path / "out", "--plan", tmp_path / "plan.yaml"]
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert "note: the plan was made for someone/other" in err
+
+
+def test_terminals_without_unicode(make_model):
+    done = subprocess.run(
+        [sys.executable, "-m", "truedepth", "info", str(make_model())],
+        capture_output=True,
+        env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0
+    assert b"effective depth" in done.stdout
+
+
+def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
+    from truedepth import demo
+
+    source = td.open_source(make_model(num_hidden_layers=30))
+    monkeypatch.setattr(demo, "open_source", lambda name: source)
+    monkeypatch.setattr(demo, "WINDOWS", 2)
+    code, out, _ = run("demo", "--out", tmp_path / "kept", "--json", tmp_path / "demo.json")
+    assert code == 0
+    data = json.loads((tmp_path / "demo.json").read_text())
+    assert data["conversion"]["all_reduces_per_token"] == {"original": 60, "converted": 46}
+    for name in ("speed_before", "speed_after"):
+        speed = data[name]
+        assert 0 < speed["lowest"] <= speed["median"] <= speed["highest"]
+    for words in ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens/s"):
+        assert words in out
+    assert (tmp_path / "kept" / "config.json").exists()
+    assert run("demo", "--out", tmp_path / "kept")[0] == 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,24 @@ def test_jsonl_documents_are_joined(tmp_path):
     assert read_text(path) == "one\n\ntwo"
 
 
+def test_jsonl_documents_with_other_line_ends_and_a_byte_order_mark(tmp_path):
+    document = "a \u2028 b \x85 c \x0c d"
+    line = json.dumps({"text": document}, ensure_ascii=False)
+    (tmp_path / "text.jsonl").write_text(f"\ufeff{line}\n{line}\n", encoding="utf-8")
+    assert read_text(tmp_path / "text.jsonl") == f"{document}\n\n{document}"
+
+
+def test_a_hopeless_model_has_infinite_perplexity(pair, text):
+    measured = td.perplexity(pair[0], text=text, window=64, windows=1)
+    assert replace(measured, nll=1000.0).perplexity == math.inf
+
+
+@pytest.mark.parametrize("wrong", [{"windows": 0}, {"batch_size": 0}, {"window": 1}])
+def test_counts_that_are_none(pair, text, wrong):
+    with pytest.raises(td.TruedepthError, match="t least"):
+        td.perplexity(pair[0], text=text, **wrong)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -134,8 +153,9 @@ def test_models_with_other_tokenizers_are_not_compared(pair, text):
         def __call__(self, text, **options):
             return {"input_ids": pair[0].tokenizer(text)["input_ids"][::-1]}
 
+    other = replace(pair[1].source, load_tokenizer=Reversed)
     with pytest.raises(td.TruedepthError, match="different tokens"):
-        td.perplexity(pair[0], against=pair[1]._replace(tokenizer=Reversed()), text=text, window=64)
+        td.perplexity(pair[0], against=replace(pair[1], source=other), text=text, window=64)
 
 
 def test_logits_that_are_not_numbers(make_model, text):

@@ -63,10 +63,17 @@ def test_attention_back_ends(model, expected, implementation):
     torch.testing.assert_close(model(random_ids()).logits, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic cache", "static cache"])
-def test_cached_decoding(model, expected, static):
+CACHES = {
+    "dynamic": lambda config: DynamicCache(),
+    "dynamic by config": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config, max_cache_len=32),
+}
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+def test_cached_decoding(model, expected, make_cache):
     ids = random_ids()
-    cache = StaticCache(model.config, max_cache_len=32) if static else DynamicCache()
+    cache = make_cache(model.config)
     logits = [model(ids[:, :5], past_key_values=cache).logits]
     for position in range(5, ids.shape[1]):
         logits.append(model(ids[:, position : position + 1], past_key_values=cache).logits)
@@ -98,6 +105,19 @@ def test_compile(model, expected):
     torch.testing.assert_close(compiled(random_ids()).logits, expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_compiled_decoding_with_a_static_cache(model, expected):
+    ids = random_ids()
+    cache = StaticCache(model.config, max_cache_len=32)
+    compiled = torch.compile(model, fullgraph=True)
+    logits = [model(ids[:, :5], past_key_values=cache).logits]
+    for position in range(5, 9):
+        positions = torch.full((2, 1), position)
+        token = ids[:, position : position + 1]
+        logits.append(compiled(token, position_ids=positions, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected[:, :9], **CLOSE)
+
+
 def greedy_by_the_formula(source, ids, steps):
     original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     for _ in range(steps):
@@ -122,6 +142,28 @@ def test_generate(model, source, cache):
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_of_a_left_padded_batch(model, cache):
+    """Rows of several lengths give what they give alone."""
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 9, 7)]
+    alone = [
+        model.generate(
+            torch.tensor([row]),
+            attention_mask=torch.ones(1, len(row), dtype=torch.int64),
+            max_new_tokens=8,
+            do_sample=False,
+        )[0, len(row) :].tolist()
+        for row in rows
+    ]
+    ids = torch.tensor([[0] * (9 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (9 - len(row)) + [1] * len(row) for row in rows])
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    together = model.generate(ids, attention_mask=mask, **options)[:, 9:].tolist()
+    for one, many in zip(alone, together, strict=True):
+        assert many[: len(one)] == one
+    assert len(set(map(tuple, alone))) == 3
+
+
 def test_gradient_checkpointing(model):
     ids = random_ids()
     model.train()
@@ -129,7 +171,10 @@ def test_gradient_checkpointing(model):
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.activation_checkpointing_enable()
+    runs = []
+    model.model.layers[2].self_attn.register_forward_hook(lambda *_: runs.append(1))
     model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(runs) == 2  # once forward, once again for the backward pass
     for name, parameter in model.named_parameters():
         assert plain[name].abs().sum() > 0
         torch.testing.assert_close(parameter.grad, plain[name])

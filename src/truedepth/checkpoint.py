@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,9 +42,22 @@ _SAFETENSORS_DTYPES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def check_output(out: Path, force: bool = False) -> None:
+    """Refuse at once what `atomic_directory` would refuse.
+
+    Raises:
+        TruedepthError: `out` exists and `force` is not given.
+    """
+    if os.path.lexists(out) and not force:
+        raise TruedepthError(f"{out} exists already; give --force to replace it.")
 
 
 @contextmanager
@@ -56,38 +70,50 @@ def atomic_directory(out: Path, force: bool = False) -> Iterator[Path]:
         TruedepthError: `out` exists, is being written by another run, or cannot be written. An
             OSError of the block, such as a full disk, becomes one too.
     """
-    out = out.absolute()
-    if out.exists() and not force:
-        raise TruedepthError(f"{out} exists already; give --force to replace it.")
-    partial = out.with_name(f".{out.name}.partial")
+    out = out.resolve()
+    partial, replaced = (out.with_name(f".{out.name}.{what}") for what in ("partial", "replaced"))
+    lock = _locked_directory(partial, out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-    except OSError as error:
-        raise TruedepthError(f"Cannot write to {out}: {error.strerror}.") from error
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TruedepthError(f"{out} is being written by another run.") from error
-        try:
-            _empty(partial)
-            yield partial
-            _sync(partial)
-            if out.exists() and not force:
-                raise TruedepthError(f"{out} has appeared meanwhile; give --force to replace it.")
-            _rename(partial, out)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                reason = error.strerror or str(error)
-                raise TruedepthError(
-                    f"Writing {out} failed: {reason}; nothing of it was kept.", exit_code=1
-                ) from error
-            raise
+        if replaced.exists() and not out.exists():  # a run was killed between its two renames
+            replaced.rename(out)
+        check_output(out, force)
+        _empty(partial)
+        yield partial
+        _sync(partial)
+        check_output(out, force)  # it may have appeared meanwhile
+        _exchange(partial, out, replaced)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise TruedepthError(
+                f"Writing {out} failed: {reason}; nothing of it was kept.", exit_code=1
+            ) from error
+        raise
     finally:
         os.close(lock)
+
+
+def _locked_directory(partial: Path, out: Path) -> int:
+    """Make the directory and lock it; the lock goes with the process, however it ends."""
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            partial.mkdir(exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between opening and locking, its owner may have renamed or removed it.
+                if partial.exists() and partial.stat().st_ino == os.fstat(lock).st_ino:
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+    except BlockingIOError as error:
+        raise TruedepthError(f"{out} is being written by another run.") from error
+    except OSError as error:
+        raise TruedepthError(f"Cannot write to {out}: {error.strerror}.") from error
 
 
 def write_weights(
@@ -111,15 +137,12 @@ def write_weights(
     Raises:
         TruedepthError: `shard_size` is not a size.
     """
-    try:
-        split = split_state_dict_into_shards_factory(
-            tensors,
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern=FILENAME_PATTERN,
-            max_shard_size=shard_size,
-        )
-    except ValueError as error:
-        raise TruedepthError(f"{shard_size!r} is not a size; write it as 5GB.") from error
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=FILENAME_PATTERN,
+        max_shard_size=_bytes(shard_size),
+    )
     for filename, names in split.filename_to_tensors.items():
         _write_shard(directory / filename, {name: tensors[name] for name in names}, progress)
     if split.is_sharded:
@@ -127,6 +150,17 @@ def write_weights(
         text = json.dumps(index, indent=2) + "\n"
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _bytes(size: int | str) -> int:
+    """`"5GB"`, `"500 MiB"`, `"5000000"` or a number, as a number."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    units |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", str(size).strip().upper())
+    count = int(match[1]) * units.get(match[2], 0) if match else 0
+    if count < 1:
+        raise TruedepthError(f"{size!r} is not a size of files; write it as 5GB.")
+    return count
 
 
 def _write_shard(
@@ -162,29 +196,40 @@ def _write_block(file: BinaryIO, block: Tensor) -> int:
 
 def _empty(directory: Path) -> None:
     for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
 
 
 def _sync(directory: Path) -> None:
     """Contents must reach the disk before the rename that vouches for them."""
-    for file in (*filter(Path.is_file, directory.rglob("*")), directory):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in (*directory.rglob("*"), directory):
+        _sync_one(path)
 
 
-def _rename(partial: Path, out: Path) -> None:
-    replaced = out.with_name(f".{out.name}.replaced")
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(partial: Path, out: Path, replaced: Path) -> None:
+    """Put `partial` in the place of `out`, which is back if that fails."""
     if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         out.rename(replaced)
-    partial.rename(out)
-    if replaced.is_dir():
-        shutil.rmtree(replaced, ignore_errors=True)
-    elif replaced.exists():
-        replaced.unlink()
+    try:
+        partial.rename(out)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(out)
+        raise
+    _sync_one(out.parent)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

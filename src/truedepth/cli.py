@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -50,23 +51,30 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
-Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'default'.")]
-Json = Annotated[
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or 'default'.")
+]
+JsonPath = Annotated[
     Path | None,
     typer.Option("--json", help="Also write the result as JSON.", callback=_writable),
 ]
-Seed = Annotated[int, typer.Option(help="Of all random choices.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if any]")]
+Seed = Annotated[int, typer.Option(help="Of random choices, where there are any.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where a model runs: cpu, cuda, cuda:1, …", show_default="a GPU if any"),
+]
 Weights = Annotated[
     DType, typer.Option(help="Of weights; auto is float32 on a CPU, else the checkpoint's own.")
 ]
 Text = Annotated[
-    Path | None, typer.Option(help=".txt or .jsonl file. [default: Python's own documentation]")
+    Path | None,
+    typer.Option(help=".txt or .jsonl file.", show_default="Python's own documentation"),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _app(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
@@ -77,28 +85,30 @@ def _version(
 @app.command()
 def info(
     model: Model,
-    json: Json = None,
+    json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Weights = DType.auto,
+    dtype: Annotated[DType, typer.Option(help="To state sizes in; auto is bfloat16.")] = DType.auto,
 ) -> None:
     """What a model is, what can be paired, and what a plan would save."""
     from truedepth.inspection import inspect_model
     from truedepth.report.pages import print_info
 
     found = inspect_model(model)
+    _write_json(json_path, found.to_dict())
     print_info(found, dtype.torch())
-    _write_json(json, found.to_dict())
 
 
 @app.command()
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
     layers: Annotated[
         str | None, typer.Option(help="Pair this span of layers: 14-27 is layers 14 to 27.")
     ] = None,
-    group: Annotated[int, typer.Option(help="With --layers: layers a group.")] = 2,
+    group: Annotated[
+        int | None, typer.Option(help="With --layers: layers a group.", show_default="2")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file (YAML).")] = None,
     pairs: Annotated[
         int | None, typer.Option(help="Pair this many pairs in the late middle; 0 pairs none.")
@@ -107,44 +117,39 @@ def convert(
         int | None, typer.Option(help="Pair in the late middle down to this effective depth.")
     ] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    json: Json = None,
+    force: Force = False,
+    json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Annotated[DType, typer.Option(help="Of the written weights.")] = DType.auto,
+    dtype: Annotated[
+        DType, typer.Option(help="Of the written weights; auto is the source's.")
+    ] = DType.auto,
 ) -> None:
     """Write MODEL as a layer-parallel checkpoint to the directory OUT."""
     if sum(choice is not None for choice in (layers, plan, pairs, depth)) != 1:
         raise TruedepthError("Say what to pair with one of --layers, --plan, --pairs, --depth.")
+    if group is not None and layers is None:
+        raise TruedepthError("--group goes with --layers only; others pair by two.")
+    read = Plan.from_yaml(plan) if plan is not None else None
+    span = parse_span(layers) if layers is not None else None
+
     from truedepth.conversion import convert
     from truedepth.report.pages import print_conversion
     from truedepth.sources import open_source
 
-    read = Plan.from_yaml(plan) if plan else None
-    span = parse_span(layers) if layers else None
     source = open_source(model)
-    if span:
-        read = Plan.span(source.num_layers, *span, group=group)
-    elif read is None:
-        if depth is not None and not 0 < depth <= source.num_layers:
-            raise TruedepthError(
-                f"Depth {depth} is not possible: {source.name} has {source.num_layers} layers."
-            )
-        wanted = source.num_layers - depth if depth is not None else pairs
-        read = Plan.late_pairs(source.num_layers, wanted or 0)
+    if span is not None:
+        read = Plan.span(source.num_layers, *span, group=2 if group is None else group)
+    elif pairs is not None:
+        read = Plan.late_pairs(source.num_layers, pairs)
+    elif depth is not None:
+        read = Plan.at_depth(source.num_layers, depth)
+    assert read is not None  # one of the four was given
+    if read.model not in (None, model, source.name):
+        print(f"truedepth: note: the plan was made for {read.model}.", file=sys.stderr)
     done = convert(source, out, read, dtype=dtype.torch(), shard_size=shard_size, force=force)
+    _write_json(json_path, done.to_dict())
     print_conversion(done)
-    _write_json(
-        json,
-        {
-            "path": str(done.path),
-            "source": done.source,
-            "origin": done.origin,
-            "size": done.size,
-            "plan": done.plan.to_dict(),
-            "effective_depth": done.plan.effective_depth,
-        },
-    )
 
 
 @app.command("eval")
@@ -155,7 +160,7 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     windows: Annotated[int, typer.Option(min=0, help="Use the first so many; 0 for all.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 4,
-    json: Json = None,
+    json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Weights = DType.auto,
@@ -175,20 +180,22 @@ def evaluate(
         device=device,
         dtype=dtype.torch(),
     )
+    _write_json(json_path, measured.to_dict())
     print_rows(perplexity_rows(measured))
-    _write_json(json, measured.to_dict())
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What the model answers or continues.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What the model answers or continues.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt; no chat template.")
     ] = False,
-    json: Json = None,
+    json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Weights = DType.auto,
@@ -209,13 +216,14 @@ def generate(
         raw=raw,
         stream=True,
     )
-    _write_json(json, {"model": model, "prompt": prompt, "text": text})
+    _write_json(json_path, {"model": model, "prompt": prompt, "text": text})
 
 
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the converted checkpoint here.")] = None,
-    json: Json = None,
+    force: Force = False,
+    json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Weights = DType.auto,
@@ -225,9 +233,9 @@ def demo(
     from truedepth.report.pages import print_demo
 
     _prepare(seed)
-    result = run_demo(out, device=device, dtype=dtype.torch())
+    result = run_demo(out, force=force, device=device, dtype=dtype.torch())
+    _write_json(json_path, result.to_dict())
     print_demo(result)
-    _write_json(json, result.to_dict())
 
 
 def _prepare(seed: int) -> None:
@@ -250,6 +258,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Δ or … shows a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except TruedepthError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 
 from truedepth import __version__, modeling
-from truedepth.checkpoint import atomic_directory, write_weights
+from truedepth.card import model_card
+from truedepth.checkpoint import atomic_directory, check_output, write_weights
 from truedepth.errors import TruedepthError
+from truedepth.loading import empty_model
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
-from truedepth.report.card import model_card
 from truedepth.sources import Source, open_source
 from truedepth.tensors import LazyTensor
 from truedepth.widen import widen
@@ -32,6 +34,22 @@ class Conversion:
     origin: str
     size: int
     """Bytes of the weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "path": str(self.path),
+            "source": self.source,
+            "origin": self.origin,
+            "size": self.size,
+            "plan": self.plan.to_dict(),
+            "effective_depth": self.plan.effective_depth,
+            "paired_layers": self.plan.paired_layers,
+            "all_reduces_per_token": {
+                "original": self.plan.unpaired.all_reduces_per_token(2),
+                "converted": self.plan.all_reduces_per_token(2),
+            },
+        }
 
 
 def convert(
@@ -52,21 +70,25 @@ def convert(
         out: Directory to write; appears when it is complete.
         plan: Which layers run together; for a model of this depth.
         dtype: Of the weights; by default as in the source, float32 for quantized GGUF files.
-        shard_size: Most bytes a file of weights holds.
+        shard_size: Most bytes a file of weights holds, as a number or such as `"5GB"`.
         force: Replace `out` if it exists.
 
     Raises:
         TruedepthError: The plan does not fit the model, or source or output cannot be used.
     """
     source = model if isinstance(model, Source) else open_source(model)
-    out = Path(out).expanduser()
+    out = Path(out).expanduser().resolve()
     if plan.num_layers != source.num_layers:
         raise TruedepthError(
             f"The plan is for {plan.num_layers} layers, but {source.name} has {source.num_layers}."
         )
+    # What can be refused is refused before a hub model's weights are downloaded.
+    source.family  # noqa: B018
     _check_apart(source.path, out)
+    check_output(out, force)
     tensors = converted_tensors(source, plan, dtype)
-    config = converted_config(source, plan, dtype)
+    config = converted_config(source, plan, tensors)
+    _check_loadable(config, tensors, source.path)
     with atomic_directory(out, force) as partial:
         total = sum(tensor.nbytes for tensor in tensors.values())
         with progress_bar("Converting", total, unit="bytes") as advance:
@@ -88,30 +110,23 @@ def converted_tensors(
         TruedepthError: A layer has tensors that cannot be widened exactly.
     """
     layers: list[dict[str, LazyTensor]] = [{} for _ in range(source.num_layers)]
-    outside: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, tensor in source.tensors.items():
         layer, rest = source.family.split(name)
         if layer is None:
-            outside[name] = tensor
+            tensors[name] = tensor
         elif layer >= source.num_layers:
             raise TruedepthError(
-                f"{source.path} has the tensor {name!r}, but config.json says {source.num_layers}"
+                f"{source.path} has the tensor {name!r}, but its config says {source.num_layers}"
                 " layers."
             )
         elif rest not in source.family.obsolete:
             layers[layer][rest] = tensor
-
     if missing := [layer for layer, held in enumerate(layers) if not held]:
         raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}.")
-    if source.config.get("tie_word_embeddings"):
-        outside.pop("lm_head.weight", None)  # the embedding again; transformers ties it on loading
-        needed = set(source.family.outside) - {"lm_head"}
-    else:
-        needed = set(source.family.outside)
-    if lacking := sorted(name for name in needed if f"{name}.weight" not in outside):
-        raise TruedepthError(f"{source.path} has no tensor '{lacking[0]}.weight'.")
+    if _tied(source):
+        tensors.pop("lm_head.weight", None)  # the embedding again; transformers ties it on loading
 
-    tensors = dict(outside)
     for index, group in enumerate(plan.groups):
         members = [layers[layer] for layer in group]
         try:
@@ -125,18 +140,20 @@ def converted_tensors(
 
 
 def converted_config(
-    source: Source, plan: Plan, dtype: torch.dtype | None = None
+    source: Source, plan: Plan, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, Any]:
-    """config.json of the converted model."""
-    config = dict(source.config)
+    """config.json of the converted model, whose tensors are `tensors`."""
     prefix = source.family.class_prefix
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    bytes_by_dtype: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        bytes_by_dtype[tensor.dtype] += tensor.nbytes
+    config["dtype"] = str(bytes_by_dtype.most_common(1)[0][0]).removeprefix("torch.")
     config["model_type"] = f"{modeling.PREFIX.lower()}_{source.family.model_type}"
     config["architectures"] = [f"{modeling.PREFIX}{prefix}ForCausalLM"]
     config["auto_map"] = modeling.auto_map(prefix)
+    config["tie_word_embeddings"] = _tied(source)
     config["num_hidden_layers"] = plan.effective_depth
-    # Wide layers have more heads, so hidden_size / heads would no longer give this.
-    if config.get("head_dim") is None:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config["layer_widths"] = plan.widths
     config["truedepth"] = {
         "version": __version__,
@@ -145,25 +162,58 @@ def converted_config(
         "calibration": None,
         "healing": None,
     }
-    dtypes = {tensor.dtype for tensor in source.tensors.values()}
-    dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else None)
-    config.pop("torch_dtype", None) if dtype else None
-    if dtype:
-        config["dtype"] = str(dtype).removeprefix("torch.")
     return config
 
 
 def plan_of(config: Mapping[str, Any]) -> Plan | None:
-    """The plan in a converted checkpoint's config.json; None for any other model."""
-    made = config.get("truedepth")
-    if not isinstance(made, dict) or "plan" not in made:
+    """The plan of a converted checkpoint, from its config.json; None for any other model."""
+    widths = config.get("layer_widths")
+    if not isinstance(widths, list) or not all(type(width) is int for width in widths):
         return None
-    return Plan.from_dict(made["plan"], "The plan in config.json")
+    layers = iter(range(sum(widths)))
+    return Plan(sum(widths), [[next(layers) for _ in range(width)] for width in widths])
+
+
+def _tied(source: Source) -> bool:
+    """Whether the output projection is the embedding.
+
+    A config may say so while the file holds another projection; transformers then takes the file's.
+    """
+    if not source.config.get("tie_word_embeddings"):
+        return False
+    head, embedding = (source.tensors.get(name) for name in source.family.tied)
+    if head is None or embedding is None:
+        return True
+    return (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        map(torch.equal, head.blocks(1 << 20), embedding.blocks(1 << 20))
+    )
+
+
+def _check_loadable(
+    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], source: Path
+) -> None:
+    """The tensors must be those of the model that transformers will build from the config."""
+    model = empty_model(config, source)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in model.all_tied_weights_keys:
+        expected.pop(name)
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise TruedepthError(f"{source} has no tensor for {name!r}.")
+        if name not in expected:
+            raise TruedepthError(f"{source} gives the tensor {name!r}, which its model has not.")
+        if expected[name] != tensors[name].shape:
+            raise TruedepthError(
+                f"{source} gives {name!r} the shape {list(tensors[name].shape)}, but its config"
+                f" says {list(expected[name])}."
+            )
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    source, out = source.resolve(), out.resolve()
-    if out == source or source in out.parents:
+    """Neither may contain the other, also where the source is made of links."""
+    links = list(source.iterdir()) if source.is_dir() else []
+    for place in {source.resolve(), *(link.resolve() for link in links)}:
+        if out == place or out in place.parents:
+            raise TruedepthError(f"The output {out} contains the source {place}; choose another.")
+    if source.is_dir() and source.resolve() in out.parents:
         raise TruedepthError(f"The output {out} is inside the source {source}; choose another.")
-    if out in source.parents:
-        raise TruedepthError(f"The output {out} contains the source {source}; choose another.")

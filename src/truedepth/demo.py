@@ -16,6 +16,7 @@ from truedepth.evaluate import Perplexity, perplexity
 from truedepth.generation import answer
 from truedepth.loading import default_device, load
 from truedepth.plan import Plan
+from truedepth.progress import working
 from truedepth.sources import open_source
 
 FIRST, LAST = 14, 27  # 30 -> 23 layers, the paper's -22 % of depth
@@ -35,20 +36,21 @@ class Demo:
     answer_before: str
     answer_after: str
     device: str
+    kept: bool
+    """Whether the converted checkpoint is still there."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        data = asdict(self)
-        data["conversion"] |= {
-            "path": str(self.conversion.path),
-            "plan": self.conversion.plan.to_dict(),
+        return asdict(self) | {
+            "conversion": self.conversion.to_dict(),
+            "perplexity": self.perplexity.to_dict(),
         }
-        return data | {"perplexity": self.perplexity.to_dict()}
 
 
 def run_demo(
     out: Path | None = None,
     *,
+    force: bool = False,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Demo:
@@ -56,6 +58,7 @@ def run_demo(
 
     Args:
         out: Where the checkpoint is kept; by default it is thrown away.
+        force: Replace `out` if it exists.
         device: To run on.
         dtype: To run in.
     """
@@ -63,17 +66,22 @@ def run_demo(
         directory = out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "converted"
         source = open_source("default")
         plan = Plan.span(source.num_layers, FIRST, LAST, model=source.name)
-        conversion = convert(source, directory, plan)
-        before = load(source, device=device, dtype=dtype)
-        after = load(directory, device=device, dtype=dtype)
-        speed_before, speed_after = decode_speed([before, after])
+        conversion = convert(source, directory, plan, force=force)
+        with working("Loading both models"):
+            before = load(source, device=device, dtype=dtype)
+            after = load(directory, device=device, dtype=dtype)
+        measured = perplexity(after, against=before, windows=WINDOWS)
+        with working("Decoding"):
+            speed_before, speed_after = decode_speed([before, after])
+            answers = [answer(each, PROMPT, max_new_tokens=64) for each in (before, after)]
         return Demo(
             conversion=conversion,
-            perplexity=perplexity(after, against=before, windows=WINDOWS),
+            perplexity=measured,
             speed_before=speed_before,
             speed_after=speed_after,
             prompt=PROMPT,
-            answer_before=answer(before, PROMPT, max_new_tokens=64),
-            answer_after=answer(after, PROMPT, max_new_tokens=64),
+            answer_before=answers[0],
+            answer_after=answers[1],
             device=str(device or default_device()),
+            kept=out is not None,
         )

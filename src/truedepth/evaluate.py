@@ -59,12 +59,12 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return math.exp(self.nll)
+        return _exp(self.nll)
 
     @property
     def against_perplexity(self) -> float | None:
         """That of the original."""
-        return None if self.against_nll is None else math.exp(self.against_nll)
+        return None if self.against_nll is None else _exp(self.against_nll)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, perplexities included."""
@@ -115,6 +115,7 @@ def perplexity(
         each if isinstance(each, Loaded) else load(each, device=device, dtype=dtype)
         for each in opened
     ]
+    _check(loaded, window)
     ours, theirs = loaded[0], loaded[1] if len(loaded) > 1 else None
     measured = []
     with progress_bar("Measuring", len(ids)) as advance:
@@ -127,6 +128,27 @@ def perplexity(
         names=[_name(each) for each in opened],
         text=DEFAULT_TEXT if text is None else str(text),
     )
+
+
+def _check(loaded: Sequence[Loaded], window: int) -> None:
+    """What configs say must allow the measurement."""
+    for each in loaded:
+        positions = getattr(each.model.config, "max_position_embeddings", None)
+        if positions is not None and window > positions:
+            raise TruedepthError(
+                f"A window of {window} tokens is longer than the {positions} positions of"
+                f" {each.source.name}; give a smaller --window."
+            )
+    sizes = [each.model.config.vocab_size for each in loaded]
+    if len(set(sizes)) > 1:
+        raise TruedepthError(
+            f"The models' vocabularies have {sizes[0]} and {sizes[1]} entries; only models with the"
+            " same vocabulary can be compared."
+        )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _name(opened: Source | Loaded) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from truedepth.errors import TruedepthError
 from truedepth.loading import Loaded
 
 
@@ -29,8 +30,13 @@ def answer(
         temperature: 0 takes the likeliest token always; above, tokens are sampled.
         raw: Continue the prompt as it is even where there is a chat template.
         stream: Print the answer as it comes.
+
+    Raises:
+        TruedepthError: The prompt is empty.
     """
     tokenizer = loaded.tokenizer
+    if not prompt.strip():
+        raise TruedepthError("The prompt is empty.")
     if raw or not tokenizer.chat_template:
         inputs = tokenizer(prompt, return_tensors="pt")
     else:

@@ -6,11 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from truedepth.conversion import plan_of
-from truedepth.loading import transformers_config
+from truedepth.loading import empty_model
 from truedepth.plan import Plan
 from truedepth.sources import Source, open_source
 
@@ -64,12 +61,11 @@ def inspect_model(model: str | Path | Source) -> Info:
     Raises:
         TruedepthError: There is no such model, or its family is not supported.
     """
-    source = model if isinstance(model, Source) else open_source(model, weights=False)
+    source = model if isinstance(model, Source) else open_source(model)
     plan = plan_of(source.config)
     family = source.config["model_type"] if plan else source.family.model_type
-    config = transformers_config(source)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    empty = empty_model(source.config, source.path)
+    config = empty.config
     own = plan or Plan(source.num_layers)
     return Info(
         name=source.name,

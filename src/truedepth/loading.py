@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import (
@@ -21,12 +23,17 @@ from truedepth.sources import Source, open_source
 register()
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """A model ready to run, and where it came from."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     source: Source
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.source.tokenizer
 
 
 def load(
@@ -36,7 +43,7 @@ def load(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Loaded:
-    """Load a model and its tokenizer, original or converted, for inference.
+    """Load a model, original or converted, for inference.
 
     Args:
         model: A directory, `.gguf` file, hub id, `default`, or an open source.
@@ -45,7 +52,7 @@ def load(
         options: For transformers' `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        TruedepthError: There is no such model, or transformers cannot load it.
+        TruedepthError: There is no such model, transformers cannot load it, or it lacks weights.
     """
     source = model if isinstance(model, Source) else open_source(model)
     device = _device(device)
@@ -55,21 +62,58 @@ def load(
     tensors = source.tensors  # opened here so that a broken file is named
     try:
         if source.path.is_dir():
-            loaded = AutoModelForCausalLM.from_pretrained(source.path, **options)
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                source.path, output_loading_info=True, **options
+            )
         else:
             # One reader of GGUF for loading and converting, so that both see the same weights.
-            config = transformers_config(source)
-            loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            config = transformers_config(source.config, source.path)
+            loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
                 state_dict={name: tensor.read() for name, tensor in tensors.items()},
+                output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TruedepthError(
-            f"transformers cannot load {source.path}: {_first_line(error)}"
-        ) from error
-    return Loaded(loaded.eval(), source.tokenizer, source)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = _first_line(error)
+        raise TruedepthError(f"transformers cannot load {source.path}: {reason}") from error
+    for kind in ("missing_keys", "mismatched_keys"):  # transformers would fill them at random
+        if names := report[kind]:
+            raise TruedepthError(
+                f"{source.path} does not hold the weights that its config.json describes:"
+                f" {kind.replace('_', ' ')}, among them {min(map(str, names))!r}."
+            )
+    return Loaded(loaded.eval(), source)
+
+
+def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
+    """A config.json as transformers' own class.
+
+    Raises:
+        TruedepthError: transformers does not know it or refuses a value.
+    """
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # config classes raise errors of every kind
+        reason = _first_line(error)
+        raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
+
+
+def empty_model(config: Mapping[str, Any], where: Path) -> PreTrainedModel:
+    """The model that a config.json describes, without memory for its weights.
+
+    Raises:
+        TruedepthError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(transformers_config(config, where))
+    except TruedepthError:
+        raise
+    except Exception as error:  # as above
+        reason = _first_line(error)
+        raise TruedepthError(f"transformers cannot build the model of {where}: {reason}") from error
 
 
 def default_device() -> str:
@@ -88,21 +132,7 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def transformers_config(source: Source) -> Any:
-    """The config of a source as transformers' own class.
-
-    Raises:
-        TruedepthError: transformers cannot read it.
-    """
-    try:
-        if source.path.is_dir():
-            return AutoConfig.from_pretrained(source.path)
-        return AutoConfig.for_model(**source.config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TruedepthError(
-            f"transformers cannot read the config of {source.path}: {_first_line(error)}"
-        ) from error
-
-
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The error's first line, as the end of a sentence."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}."

@@ -8,6 +8,7 @@ is a layer that stays as it is, a group of n becomes one layer n times as wide. 
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,12 +43,14 @@ class Plan:
         Raises:
             TruedepthError: A layer out of range, in two groups, or a group with a gap.
         """
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        num_layers = _whole(num_layers)
+        if num_layers < 1:
             raise TruedepthError(
                 f"A plan needs a number of layers of at least 1, not {num_layers!r}."
             )
         owner: dict[int, tuple[int, ...]] = {}
-        for group in map(tuple, groups):
+        for layers in groups:
+            group = tuple(map(_whole, layers))
             _check_group(group, num_layers)
             for layer in group:
                 if layer in owner:
@@ -107,6 +110,21 @@ class Plan:
         starts = range(first, first + 2 * pairs, 2)
         return cls(num_layers, [(start, start + 1) for start in starts], model)
 
+    @classmethod
+    def at_depth(cls, num_layers: int, depth: int, model: str | None = None) -> Plan:
+        """`late_pairs` down to an effective depth.
+
+        Raises:
+            TruedepthError: Pairs cannot give that depth.
+        """
+        least = num_layers - num_layers // 2
+        if not least <= depth <= num_layers:
+            raise TruedepthError(
+                f"Pairs cannot bring {num_layers} layers to depth {depth}, only to depths {least}"
+                f" to {num_layers}."
+            )
+        return cls.late_pairs(num_layers, num_layers - depth, model)
+
     @property
     def effective_depth(self) -> int:
         """Number of layers that run one after another: one a group."""
@@ -116,6 +134,11 @@ class Plan:
     def paired_layers(self) -> int:
         """Δ: number of original layers inside groups of two or more."""
         return sum(len(group) for group in self.groups if len(group) > 1)
+
+    @property
+    def unpaired(self) -> Plan:
+        """The original: every layer alone."""
+        return Plan(self.num_layers, model=self.model)
 
     @property
     def widths(self) -> list[int]:
@@ -216,12 +239,20 @@ def parse_span(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _whole(value: object) -> int:
+    """A whole number of any type that is one, such as NumPy's."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TruedepthError(f"{value!r} is not a whole number, as layers are.") from None
+
+
 def _check_group(group: tuple[int, ...], num_layers: int) -> None:
     if not group:
         raise TruedepthError("A group is empty; name at least one layer in it.")
     for layer in group:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TruedepthError(f"{layer!r} is not a layer; layers are whole numbers.")
         if not 0 <= layer < num_layers:
             raise TruedepthError(
                 f"Layer {layer} is out of range: the model has layers 0 to {num_layers - 1}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +15,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """A spinner for work whose length is not known."""
+    console = Console(stderr=True)
+    with console.status(description) if console.is_terminal else nullcontext():
+        yield
 
 
 @contextmanager

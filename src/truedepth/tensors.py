@@ -74,7 +74,7 @@ def stack_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return LazyTensor(shape, _common_dtype(parts), rows)
+    return LazyTensor(shape, common_dtype(parts), rows)
 
 
 def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
@@ -82,7 +82,7 @@ def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
     return LazyTensor(
         shape,
-        _common_dtype(parts),
+        common_dtype(parts),
         lambda start, stop: torch.cat([part.rows(start, stop) for part in parts], dim=1),
     )
 
@@ -105,7 +105,8 @@ def add(parts: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(parts[0].shape, torch.float32, rows)
 
 
-def _common_dtype(parts: Sequence[LazyTensor]) -> torch.dtype:
+def common_dtype(parts: Sequence[LazyTensor]) -> torch.dtype:
+    """The dtype that holds the values of all parts."""
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)

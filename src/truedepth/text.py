@@ -36,16 +36,15 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path).expanduser()
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise TruedepthError(f"Cannot read the text {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise TruedepthError(f"{path} is not UTF-8 text.") from error
     if path.suffix == ".jsonl":
-        lines = content.splitlines()
-        content = "\n\n".join(
-            _document(line, path, number) for number, line in enumerate(lines, 1) if line.strip()
-        )
+        # Not splitlines(): text may hold other characters that it takes for line ends.
+        lines = enumerate(content.split("\n"), 1)
+        content = "\n\n".join(_document(line, path, n) for n, line in lines if line.strip())
     elif path.suffix != ".txt":
         raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file.")
     if not content.strip():
@@ -78,6 +77,8 @@ def token_windows(
     """
     if window < 2:
         raise TruedepthError(f"A window needs at least 2 tokens to predict one, not {window}.")
+    if limit is not None and limit < 1:
+        raise TruedepthError(f"At least 1 window is needed, not {limit}.")
     prefix = _bos(tokenizer)
     body = window - len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -25,7 +25,15 @@ import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.families import Family
-from truedepth.tensors import LazyTensor, add, join_columns, ones, scale_columns, stack_rows
+from truedepth.tensors import (
+    LazyTensor,
+    add,
+    common_dtype,
+    join_columns,
+    ones,
+    scale_columns,
+    stack_rows,
+)
 
 Layer = Mapping[str, LazyTensor]
 """The tensors of one layer by name within it, such as `mlp.up_proj.weight`."""
@@ -39,8 +47,8 @@ def widen(
     Args:
         family: Where the layers' norms and linear maps are.
         group: The layers, first to last; all of one shape.
-        dtype: Of the result; by default that of the group. Folding is done in float32 and rounded
-            to this dtype once.
+        dtype: Of the result; by default every tensor keeps that of the tensors it is made from.
+            Folding is done in float32 and rounded to this dtype once.
 
     Returns:
         The tensors of the wide layer, in the order norms, reading maps, writing maps.
@@ -49,37 +57,35 @@ def widen(
         TruedepthError: A layer has a tensor that the family does not know, or lacks one.
     """
     _check(family, group)
-    dtype = dtype or next(iter(group[0].values())).dtype
+
+    def each(name: str) -> list[LazyTensor]:
+        return [layer[name] for layer in group]
 
     wide = {}
     for norm in family.norms:
         gain = group[0][f"{norm}.weight"]
         wide[f"{norm}.weight"] = ones(gain.shape[0], gain.dtype)
     for name, norm in family.reads.items():
-        wide[f"{name}.weight"] = stack_rows(
-            [scale_columns(layer[f"{name}.weight"], layer[f"{norm}.weight"]) for layer in group]
-        )
+        weights, gains = each(f"{name}.weight"), each(f"{norm}.weight")
+        wide[f"{name}.weight"] = stack_rows(list(map(scale_columns, weights, gains)))
         if f"{name}.bias" in group[0]:
-            wide[f"{name}.bias"] = stack_rows([layer[f"{name}.bias"] for layer in group])
+            wide[f"{name}.bias"] = stack_rows(each(f"{name}.bias"))
     for name in family.writes:
-        wide[f"{name}.weight"] = join_columns([layer[f"{name}.weight"] for layer in group])
+        wide[f"{name}.weight"] = join_columns(each(f"{name}.weight"))
         if f"{name}.bias" in group[0]:
-            wide[f"{name}.bias"] = add([layer[f"{name}.bias"] for layer in group])
-    return {name: tensor.to(dtype) for name, tensor in wide.items()}
+            wide[f"{name}.bias"] = add(each(f"{name}.bias"))
+    return {name: tensor.to(dtype or common_dtype(each(name))) for name, tensor in wide.items()}
 
 
 def _check(family: Family, group: Sequence[Layer]) -> None:
     """Every tensor of every layer must have its place in the wide layer."""
-    known = {f"{module}.{part}" for module in family.modules for part in ("weight", "bias")}
-    known -= {f"{norm}.bias" for norm in family.norms}
-    first = set(group[0])
     for layer in group:
-        for name in sorted(set(layer) - known):
+        for name in sorted(set(layer) - family.layer_tensors):
             raise TruedepthError(
                 f"A layer has the tensor {name!r}, which the family {family.model_type}"
                 " does not know; widening would lose it."
             )
-        for name in sorted(first ^ set(layer)):
+        for name in sorted(set(group[0]) ^ set(layer)):
             raise TruedepthError(f"Only some of the layers of a group have the tensor {name!r}.")
         for module in family.modules:
             if f"{module}.weight" not in layer:

@@ -39,6 +39,9 @@ class Family:
     outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "lm_head")
     """Modules that belong to no layer."""
 
+    tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    """The tensor that tied embeddings leave out, and the one that stands for it."""
+
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms of a layer, each once, in the order of their first use."""
@@ -48,6 +51,12 @@ class Family:
     def modules(self) -> tuple[str, ...]:
         """Every module of a layer that has parameters."""
         return (*self.norms, *self.reads, *self.writes)
+
+    @property
+    def layer_tensors(self) -> set[str]:
+        """Every tensor that a layer may have: all weights, and biases but of norms."""
+        weights = {f"{module}.weight" for module in self.modules}
+        return weights | {f"{module}.bias" for module in (*self.reads, *self.writes)}
 
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` as `(3, "mlp.up_proj.weight")`.
@@ -75,9 +84,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     Raises:
         TruedepthError: The family is unknown, or this model of it cannot be widened exactly.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     known = {family.model_type: family for family in all_families()}
-    if isinstance(model_type, str) and model_type.startswith("truedepth_"):
+    if model_type.startswith("truedepth_"):
         raise TruedepthError(
             f"{where} is layer-parallel already; convert the model that it was made from instead."
         )
@@ -86,10 +95,10 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where} is of the family {model_type!r}, which is not supported;"
             f" supported: {', '.join(sorted(known))}."
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise TruedepthError(
-            f"{where} holds quantized weights ({method}), which cannot be folded exactly;"
-            " convert the unquantized model and quantize the result."
+            f"{where} holds quantized weights ({method or 'of an unknown method'}), which cannot be"
+            " folded exactly; convert the unquantized model and quantize the result."
         )
     return known[model_type]

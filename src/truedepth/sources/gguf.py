@@ -1,8 +1,8 @@
 """A GGUF file as a source: tensors dequantized as they are read, under transformers' names.
 
-transformers rebuilds config and tokenizer from the file's metadata. Read here are the tensors,
-lazily, and two things it passes over in 5.23: the split of digits in the tokenizer, and Llama 3's
-RoPE scaling, which GGUF keeps as a tensor of factors.
+The tokenizer is rebuilt by transformers, but for the split of digits, which it passes over in 5.23.
+Config and tensors are read here: transformers fills what a file does not say with its own defaults,
+drops Llama 3's RoPE scaling, and reads all tensors at once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA}
 
-# llama.cpp's pre-tokenizers that take digits one by one (llama-vocab.cpp) before GPT-2's own split.
-SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+# llama.cpp's pre-tokenizers that take digits one by one before GPT-2's own split (llama-vocab.cpp).
+SINGLE_DIGITS = (
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+)
 
 PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -47,6 +55,10 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         architecture = reader.fields["general.architecture"].contents()
     except Exception as error:  # the reader raises whatever a bad offset leads to
         raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
+    if (parts := _value(reader, "split.count", 1)) > 1:
+        raise TruedepthError(
+            f"{path} is one of {parts} parts of a model; merge them with llama-gguf-split --merge."
+        )
     if architecture not in ARCHITECTURES:
         raise TruedepthError(
             f"{path} is of the GGUF architecture {architecture!r}, which is not supported;"
@@ -72,8 +84,9 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         from transformers import GenerationConfig
 
         load_tokenizer().save_pretrained(out)
-        tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**tokens).save_pretrained(out)
+        GenerationConfig(
+            **{key: config[key] for key in config if key.endswith("_token_id")}
+        ).save_pretrained(out)
 
     kinds = {tensor.tensor_type for tensor in reader.tensors} - set(PLAIN)
     return Source(
@@ -93,20 +106,51 @@ def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
-    from transformers import AutoConfig
+    """config.json of a file of the llama architecture."""
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
 
-    try:
-        read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        config = {k: v for k, v in read.to_diff_dict().items() if not k.startswith("_")}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise TruedepthError(f"{path} has metadata that transformers cannot read.") from error
-    config["architectures"] = ["LlamaForCausalLM"]
-    names = {tensor.name: tensor for tensor in reader.tensors}
-    config["attention_bias"] = "blk.0.attn_q.bias" in names
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    config["tie_word_embeddings"] = "output.weight" not in names
-    if factors := names.get("rope_freqs.weight"):
-        config["rope_parameters"] |= _llama3_scaling(path, factors.data, config)
+    def value(key: str, default: Any = None) -> Any:
+        found = _value(reader, f"llama.{key}", default)
+        if found is None:
+            raise TruedepthError(f"{path} lacks the metadata 'llama.{key}'.")
+        return found
+
+    if "token_embd.weight" not in shapes:
+        raise TruedepthError(f"{path} has no tensor 'token_embd.weight'.")
+    heads = value("attention.head_count")
+    head_dim = value("attention.key_length", value("embedding_length") // heads)
+    if value("rope.dimension_count", head_dim) != head_dim:
+        raise TruedepthError(f"{path} rotates a part of every head only, which is not supported.")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": value("embedding_length"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": value("rope.freq_base", 10000.0),
+        },
+        "vocab_size": int(shapes["token_embd.weight"][1]),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+        **{
+            f"{name}_token_id": _value(reader, f"tokenizer.ggml.{key}_token_id")
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        },
+    }
+    if (scaling := _value(reader, "llama.rope.scaling.type", "none")) != "none":
+        raise TruedepthError(f"{path} scales RoPE by {scaling!r}, which is not supported.")
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            config["rope_parameters"] |= _llama3_scaling(path, tensor.data, config)
     return config
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truedepth.errors import TruedepthError
 from truedepth.families import Family, family_of
 from truedepth.tensors import LazyTensor
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """A model that can be read: config, tensors, tokenizer."""
+    """A model that can be read: config, tensors, tokenizer.
+
+    Openers give the last three fields as functions; read them through the properties, which call
+    each at most once.
+    """
 
     name: str
     """Hub id, or the name of the directory or file."""
@@ -32,33 +37,47 @@ class Source:
     """config.json, under transformers' names."""
 
     read_tensors: Callable[[], Mapping[str, LazyTensor]] = field(repr=False)
-    """Opens the weights; called at most once, through `tensors`."""
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase] = field(repr=False)
 
     save_companions: Callable[[Path], None] = field(repr=False)
     """Writes everything but config and weights (tokenizer, generation config) to a directory."""
 
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase] = field(repr=False)
-    """Loads the tokenizer; called at most once, through `tokenizer`."""
-
     quantization: str | None = None
     """How the weights were quantized, if they were: they are dequantized when they are read."""
 
-    @cached_property
-    def tensors(self) -> Mapping[str, LazyTensor]:
-        """Every tensor by the name that transformers gives it, in the order of the file."""
-        return self.read_tensors()
+    def __post_init__(self) -> None:
+        for key in ("num_hidden_layers", "hidden_size"):
+            value = self.config.get(key)
+            if type(value) is not int or value < 1:
+                raise TruedepthError(
+                    f"The config of {self.path} must give {key} as a whole number of at least 1,"
+                    f" not {value!r}."
+                )
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as transformers loads it."""
-        return self.load_tokenizer()
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config["num_hidden_layers"])
 
     @cached_property
     def family(self) -> Family:
         """The model's family; raises TruedepthError where it is not supported."""
         return family_of(self.config, str(self.path))
 
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return int(self.config["num_hidden_layers"])
+    @cached_property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """Every tensor by the name that transformers gives it, in the order of the file.
+
+        A hub model's weights are downloaded now. Raises TruedepthError where a file is broken.
+        """
+        return self.read_tensors()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; raises TruedepthError where there is none that can be loaded."""
+        try:
+            return self.load_tokenizer()
+        except Exception as error:  # tokenizers of every kind raise errors of every kind
+            raise TruedepthError(
+                f"{self.path} has no tokenizer that transformers can load."
+            ) from error

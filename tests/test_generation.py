@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import truedepth as td
+from truedepth.generation import answer
+
+TEMPLATE = "{% for m in messages %}the {{ m['content'] }} on{% endfor %}"
+
+
+@pytest.fixture
+def loaded(make_model):
+    return td.load(make_model())
+
+
+def greedy(loaded, text, steps):
+    """The likeliest tokens after a text, from full forward passes."""
+    ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
+    start = ids.shape[1]
+    for _ in range(steps):
+        ids = torch.cat([ids, loaded.model(ids).logits[:, -1:].argmax(-1)], 1)
+        if ids[0, -1] == loaded.tokenizer.eos_token_id:
+            break
+    return loaded.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+def test_the_answer_is_what_follows_the_prompt(loaded):
+    assert answer(loaded, "the cat", max_new_tokens=9) == greedy(loaded, "the cat", 9)
+
+
+def test_a_chat_template_is_used_unless_raw(loaded):
+    loaded.tokenizer.chat_template = TEMPLATE
+    chat = answer(loaded, "cat", max_new_tokens=9)
+    raw = answer(loaded, "cat", max_new_tokens=9, raw=True)
+    assert chat == greedy(loaded, "the cat on", 9)
+    assert raw == greedy(loaded, "cat", 9)
+    assert chat != raw
+
+
+def test_temperature_samples(loaded):
+    def sample(seed, temperature):
+        torch.manual_seed(seed)
+        return answer(loaded, "the cat", max_new_tokens=12, temperature=temperature)
+
+    assert sample(1, 2.0) == sample(1, 2.0) != sample(2, 2.0)
+    assert sample(1, 1e-4) == sample(2, 1e-4) == answer(loaded, "the cat", max_new_tokens=12)
+
+
+def test_streaming_prints_the_answer(loaded, capsys):
+    text = answer(loaded, "the cat", max_new_tokens=9, stream=True)
+    assert text in capsys.readouterr().out

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import truedepth as td
 
@@ -45,6 +47,18 @@ def test_the_readmes_python(tmp_path):
         code = code.replace('td.convert("default", "out", plan)', "")
         code = code.replace('against="default"', 'against="default", windows=2')
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_the_gguf_reader_agrees_with_transformers_own():
+    path = td.open_source("default").path
+    if path.suffix != ".gguf":
+        pytest.skip("the default model came from the hub; there is no GGUF file to compare")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    ours = td.load(path).model.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
 
 
 def test_demo_prints_one_page(tmp_path):

@@ -12,6 +12,7 @@ transformers, so that checkpoints load with `trust_remote_code=True` where trued
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import transformers
@@ -89,27 +90,37 @@ _AUTO_CLASSES = {
 }
 
 
-def __getattr__(name: str) -> type:
-    """`Truedepth<Family>Config`, `Truedepth<Family>Model`, `Truedepth<Family>ForCausalLM`."""
-    suffix = next((suffix for suffix in _AUTO_CLASSES if name.endswith(suffix)), None)
-    if not name.startswith(PREFIX) or suffix is None:
+def __getattr__(name: str) -> Any:
+    """`Truedepth<Family>Config`, `…Model`, `…ForCausalLM`, made when they are first asked for.
+
+    Made ahead, every family's model code would have to be imported with this file.
+    """
+    suffix = next((suffix for suffix in _AUTO_CLASSES if name.endswith(suffix)), "")
+    base = getattr(transformers, name.removeprefix(PREFIX), None) if suffix else None
+    if not name.startswith(PREFIX) or base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base = getattr(transformers, name.removeprefix(PREFIX))
-    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
-    if suffix == "Config":
-        body["model_type"] = f"{PREFIX.lower()}_{base.model_type}"
-        # The fields must stand in the body of a config class, which becomes a dataclass.
-        body["__annotations__"] = LayerWidthsConfig.__annotations__
-        body |= dict.fromkeys(LayerWidthsConfig.__annotations__)
-        made = type(name, (LayerWidthsConfig, base), body)
-    else:
-        config_class = globals().get(f"{PREFIX}{base.config_class.__name__}")
-        body["config_class"] = config_class or __getattr__(f"{PREFIX}{base.config_class.__name__}")
-        made = type(name, (LayerWidthsModel, base), body)
-    # save_pretrained then saves this file too.
-    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # type: ignore[attr-defined]
+    made = _config_class(name, base) if suffix == "Config" else _model_class(name, base)
+    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # save_pretrained then saves this file too
     globals()[name] = made
     return made
+
+
+def _config_class(name: str, base: Any) -> Any:
+    fields = LayerWidthsConfig.__annotations__
+    body = {
+        "__module__": __name__,
+        "model_type": f"{PREFIX.lower()}_{base.model_type}",
+        # transformers makes a dataclass of a config class from the fields in its own body.
+        "__annotations__": fields,
+        **dict.fromkeys(fields),
+    }
+    return type(name, (LayerWidthsConfig, base), body)
+
+
+def _model_class(name: str, base: Any) -> Any:
+    config_class = getattr(sys.modules[__name__], f"{PREFIX}{base.config_class.__name__}")
+    body = {"__module__": __name__, "config_class": config_class}
+    return type(name, (LayerWidthsModel, base), body)
 
 
 def auto_map(class_prefix: str) -> dict[str, str]:

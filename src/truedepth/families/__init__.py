@@ -48,6 +48,12 @@ class Family:
         return tuple(dict.fromkeys(self.reads.values()))
 
     @property
+    def branches(self) -> tuple[tuple[str, str], ...]:
+        """The norm and the module of attention and of FFN: `(("input_layernorm", "self_attn"), …)`."""
+        pairs = ((norm, name.rpartition(".")[0]) for name, norm in self.reads.items())
+        return tuple(dict.fromkeys(pairs))
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """Every module of a layer that has parameters."""
         return (*self.norms, *self.reads, *self.writes)

@@ -6,6 +6,7 @@ averaged over all tokens. f_i is what layer i adds to its input x_i.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,7 +31,7 @@ def dependence(
     """
     states = runner.inputs()
     count = len(runner.layers)
-    updates = [after - before for before, after in zip(states, states[1:], strict=False)]
+    updates = [after - before for before, after in itertools.pairwise(states)]
     matrices = {
         name: torch.full((count, count), float("nan"), dtype=torch.float64) for name in MEASURES
     }

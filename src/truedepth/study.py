@@ -77,7 +77,7 @@ def all_cells(
     stride: int = 1,
     transformations: Sequence[str] = tuple(TRANSFORMATIONS),
 ) -> Iterator[Cell]:
-    """Every transformation of every span whose ends are multiples of `stride` or the model's end."""
+    """Every transformation of every span that begins and ends at multiples of `stride`."""
     ends = sorted({*range(0, num_layers, stride), num_layers})
     for transformation in transformations:
         for start in ends:
@@ -136,7 +136,7 @@ def _check_identity(directory: Path, head: list[str], identity: dict[str, Any]) 
     for key, value in identity.items():
         if kept.get(key) != value:
             raise TruedepthError(
-                f"{directory} holds a study with another {key} ({kept.get(key)} instead of {value});"
+                f"{directory} holds a study with another {key}, {kept.get(key)} instead of {value};"
                 " give another directory."
             )
 

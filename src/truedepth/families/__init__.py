@@ -49,7 +49,7 @@ class Family:
 
     @property
     def branches(self) -> tuple[tuple[str, str], ...]:
-        """The norm and the module of attention and of FFN: `(("input_layernorm", "self_attn"), …)`."""
+        """Norm and module of attention, then of FFN: `(("input_layernorm", "self_attn"), …)`."""
         pairs = ((norm, name.rpartition(".")[0]) for name, norm in self.reads.items())
         return tuple(dict.fromkeys(pairs))
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import truedepth as td
 from conftest import random_ids, reference_logits
 from truedepth.schedule import Runner, Step, in_order
-from truedepth.study import Cell
+from truedepth.transformations import Cell
 
 IDS = random_ids(batch=3, length=21)
 
@@ -26,20 +26,20 @@ def runner(loaded):
     return Runner(loaded, IDS)
 
 
-def nll_of(logits):
+def nll_of(logits, ids=IDS):
     losses = cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten(), reduction="none"
+        logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="none"
     )
-    return losses.view(len(IDS), -1).mean(1)
+    return losses.view(len(ids), -1).mean(1)
 
 
 @torch.no_grad()
-def rebuilt(loaded, layers):
+def rebuilt(loaded, layers, ids=IDS):
     """The NLL of a model that has these layers, in this order, as its own."""
     model = copy.deepcopy(loaded.model)
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer) for layer in layers)
     model.config.num_hidden_layers = len(layers)
-    return nll_of(model(IDS, use_cache=False).logits)
+    return nll_of(model(ids, use_cache=False).logits, ids)
 
 
 def run_one(runner, schedule):

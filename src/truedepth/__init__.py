@@ -21,13 +21,14 @@ from truedepth.registration import register
 
 if TYPE_CHECKING:
     from truedepth.conversion import convert
+    from truedepth.depth_study import study
     from truedepth.evaluate import perplexity
     from truedepth.loading import load
     from truedepth.sources import open_source
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "TruedepthError", "convert", "load", "open_source", "perplexity"]
+__all__ = ["Plan", "TruedepthError", "convert", "load", "open_source", "perplexity", "study"]
 
 # Loaded when first used: they import torch, which takes a second. No module bears the name of one
 # of these functions, for a submodule once imported would take the name over.
@@ -36,6 +37,7 @@ _LAZY = {
     "load": "truedepth.loading",
     "open_source": "truedepth.sources",
     "perplexity": "truedepth.evaluate",
+    "study": "truedepth.depth_study",
 }
 
 

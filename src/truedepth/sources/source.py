@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.families import Family, family_of
@@ -71,6 +75,18 @@ class Source:
         A hub model's weights are downloaded now. Raises TruedepthError where a file is broken.
         """
         return self.read_tensors()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the config and of the first and last row of every tensor, 16 hex digits."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+            count = tensor.shape[0] if tensor.shape else 1
+            for row in (0, count - 1):
+                values = tensor.rows(row, row + 1).contiguous().reshape(-1)
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

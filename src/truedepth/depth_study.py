@@ -1,0 +1,266 @@
+"""How deep is a model really: every span of its layers transformed, and perplexity watched."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from truedepth import __version__
+from truedepth.dependence import dependence, rank_correlation
+from truedepth.errors import TruedepthError
+from truedepth.loading import default_device, load
+from truedepth.measurements import Measurements
+from truedepth.progress import progress_bar
+from truedepth.schedule import Runner, in_order
+from truedepth.sources import Source, open_source
+from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows
+from truedepth.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells, naive_layers
+
+Matrix = list[list[float | None]]
+"""`matrix[i][j]` with i <= j, None where nothing was measured. Of spans: of layers i to j, both
+inclusive. Of dependence measures: of the pair i, j."""
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """The paper's sweep for one Δ: consecutive pairs, against where the paired span ends."""
+
+    paired_layers: int
+    effective_depth: int
+    last_layers: list[int]
+    nll: list[float]
+    best_last_layer: int
+    best_nll: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `truedepth study` found. NLL in nats a token."""
+
+    settings: dict[str, Any]
+    """Model, text, windows, dtype, seed, versions: what makes the figures again."""
+
+    num_layers: int
+    nll: float
+    """Of the original."""
+
+    transformed: dict[str, Matrix]
+    """NLL of every span under every transformation; of shuffles the mean over permutations."""
+
+    shuffle_spread: Matrix
+    """Standard deviation of a shuffle's NLL over permutations."""
+
+    dependence: dict[str, Matrix]
+    """Every measure of `dependence.py`."""
+
+    correlation: dict[str, dict[str, float]]
+    """Rank correlation of every measure with the excess loss of pairing neighbours (`pairs`), and
+    of its mean over a span with that of running the span side by side (`spans`)."""
+
+    evaluated: float
+    """Layers evaluated by this run."""
+
+    naive: int
+    """Layers that running the same schedules one by one would evaluate."""
+
+    @property
+    def sweep(self) -> list[SweepRow]:
+        """Perplexity against the end of the span for each Δ, where pairs were measured."""
+        matrix = self.transformed.get(PAIRS, _empty(self.num_layers))
+        rows = []
+        for paired in range(2, self.num_layers + 1, 2):
+            points = {
+                start + paired - 1: nll
+                for start in range(self.num_layers - paired + 1)
+                if (nll := matrix[start][start + paired - 1]) is not None
+            }
+            if points:
+                best = min(points, key=points.__getitem__)
+                depth = self.num_layers - paired // 2
+                ends, values = list(points), list(points.values())
+                rows.append(SweepRow(paired, depth, ends, values, best, points[best]))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """study.json."""
+        return asdict(self) | {
+            "perplexity": math.exp(self.nll),
+            "sweep": [asdict(row) for row in self.sweep],
+        }
+
+
+def study(
+    model: str | Path | Source,
+    out: str | Path,
+    *,
+    text: str | Path | None = None,
+    window: int = 256,
+    windows: int = 16,
+    stride: int = 1,
+    permutations: int = 2,
+    transformations: Sequence[str] = tuple(TRANSFORMATIONS),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Study:
+    """Transform every span of a model's layers and measure what it costs.
+
+    Args:
+        model: An original model; anything that `open_source` takes.
+        out: The study's directory. What it holds of the same study is not measured again, and what
+            is measured is kept there as it comes.
+        text: A `.txt` or `.jsonl` file; by default the documentation that Python carries.
+        window: Tokens a window.
+        windows: Use the first so many windows of the text.
+        stride: Spans begin and end at multiples of this.
+        permutations: Random orders a span.
+        transformations: Which of `TRANSFORMATIONS`.
+        seed: Of the random orders.
+        device: To run on.
+        dtype: Of weights and products; by default bfloat16 on processors that are fast at it, else
+            as `load`. The residual stream is float32 in any case.
+
+    Raises:
+        TruedepthError: The directory holds another study, or model or text cannot be used.
+    """
+    for name, value in (("stride", stride), ("permutations", permutations)):
+        if value < 1:
+            raise TruedepthError(f"--{name} must be at least 1, not {value}.")
+    if unknown := sorted(set(transformations) - set(TRANSFORMATIONS)):
+        raise TruedepthError(
+            f"{unknown[0]!r} is not a transformation; there are {', '.join(TRANSFORMATIONS)}."
+        )
+    source = model if isinstance(model, Source) else open_source(model)
+    source.family  # noqa: B018  refused before anything is loaded
+    ids = token_windows(
+        source.tokenizer, default_text() if text is None else read_text(text), window, windows
+    )
+    if len(ids) < windows:
+        raise TruedepthError(
+            f"The text has {len(ids)} windows of {window} tokens, not {windows}; give more text or"
+            " fewer --windows."
+        )
+    dtype = dtype or _fast_dtype(device)
+    identity = {
+        "model fingerprint": source.fingerprint,
+        "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        "window": window,
+        "windows": windows,
+        "dtype": str(dtype or "auto").removeprefix("torch."),
+    }
+    layers = source.num_layers
+    cells = list(
+        all_cells(layers, permutations=permutations, stride=stride, transformations=transformations)
+    )
+    pairs = [Cell("parallel", layer, layer + 2) for layer in range(layers - 1)]
+    wanted = {cell: cell.schedule(layers, seed) for cell in (*cells, *pairs)}
+    original = in_order(range(layers))
+    with Measurements(Path(out).expanduser(), identity) as kept:
+        missing = {schedule for schedule in (original, *wanted.values()) if schedule not in kept}
+        runner = Runner(load(source, device=device, dtype=dtype), ids)
+        with progress_bar("Schedules", len(missing)) as advance:
+            for schedule, nll in runner.run(missing):
+                kept.add(schedule, nll)
+                advance(1)
+        evaluated = runner.evaluated
+        with progress_bar("Dependence of layers", layers * (layers - 1) // 2) as advance:
+            measures = dependence(runner, advance)
+        losses = {cell: kept[schedule].mean().item() for cell, schedule in wanted.items()}
+        base = kept[original].mean().item()
+
+    matrices = {name: _matrix(values) for name, values in measures.items()}
+    transformed, spread = _by_span(layers, cells, losses)
+    return Study(
+        settings={
+            "model": source.name,
+            "origin": source.origin,
+            "text": DEFAULT_TEXT if text is None else Path(text).name,
+            **identity,
+            "stride": stride,
+            "permutations": permutations,
+            "seed": seed,
+            "truedepth": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+        num_layers=layers,
+        nll=base,
+        transformed=transformed,
+        shuffle_spread=spread,
+        dependence=matrices,
+        correlation=_correlations(
+            matrices, [losses[pair] for pair in pairs], transformed.get("parallel", [])
+        ),
+        evaluated=evaluated,
+        naive=sum(naive_layers(wanted[cell]) for cell in wanted),
+    )
+
+
+def _by_span(
+    layers: int, cells: Sequence[Cell], losses: dict[Cell, float]
+) -> tuple[dict[str, Matrix], Matrix]:
+    """Mean NLL of every span by transformation, and the spread of shuffles."""
+    orders: dict[tuple[str, int, int], list[float]] = {}
+    for cell in cells:
+        orders.setdefault((cell.transformation, cell.start, cell.end), []).append(losses[cell])
+    transformed: dict[str, Matrix] = {}
+    spread = _empty(layers)
+    for (transformation, start, end), values in orders.items():
+        matrix = transformed.setdefault(transformation, _empty(layers))
+        found = torch.tensor(values, dtype=torch.float64)
+        matrix[start][end - 1] = found.mean().item()
+        if transformation == "shuffle":
+            spread[start][end - 1] = found.std(correction=0).item()
+    return transformed, spread
+
+
+def _correlations(
+    measures: dict[str, Matrix], pairs: Sequence[float], parallel: Matrix
+) -> dict[str, dict[str, float]]:
+    """How well every measure ranks what running layers side by side costs."""
+    found = {}
+    for name, matrix in measures.items():
+        neighbours = [_value(matrix[i][i + 1]) for i in range(len(pairs))]
+        means, losses = [], []
+        for first, row in enumerate(parallel):
+            for last in range(first + 1, len(row)):
+                loss = row[last]
+                if loss is not None:
+                    span = range(first, last + 1)
+                    values = [_value(matrix[i][j]) for i in span for j in span if i < j]
+                    means.append(sum(values) / len(values))
+                    losses.append(loss)
+        found[name] = {
+            "pairs": rank_correlation(neighbours, pairs),
+            "spans": rank_correlation(means, losses),
+        }
+    return found
+
+
+def _value(entry: float | None) -> float:
+    return math.nan if entry is None else entry
+
+
+def _empty(size: int) -> Matrix:
+    return [[None] * size for _ in range(size)]
+
+
+def _matrix(values: torch.Tensor) -> Matrix:
+    return [[None if math.isnan(v) else v for v in row] for row in values.tolist()]
+
+
+def _fast_dtype(device: str | torch.device | None) -> torch.dtype | None:
+    """bfloat16 on a CPU that multiplies it several times faster than float32."""
+    if torch.device(device or default_device()).type != "cpu":
+        return None
+    can = torch.cpu.get_capabilities()
+    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else None

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from scipy import stats
+from torch.nn.functional import cosine_similarity
+
+import truedepth as td
+from conftest import random_ids
+from test_schedule import rebuilt, rebuilt_update
+from truedepth.dependence import dependence, rank_correlation
+from truedepth.depth_study import study
+from truedepth.measurements import FILE
+from truedepth.schedule import Runner, Step, in_order
+from truedepth.transformations import TRANSFORMATIONS, Cell, all_cells
+
+SIZE = {"window": 16, "windows": 3, "dtype": torch.float32}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat and then the hat " * 200)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("transformation", "expected"),
+    [
+        ("prune", ()),
+        ("merge", (Step((1, 2, 3, 4), "merge"),)),
+        ("parallel", (Step((1, 2, 3, 4)),)),
+        ("parallel (PAR)", (Step((1, 2, 3, 4), "par"),)),
+        ("2-parallel", (Step((1, 2)), Step((3, 4)))),
+        ("2-parallel (PAR)", (Step((1, 2), "par"), Step((3, 4), "par"))),
+        ("3-parallel", (Step((1, 2, 3)), Step((4,)))),
+        ("3-parallel (PAR)", (Step((1, 2, 3), "par"), Step((4,)))),
+    ],
+)
+def test_transformations(transformation, expected):
+    schedule = Cell(transformation, 1, 5).schedule(6)
+    assert schedule == (*in_order([0]), *expected, *in_order([5]))
+
+
+def test_shuffles_hold_every_layer_once_and_are_uniform():
+    orders = [Cell("shuffle", 2, 5, k).schedule(6, seed=3)[2:5] for k in range(3000)]
+    assert {tuple(sorted(order)) for order in orders} == {in_order([2, 3, 4])}
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 6
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert Cell("shuffle", 0, 6, 1).schedule(6, 1) != Cell("shuffle", 0, 6, 1).schedule(6, 2)
+
+
+def test_every_span_has_a_cell():
+    cells = list(all_cells(6, permutations=3))
+    assert len(cells) == len(set(cells)) == 21 * (len(TRANSFORMATIONS) + 2)
+    coarse = {(cell.start, cell.end) for cell in all_cells(7, stride=3)}
+    assert coarse == {(0, 3), (0, 6), (0, 7), (3, 6), (3, 7), (6, 7)}
+
+
+def test_a_study_is_what_rebuilt_models_give(make_model, text, tmp_path):
+    found = study(make_model(), tmp_path / "out", text=text, permutations=3, seed=5, **SIZE)
+    loaded = td.load(make_model())
+    layers = loaded.model.model.layers
+    ids = torch.tensor(loaded.tokenizer(text.read_text())["input_ids"][:48]).view(3, 16)
+
+    def nll(order):
+        return rebuilt(loaded, [layers[i] for i in order], ids).mean().item()
+
+    assert found.nll == pytest.approx(nll(range(6)), abs=1e-5)
+    assert found.transformed["prune"][1][3] == pytest.approx(nll([0, 4, 5]), abs=1e-5)
+    orders = [
+        [step.layers[0] for step in Cell("shuffle", 1, 5, k).schedule(6, seed=5)] for k in range(3)
+    ]
+    values = torch.tensor([nll(order) for order in orders], dtype=torch.float64)
+    assert found.transformed["shuffle"][1][4] == pytest.approx(values.mean().item(), abs=1e-5)
+    assert found.shuffle_spread[1][4] == pytest.approx(values.std(correction=0).item(), abs=1e-5)
+    for name, matrix in found.transformed.items():
+        for first in range(6):
+            for last in range(6):
+                assert (matrix[first][last] is None) == (first > last), name
+        if name != "prune":  # a span of one layer changes nothing
+            assert [matrix[i][i] for i in range(6)] == pytest.approx([found.nll] * 6, abs=1e-6)
+
+
+def test_pairs_are_what_conversion_writes(make_model, text, tmp_path):
+    found = study(make_model(), tmp_path / "study", text=text, **SIZE)
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, [[1, 2], [3, 4]]))
+    measured = td.perplexity(tmp_path / "out", text=text, window=16, windows=3)
+    assert found.transformed["2-parallel"][1][4] == pytest.approx(measured.nll, abs=1e-5)
+    row = next(row for row in found.sweep if row.paired_layers == 4)
+    assert row.effective_depth == 4
+    assert row.last_layers == [3, 4, 5]
+    assert row.nll[1] == pytest.approx(measured.nll, abs=1e-5)
+    assert row.best_nll == min(row.nll) == row.nll[row.last_layers.index(row.best_last_layer)]
+
+
+@torch.no_grad()
+def test_dependence_by_the_definitions(make_model):
+    loaded = td.load(make_model())
+    ids = random_ids(2, 13)
+    measures = dependence(Runner(loaded, ids))
+    x = loaded.model(ids, output_hidden_states=True).hidden_states
+    f_1 = rebuilt_update(loaded, 1, x[1])
+    f_4 = rebuilt_update(loaded, 4, x[4])
+
+    def mean_norm(y):
+        return y.norm(dim=-1).mean().item()
+
+    lost = rebuilt_update(loaded, 4, x[4] - f_1) - f_4
+    assert measures["interaction"][1, 4] == pytest.approx(
+        mean_norm(lost) / mean_norm(f_4), rel=1e-4
+    )
+    assert measures["update size"][1, 4] == pytest.approx(
+        mean_norm(f_1) / mean_norm(x[4]), rel=1e-5
+    )
+    similarity = cosine_similarity(x[1], x[4], -1).mean().item()
+    assert measures["input similarity"][1, 4] == pytest.approx(similarity, rel=1e-5)
+    for matrix in measures.values():
+        assert torch.equal(matrix.isnan(), torch.ones(6, 6).tril().bool())
+
+
+def test_rank_correlation():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 9, (40,), generator=generator).tolist()  # with ties
+    second = torch.rand(40, generator=generator).tolist()
+    expected = stats.spearmanr(first, second).statistic
+    assert rank_correlation(first, second) == pytest.approx(expected)
+    assert math.isnan(rank_correlation([1, 2], [1, 2]))
+
+
+def test_a_study_goes_on_where_it_stopped(make_model, text, tmp_path):
+    whole = study(make_model(), tmp_path / "whole", text=text, **SIZE)
+    study(make_model(), tmp_path / "parts", text=text, transformations=["prune"], **SIZE)
+    path = tmp_path / "parts" / FILE
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:8]) + lines[8][:20])  # killed while it wrote a line
+    parts = study(make_model(), tmp_path / "parts", text=text, **SIZE)
+    assert parts.transformed == whole.transformed
+    assert parts.evaluated < whole.evaluated
+    again = study(make_model(), tmp_path / "parts", text=text, **SIZE)
+    assert again.transformed == whole.transformed
+    assert again.evaluated == 0
+
+
+def test_a_killed_study_keeps_its_cells(make_model, text, tmp_path):
+    code = (
+        "import sys, truedepth as td\n"
+        "from truedepth.measurements import Measurements\n"
+        "add = Measurements.add\n"
+        "def slowly(self, schedule, nll):\n"
+        "    add(self, schedule, nll); print('kept', flush=True)\n"
+        "Measurements.add = slowly\n"
+        "td.study(sys.argv[1], sys.argv[2], text=sys.argv[3], window=16, windows=3)"
+    )
+    command = [sys.executable, "-c", code, str(make_model()), str(tmp_path / "out"), str(text)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        for _ in range(5):
+            assert process.stdout.readline() == b"kept\n"
+        process.kill()
+    lines = (tmp_path / "out" / FILE).read_text().splitlines()
+    assert len(lines) >= 6
+    assert json.loads(lines[5])["nll"]
+
+
+def test_another_study_is_not_mixed_in(make_model, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("a hat on a mat " * 300)
+    options = {"transformations": ["prune"], "stride": 3, **SIZE}
+    study(make_model(), tmp_path / "out", text=text, **options)
+    changes = [
+        (make_model(num_key_value_heads=4), text, {}, "model fingerprint"),
+        (make_model(), other, {}, "text fingerprint"),
+        (make_model(), text, {"windows": 2}, "text fingerprint"),
+        (make_model(), text, {"dtype": torch.bfloat16}, "dtype"),
+    ]
+    for model, source, change, words in changes:
+        with pytest.raises(td.TruedepthError, match=f"another {words}"):
+            study(model, tmp_path / "out", text=source, **options | change)
+    seeds = study(make_model(), tmp_path / "out", text=text, seed=7, **options)
+    assert seeds.settings["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"windows": 10**4}, "fewer --windows"),
+        ({"window": 10**5}, "fewer than one window"),
+        ({"stride": 0}, "stride must be at least 1"),
+        ({"permutations": 0}, "permutations must be at least 1"),
+        ({"transformations": ["melt"]}, "'melt' is not a transformation"),
+    ],
+)
+def test_bad_settings(make_model, text, tmp_path, change, words):
+    with pytest.raises(td.TruedepthError, match=words):
+        study(make_model(), tmp_path / "out", text=text, **SIZE | change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_directories_that_hold_something_else(make_model, text, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / FILE).write_text("{}\n")
+    for name, words in [("full", "holds no study"), ("bad", "damaged")]:
+        with pytest.raises(td.TruedepthError, match=words):
+            study(make_model(), tmp_path / name, text=text, **SIZE)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"

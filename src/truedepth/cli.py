@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -150,6 +151,59 @@ def convert(
     done = convert(source, out, read, dtype=dtype.torch(), shard_size=shard_size, force=force)
     _write_json(json_path, done.to_dict())
     print_conversion(done)
+
+
+@app.command()
+def study(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory of the study; one begun is completed.")
+    ],
+    text: Text = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="Use the first so many.")] = 16,
+    stride: Annotated[
+        int, typer.Option(min=1, help="Spans begin and end at multiples of this.")
+    ] = 1,
+    permutations: Annotated[int, typer.Option(min=1, help="Random orders a span.")] = 2,
+    only: Annotated[
+        list[str] | None, typer.Option(help="This transformation only; repeat for several.")
+    ] = None,
+    json_path: JsonPath = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Annotated[
+        DType, typer.Option(help="auto is bfloat16 on processors that are fast at it.")
+    ] = DType.auto,
+) -> None:
+    """How deep a model really is: every span of layers transformed; report.html."""
+    from truedepth.depth_study import study
+    from truedepth.report.pages import print_study
+    from truedepth.report.study_report import write_study
+    from truedepth.transformations import TRANSFORMATIONS
+
+    _prepare(seed)
+    try:
+        found = study(
+            model,
+            out,
+            text=text,
+            window=window,
+            windows=windows,
+            stride=stride,
+            permutations=permutations,
+            transformations=only or list(TRANSFORMATIONS),
+            seed=seed,
+            device=device,
+            dtype=dtype.torch(),
+        )
+    except KeyboardInterrupt:
+        raise TruedepthError(
+            f"Interrupted; what was measured is kept in {out}, and the same command goes on.", 130
+        ) from None
+    written = write_study(found, out, shlex.join(["truedepth", *sys.argv[1:]]))
+    _write_json(json_path, found.to_dict())
+    print_study(found, written)
 
 
 @app.command("eval")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from rich.columns import Columns
 from rich.filesize import decimal
@@ -9,6 +13,7 @@ from rich.panel import Panel
 
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
+from truedepth.depth_study import Study
 from truedepth.inspection import Info
 from truedepth.plan import Plan
 from truedepth.report.tables import console, excess_text, print_rows
@@ -111,6 +116,42 @@ def print_demo(demo: Demo) -> None:
         )
     )
     print("This is the paper's raw form, without repair: it costs a small model much.")
+
+
+def print_study(study: Study, written: Sequence[Path]) -> None:
+    """The paper's three questions, and where the report is."""
+    print_rows(
+        [
+            ("model", f"{study.settings['model']} ({study.settings['origin']})"),
+            ("layers", str(study.num_layers)),
+            ("perplexity", f"{math.exp(study.nll):.2f} on {study.settings['text']}"),
+            ("evaluated", f"{study.evaluated:,.0f} layers now; one by one {study.naive:,}"),
+        ]
+    )
+    if study.sweep:
+        print("\nBest spans of consecutive pairs:\n")
+        print_rows(
+            [
+                (
+                    str(row.paired_layers),
+                    str(row.effective_depth),
+                    f"{row.best_last_layer - row.paired_layers + 1}-{row.best_last_layer}",
+                    f"{math.exp(row.best_nll):.2f}",
+                    f"{row.best_nll - study.nll:+.3f}",
+                )
+                for row in study.sweep
+            ],
+            header=("Δ", "effective depth", "layers", "perplexity", "nats a token"),
+        )
+    print("\nRank correlation of each measure with the loss of pairing:\n")
+    print_rows(
+        [
+            (name, f"{found['pairs']:+.2f}", f"{found['spans']:+.2f}")
+            for name, found in study.correlation.items()
+        ],
+        header=("measure", "neighbours", "spans"),
+    )
+    print("\nWritten: " + ", ".join(map(str, written)))
 
 
 def _plan_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -1,0 +1,112 @@
+"""A study as files: study.json, report.html that opens offline, and the same figures as PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truedepth.dependence import MEASURES
+from truedepth.depth_study import Matrix, Study
+from truedepth.transformations import TRANSFORMATIONS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_EXCESS = 3.0  # nats a token, at which the common colour scale ends
+
+
+def write_study(study: Study, directory: Path, command: str) -> list[Path]:
+    """Write the report of a study into its directory.
+
+    PNG figures need matplotlib, which the extra `report` brings; without it they are left out.
+
+    Args:
+        study: What to report.
+        directory: Where to; existing files of the same names are replaced.
+        command: What made it, for the reader.
+
+    Returns:
+        The files written.
+    """
+    data = study.to_dict() | {"command": command}
+    written = [directory / "study.json", directory / "report.html"]
+    written[0].write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
+    written[1].write_text(report_html(data), encoding="utf-8")
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return written
+    mpl.use("Agg")
+    return written + _figures(study, directory)
+
+
+def report_html(data: dict[str, Any]) -> str:
+    """The page of a study's data: one file without any request to elsewhere."""
+    template = files("truedepth.report").joinpath("study.html").read_text(encoding="utf-8")
+    data = data | {"descriptions": TRANSFORMATIONS | MEASURES}
+    text = json.dumps(_plain(data)).replace("<", "\\u003c")  # no text may end the script element
+    return template.replace("{{DATA}}", text)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what is not a number was not measured."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figures(study: Study, directory: Path) -> list[Path]:
+    from matplotlib import pyplot as plt
+
+    known = [v for m in study.transformed.values() for row in m for v in row if v is not None]
+    most = max(0.1, min(MOST_EXCESS, max(known) - study.nll))
+    names = list(study.transformed)
+    rows = math.ceil(len(names) / 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(12, 3.7 * rows), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        image = _heat_map(axis, name, study.transformed[name], study.nll, (0, most))
+    figure.colorbar(image, ax=axes, label="excess loss, nats a token (original: 0)", shrink=0.6)
+    spans = directory / "spans.png"
+    figure.savefig(spans, dpi=110, bbox_inches="tight")
+
+    figure, axis = plt.subplots(figsize=(9, 5))
+    sweep = [row for row in study.sweep if len(row.nll) > 1]
+    for index, row in enumerate(sweep):
+        shade = plt.get_cmap("viridis_r")(0.1 + 0.85 * index / len(sweep))
+        perplexities = [math.exp(min(nll, study.nll + MOST_EXCESS)) for nll in row.nll]
+        axis.plot(row.last_layers, perplexities, color=shade, label=f"{row.paired_layers}")
+        best = math.exp(min(row.best_nll, study.nll + MOST_EXCESS))
+        axis.plot(row.best_last_layer, best, "o", color="#c2255c")
+    axis.axhline(math.exp(study.nll), color="grey", linestyle=":")
+    axis.set(xlabel="last layer of the paired span", ylabel="perplexity", yscale="log")
+    axis.legend(title="Δ", ncols=2, fontsize="small")
+    ends = directory / "sweep.png"
+    figure.savefig(ends, dpi=110, bbox_inches="tight")
+
+    figure, axes = plt.subplots(1, len(study.dependence), figsize=(13, 3.7))
+    for axis, (name, matrix) in zip(axes, study.dependence.items(), strict=True):
+        figure.colorbar(_heat_map(axis, name, matrix), ax=axis)
+    dependence = directory / "dependence.png"
+    figure.savefig(dependence, dpi=110, bbox_inches="tight")
+    plt.close("all")
+    return [spans, ends, dependence]
+
+
+def _heat_map(
+    axis: Axes,
+    name: str,
+    matrix: Matrix,
+    base: float = 0.0,
+    limits: Sequence[float | None] = (None, None),
+) -> Any:
+    values = [[math.nan if v is None else v - base for v in row] for row in matrix]
+    axis.set(title=name, xlabel="last layer", ylabel="first layer")
+    return axis.imshow(values, cmap="viridis_r", vmin=limits[0], vmax=limits[1])

@@ -20,6 +20,7 @@ from truedepth.plan import Plan
 from truedepth.registration import register
 
 if TYPE_CHECKING:
+    from truedepth.accuracy import task_scores
     from truedepth.conversion import convert
     from truedepth.depth_study import study
     from truedepth.evaluate import perplexity
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "TruedepthError", "convert", "load", "open_source", "perplexity", "study"]
+__all__ = [
+    "Plan",
+    "TruedepthError",
+    "convert",
+    "load",
+    "open_source",
+    "perplexity",
+    "study",
+    "task_scores",
+]
 
 # Loaded when first used: they import torch, which takes a second. No module bears the name of one
 # of these functions, for a submodule once imported would take the name over.
@@ -38,6 +48,7 @@ _LAZY = {
     "open_source": "truedepth.sources",
     "perplexity": "truedepth.evaluate",
     "study": "truedepth.depth_study",
+    "task_scores": "truedepth.accuracy",
 }
 
 

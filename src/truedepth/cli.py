@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shlex
 import sys
@@ -213,24 +214,61 @@ def evaluate(
     text: Text = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     windows: Annotated[int, typer.Option(min=0, help="Use the first so many; 0 for all.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 4,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks instead of text: piqa,arc_easy,…")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="JSONL files of the tasks.", show_default="from the hub")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples a question.", show_default="the task's")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items a task at most.", show_default="all")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Windows or items a forward pass.")] = "auto",
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
-    """Perplexity, and with --against the distance from the original."""
-    from truedepth.evaluate import perplexity
-    from truedepth.report.tables import perplexity_rows, print_rows
+    """Perplexity or benchmark accuracy, and with --against the distance from the original."""
+    from truedepth.report.tables import perplexity_rows, print_rows, print_scores
 
+    if batch_size != "auto" and not batch_size.isdecimal():
+        raise TruedepthError(f"--batch-size must be a number or auto, not {batch_size!r}.")
+    if tasks is None and (task_dir or num_fewshot is not None or limit):
+        raise TruedepthError("--task-dir, --num-fewshot and --limit go with --tasks.")
+    if tasks is not None and text is not None:
+        raise TruedepthError("--tasks and --text are two measurements; run eval twice.")
     _prepare(seed)
+    if tasks is not None:
+        from truedepth.accuracy import task_scores
+
+        scores = task_scores(
+            model,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            against=against,
+            task_dir=task_dir,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=int(batch_size) if batch_size != "auto" else "auto",
+            device=device,
+            dtype=dtype.torch(),
+            seed=seed,
+        )
+        _write_json(json_path, {"tasks": [score.to_dict() for score in scores]})
+        print_scores(scores)
+        return
+    from truedepth.evaluate import perplexity
+
     measured = perplexity(
         model,
         against=against,
         text=text,
         window=window,
         windows=windows or None,
-        batch_size=batch_size,
+        batch_size=4 if batch_size == "auto" else int(batch_size),
         device=device,
         dtype=dtype.torch(),
     )
@@ -293,13 +331,14 @@ def demo(
 
 
 def _prepare(seed: int) -> None:
-    """Before a model is loaded: the random state, and no bars of transformers in log files."""
+    """Before a model is loaded: the random state, and no bars of others in log files."""
     import torch
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     torch.manual_seed(seed)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        disable_progress_bar()
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
@@ -312,6 +351,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     for stream in (sys.stdout, sys.stderr):  # a terminal without Δ or … shows a question mark
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from truedepth.accuracy import TaskScore
 from truedepth.evaluate import Perplexity
 
 
@@ -52,6 +53,45 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
         ("top-1 agreement", f"{measured.top1_agreement:.1%}"),
     ]
     return rows
+
+
+def print_scores(scores: Sequence[TaskScore]) -> None:
+    """What `truedepth eval --tasks` prints; the average is over each task's first metric."""
+    firsts = list({score.task: score for score in reversed(scores)}.values())[::-1]
+    if scores[0].against is None:
+        rows = [
+            (score.task, score.metric, str(score.items), _score_text(score.value, score.stderr))
+            for score in scores
+        ]
+        average = sum(score.value for score in firsts) / len(firsts)
+        rows.append(("average", "", "", f"{average:.1%}"))
+        print_rows(rows, header=("task", "metric", "items", "score"))
+        return
+    compared = [
+        (
+            score.task,
+            score.metric,
+            str(score.items),
+            f"{score.against:.1%}",
+            f"{score.value:.1%}",
+            _score_text(score.difference or 0.0, score.difference_stderr, sign="+"),
+            "-" if score.kept is None else f"{score.kept:.1%}",
+        )
+        for score in scores
+    ]
+    ours = sum(score.value for score in firsts) / len(firsts)
+    theirs = sum(score.against or 0.0 for score in firsts) / len(firsts)
+    kept = f"{ours / theirs:.1%}" if theirs else "-"
+    compared.append(
+        ("average", "", "", f"{theirs:.1%}", f"{ours:.1%}", f"{ours - theirs:+.1%}", kept)
+    )
+    print_rows(
+        compared, header=("task", "metric", "items", "original", "model", "difference", "kept")
+    )
+
+
+def _score_text(value: float, stderr: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.1%}" + ("" if stderr is None else f" ± {stderr:.1%}")
 
 
 def excess_text(measured: Perplexity) -> str:

@@ -32,10 +32,12 @@ def readme_commands():
 
 def test_the_readmes_commands(tmp_path):
     commands = list(readme_commands())
-    assert [command[1] for command in commands] == ["info", "convert", "eval", "generate"]
+    assert [command[1] for command in commands] == ["info", "convert", "eval", "generate", "study"]
     for command in commands:
         if command[1] == "eval":
             command += ["--windows", "4"]
+        if command[1] == "study":
+            command += ["--stride", "15", "--windows", "1", "--permutations", "1"]
         subprocess.run([TRUEDEPTH, *command[1:]], cwd=tmp_path, check=True)
 
 

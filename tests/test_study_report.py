@@ -14,6 +14,7 @@ import torch
 
 from truedepth import cli
 from truedepth.depth_study import study
+from truedepth.measurements import Measurements
 from truedepth.report.study_report import report_html, write_study
 from truedepth.transformations import TRANSFORMATIONS
 
@@ -154,3 +155,18 @@ def test_the_command(make_model, text, tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "out" / "study.json").read_text())
     assert list(saved["transformed"]) == ["2-parallel"]
     assert saved["command"] == "truedepth " + " ".join(arguments)
+
+
+def test_an_interrupted_command_says_that_it_can_go_on(
+    make_model, text, tmp_path, monkeypatch, capsys
+):
+    def interrupt(self, schedule, nll):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Measurements, "add", interrupt)
+    arguments = ["study", str(make_model()), "-o", str(tmp_path / "out"), "--text", str(text)]
+    monkeypatch.setattr(sys, "argv", ["truedepth", *arguments, "--window", "16", "--windows", "3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err

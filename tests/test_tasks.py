@@ -94,6 +94,7 @@ def test_scores_are_the_harnesss(pair, task_dir, num_fewshot):
         "doc_to_text": "{{query}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
+        "fewshot_split": "test",
         "metric_list": ACCURACY,
     }
     direct = run_directly(
@@ -107,6 +108,27 @@ def test_scores_are_the_harnesss(pair, task_dir, num_fewshot):
     assert acc.value == direct["acc,none"]
     assert norm.value == direct["acc_norm,none"]
     assert acc.items == 14
+
+
+@pytest.mark.parametrize("num_fewshot", [5, 13])
+def test_no_question_is_among_its_own_examples(pair, task_dir, num_fewshot, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        HFLM,
+        "loglikelihood",
+        lambda self, requests, **_: [
+            asked.append(request.args[0]) or (0.0, False) for request in requests
+        ],
+    )
+    options = {"num_fewshot": num_fewshot, "batch_size": 1}
+    task_scores(pair[0], ["piqa"], task_dir=task_dir, **options)
+    queries = {item["query"] for item in read(task_dir, "piqa")}
+    assert len(queries) == 14
+    for prompt in asked:
+        *examples, question = prompt.split("\n\n")
+        assert len(examples) == num_fewshot
+        assert question in queries
+        assert not [example for example in examples if example.startswith(f"{question} ")]
 
 
 def test_winogrande_scores_one_continuation_after_two_contexts(pair, task_dir):

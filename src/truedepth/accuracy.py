@@ -15,6 +15,8 @@ from truedepth.loading import Loaded, load
 from truedepth.local_tasks import local_tasks
 from truedepth.sources import Source
 
+CPU_BATCH_SIZE = 8
+
 Scores = dict[tuple[str, int], float]
 """Of single items, by subtask and number."""
 
@@ -77,7 +79,7 @@ def task_scores(
         task_dir: Directory of JSONL files.
         num_fewshot: Examples before every question; by default the task's own number.
         limit: Items a task (a subtask, where it is made of several) at most.
-        batch_size: A number, or `auto`, which finds the largest that fits.
+        batch_size: A number, or `auto`: the largest that fits on a GPU, 8 on a CPU.
         device: For models that are not loaded yet.
         dtype: Likewise.
         seed: Of the choice of examples.
@@ -128,13 +130,16 @@ class _Run:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
+        batch_size = self.batch_size
+        if batch_size == "auto" and loaded.model.device.type == "cpu":
+            batch_size = CPU_BATCH_SIZE  # the harness would try 64 of the longest request
         tasks = [config for configs in self.configs.values() for config in configs]
         try:
             results = simple_evaluate(
                 HFLM(
                     pretrained=loaded.model,
                     tokenizer=loaded.tokenizer,
-                    batch_size=self.batch_size,
+                    batch_size=batch_size,
                 ),
                 tasks=[dict(task) if isinstance(task, dict) else task for task in tasks],
                 task_manager=TaskManager(include_defaults=self.harness_tasks),
@@ -147,7 +152,7 @@ class _Run:
                 torch_random_seed=self.seed,
                 fewshot_random_seed=self.seed,
             )
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, AssertionError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise TruedepthError(
                 f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason}."
@@ -159,10 +164,16 @@ class _Run:
             for member in _leaves(members, subtasks):
                 for item in results["samples"].get(member, ()):
                     for metric in item["metrics"]:
+                        if not isinstance(item[metric], bool | int | float):
+                            continue  # of whole corpora, not of items: nothing to pair
                         plain = item["filter"] == "none"
                         name = metric if plain else f"{metric}, {item['filter']}"
                         scores = found.setdefault((task, name), {})
                         scores[member, item["doc_id"]] = float(item[metric])
+        if not found:
+            raise TruedepthError(
+                f"{', '.join(self.configs)} gave no scores of single items; name tasks, not tags."
+            )
         return found
 
 

@@ -235,7 +235,7 @@ def evaluate(
     """Perplexity or benchmark accuracy, and with --against the distance from the original."""
     from truedepth.report.tables import perplexity_rows, print_rows, print_scores
 
-    if batch_size != "auto" and not batch_size.isdecimal():
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise TruedepthError(f"--batch-size must be a number or auto, not {batch_size!r}.")
     if tasks is None and (task_dir or num_fewshot is not None or limit):
         raise TruedepthError("--task-dir, --num-fewshot and --limit go with --tasks.")

@@ -21,6 +21,7 @@ from truedepth.measurements import Measurements
 from truedepth.progress import progress_bar
 from truedepth.schedule import Runner, in_order
 from truedepth.sources import Source, open_source
+from truedepth.tensors import common_dtype
 from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows
 from truedepth.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells, naive_layers
 
@@ -56,7 +57,7 @@ class Study:
     """NLL of every span under every transformation; of shuffles the mean over permutations."""
 
     shuffle_spread: Matrix
-    """Standard deviation of a shuffle's NLL over permutations."""
+    """Sample standard deviation of a shuffle's NLL over permutations; None for one."""
 
     dependence: dict[str, Matrix]
     """Every measure of `dependence.py`."""
@@ -91,8 +92,13 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """study.json."""
+        correlation = {
+            name: {kind: None if math.isnan(value) else value for kind, value in found.items()}
+            for name, found in self.correlation.items()
+        }
         return asdict(self) | {
             "perplexity": math.exp(self.nll),
+            "correlation": correlation,
             "sweep": [asdict(row) for row in self.sweep],
         }
 
@@ -148,13 +154,14 @@ def study(
             f"The text has {len(ids)} windows of {window} tokens, not {windows}; give more text or"
             " fewer --windows."
         )
-    dtype = dtype or _fast_dtype(device)
+    device = torch.device(device or default_device())
+    dtype = dtype or _default_dtype(source, device)
     identity = {
         "model fingerprint": source.fingerprint,
         "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
         "window": window,
         "windows": windows,
-        "dtype": str(dtype or "auto").removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     layers = source.num_layers
     cells = list(
@@ -175,6 +182,10 @@ def study(
             measures = dependence(runner, advance)
         losses = {cell: kept[schedule].mean().item() for cell, schedule in wanted.items()}
         base = kept[original].mean().item()
+        if not all(map(math.isfinite, [base, *losses.values()])):
+            raise TruedepthError(
+                "The model gives logits that are not finite numbers; try --dtype float32.", 1
+            )
 
     matrices = {name: _matrix(values) for name, values in measures.items()}
     transformed, spread = _by_span(layers, cells, losses)
@@ -219,7 +230,7 @@ def _by_span(
         found = torch.tensor(values, dtype=torch.float64)
         matrix[start][end - 1] = found.mean().item()
         if transformation == "shuffle":
-            spread[start][end - 1] = found.std(correction=0).item()
+            spread[start][end - 1] = found.std().item() if len(values) > 1 else None
     return transformed, spread
 
 
@@ -258,9 +269,10 @@ def _matrix(values: torch.Tensor) -> Matrix:
     return [[None if math.isnan(v) else v for v in row] for row in values.tolist()]
 
 
-def _fast_dtype(device: str | torch.device | None) -> torch.dtype | None:
-    """bfloat16 on a CPU that multiplies it several times faster than float32."""
-    if torch.device(device or default_device()).type != "cpu":
-        return None
-    can = torch.cpu.get_capabilities()
-    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else None
+def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
+    """On a CPU bfloat16 where that is several times faster than float32; else the checkpoint's."""
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        fast = can.get("avx512_bf16") or can.get("amx_bf16")
+        return torch.bfloat16 if fast else torch.float32
+    return common_dtype([t for t in source.tensors.values() if len(t.shape) > 1])

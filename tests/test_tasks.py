@@ -197,6 +197,8 @@ def break_line(path, number, **changes):
         ({"gold": 4}, ["line 3", "0 to 3", "not 4"]),
         ({"gold": "1"}, ["line 3", "'1'"]),
         ({"choices": "abc"}, ["line 3", "list of texts"]),
+        ({"choices": []}, ["line 3", "0 choices", "at least 2"]),
+        ({"query": 5}, ["line 3", "'query' must be a text"]),
     ],
 )
 def test_malformed_items(tmp_path, task_dir, change, words):
@@ -206,6 +208,13 @@ def test_malformed_items(tmp_path, task_dir, change, words):
         local_tasks(tmp_path, ["piqa"])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_winogrande_needs_two_contexts(tmp_path, task_dir):
+    (tmp_path / "winogrande.jsonl").write_text((task_dir / "winogrande.jsonl").read_text())
+    break_line(tmp_path / "winogrande.jsonl", 2, contexts=["a", "b", "c"])
+    with pytest.raises(td.TruedepthError, match="line 2: 3 choices, where 2 are needed"):
+        local_tasks(tmp_path, ["winogrande"])
 
 
 @pytest.mark.parametrize(

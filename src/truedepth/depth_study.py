@@ -70,7 +70,7 @@ class Study:
     """Layers evaluated by this run."""
 
     naive: int
-    """Layers that running the same schedules one by one would evaluate."""
+    """Layers that running every cell by itself would evaluate, those of the same schedule too."""
 
     @property
     def sweep(self) -> list[SweepRow]:

@@ -48,7 +48,8 @@ def local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, list[d
             raise TruedepthError(f"{name!r} is not a local task; there are {', '.join(known)}.")
         task = known[name]
         splits = {
-            split: _read(directory / file, task["keys"]) for split, file in task["files"].items()
+            split: _read(directory / file, task["keys"], task.get("options"))
+            for split, file in task["files"].items()
         }
         found[name] = _configs(name, task, splits)
     return found
@@ -82,7 +83,7 @@ def _dataset(splits: dict[str, list[Item]]) -> Callable[..., Any]:
     return make
 
 
-def _read(path: Path, keys: Sequence[str]) -> list[Item]:
+def _read(path: Path, keys: Sequence[str], exactly: int | None) -> list[Item]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -90,14 +91,16 @@ def _read(path: Path, keys: Sequence[str]) -> list[Item]:
     except UnicodeDecodeError as error:
         raise TruedepthError(f"{path} is not UTF-8 text.") from error
     items = [
-        _item(line, path, number, keys) for number, line in enumerate(lines, 1) if line.strip()
+        _item(line, path, number, keys, exactly)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
     ]
     if not items:
         raise TruedepthError(f"{path} is empty.")
     return items
 
 
-def _item(line: str, path: Path, number: int, keys: Sequence[str]) -> Item:
+def _item(line: str, path: Path, number: int, keys: Sequence[str], exactly: int | None) -> Item:
     try:
         item = json.loads(line)
     except ValueError as error:
@@ -107,10 +110,18 @@ def _item(line: str, path: Path, number: int, keys: Sequence[str]) -> Item:
     for key in keys:
         if key not in item:
             raise TruedepthError(f"{path}, line {number}: lacks the key {key!r}.")
+    for key in set(keys) - {"choices", "contexts", "gold"}:
+        if not isinstance(item[key], str) or not item[key].strip():
+            raise TruedepthError(f"{path}, line {number}: {key!r} must be a text.")
     options = item.get("choices", item.get("contexts"))
-    if options is not None:
+    if "gold" in keys:
         if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
             raise TruedepthError(f"{path}, line {number}: the choices must be a list of texts.")
+        if len(options) < 2 or exactly not in (None, len(options)):
+            raise TruedepthError(
+                f"{path}, line {number}: {len(options)} choices, where"
+                f" {exactly or 'at least 2'} are needed."
+            )
         if type(item["gold"]) is not int or not 0 <= item["gold"] < len(options):
             raise TruedepthError(
                 f"{path}, line {number}: gold must be a number from 0 to {len(options) - 1},"

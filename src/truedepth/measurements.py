@@ -88,7 +88,10 @@ class Measurements:
 
     def _read(self, path: Path, identity: dict[str, Any]) -> None:
         self._file.seek(0)
-        text = self._file.read()
+        try:
+            text = self._file.read()
+        except UnicodeDecodeError as error:
+            raise TruedepthError(f"{path} is damaged; remove it to begin again.") from error
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a run was killed while it wrote the last line
             self._file.truncate(len(whole.encode()))
@@ -96,7 +99,7 @@ class Measurements:
             lines = [json.loads(line) for line in whole.splitlines()]
             for line in lines[1:]:
                 self.nll[line["schedule"]] = torch.tensor(line["nll"], dtype=torch.float64)
-            held = lines[0]["measured_on"] if lines else None
+            held = dict(lines[0]["measured_on"]) if lines else None
         except (ValueError, KeyError, TypeError) as error:
             raise TruedepthError(f"{path} is damaged; remove it to begin again.") from error
         if held is None:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy import stats
 from torch.nn.functional import cosine_similarity
 
@@ -166,6 +168,15 @@ def test_a_killed_study_keeps_its_cells(make_model, text, tmp_path):
     lines = (tmp_path / "out" / FILE).read_text().splitlines()
     assert len(lines) >= 6
     assert json.loads(lines[5])["nll"]
+
+
+def test_a_change_anywhere_in_the_weights_is_another_model(make_model, tmp_path):
+    shutil.copytree(make_model(), tmp_path / "copy")
+    tensors = {n: t.read().clone() for n, t in td.open_source(make_model()).tensors.items()}
+    assert td.open_source(tmp_path / "copy").fingerprint == td.open_source(make_model()).fingerprint
+    tensors["model.layers.3.mlp.down_proj.weight"][30, 40] += 0.5
+    save_file(tensors, tmp_path / "copy" / "model.safetensors")
+    assert td.open_source(tmp_path / "copy").fingerprint != td.open_source(make_model()).fingerprint
 
 
 def test_another_study_is_not_mixed_in(make_model, text, tmp_path):

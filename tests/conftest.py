@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+import truedepth as td
+
 torch.set_num_threads(2)
 
 TINY = {
@@ -47,6 +49,14 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pair(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A converted model and its original, loaded; for tests that change neither."""
+    out = tmp_path_factory.mktemp("pair") / "out"
+    td.convert(make_model(), out, td.Plan(6, [[2, 3]]))
+    return td.load(out), td.load(make_model())
 
 
 def random_model(config: Any, seed: int = 0) -> Any:

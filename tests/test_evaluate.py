@@ -21,13 +21,6 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def pair(make_model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("pair") / "out"
-    td.convert(make_model(), out, td.Plan(6, [[2, 3]]))
-    return td.load(out), td.load(make_model())
-
-
 def plainly(loaded, windows):
     return loaded.model(windows).logits[:, :-1].detach(), windows[:, 1:]
 

@@ -55,13 +55,6 @@ def task_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def pair(make_model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("pair") / "out"
-    td.convert(make_model(), out, td.Plan(6, [[2, 3]]))
-    return td.load(out), td.load(make_model())
-
-
 def read(task_dir, name):
     return [json.loads(line) for line in (task_dir / f"{name}.jsonl").read_text().splitlines()]
 

@@ -95,14 +95,11 @@ def task_scores(
         ) from error
     configs = {name: [name] for name in tasks} if task_dir is None else local_tasks(task_dir, tasks)
     run = _Run(configs, task_dir is None, num_fewshot, limit, batch_size, seed)
-    loaded = model if isinstance(model, Loaded) else load(model, device=device, dtype=dtype)
+    loaded = load(model, device=device, dtype=dtype)
     ours = run.scores(loaded)
     theirs: Results = {}
     if against is not None:
-        original = (
-            against if isinstance(against, Loaded) else load(against, device=device, dtype=dtype)
-        )
-        theirs = run.scores(original)
+        theirs = run.scores(load(against, device=device, dtype=dtype))
     return [
         _compare(task, metric, scores, theirs.get((task, metric)))
         for (task, metric), scores in ours.items()

@@ -111,10 +111,7 @@ def perplexity(
             f"{' and '.join(map(_name, opened))} cut the text into different tokens;"
             " only models with the same tokenizer can be compared."
         )
-    loaded = [
-        each if isinstance(each, Loaded) else load(each, device=device, dtype=dtype)
-        for each in opened
-    ]
+    loaded = [load(each, device=device, dtype=dtype) for each in opened]
     _check(loaded, window)
     ours, theirs = loaded[0], loaded[1] if len(loaded) > 1 else None
     measured = []

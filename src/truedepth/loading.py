@@ -37,7 +37,7 @@ class Loaded:
 
 
 def load(
-    model: str | Path | Source,
+    model: str | Path | Source | Loaded,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -46,7 +46,8 @@ def load(
     """Load a model, original or converted, for inference.
 
     Args:
-        model: A directory, `.gguf` file, hub id, `default`, or an open source.
+        model: A directory, `.gguf` file, hub id, `default`, or an open source. What is loaded
+            already is given back as it is.
         device: By default the first GPU, else the CPU.
         dtype: By default float32 on a CPU and the checkpoint's own elsewhere.
         options: For transformers' `from_pretrained`, such as `attn_implementation`.
@@ -54,6 +55,8 @@ def load(
     Raises:
         TruedepthError: There is no such model, transformers cannot load it, or it lacks weights.
     """
+    if isinstance(model, Loaded):
+        return model
     source = model if isinstance(model, Source) else open_source(model)
     device = _device(device)
     if dtype is None and device.type == "cpu":

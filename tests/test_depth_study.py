@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -17,8 +19,8 @@ from conftest import random_ids
 from test_schedule import rebuilt, rebuilt_update
 from truedepth.dependence import dependence, rank_correlation
 from truedepth.depth_study import study
-from truedepth.measurements import FILE
-from truedepth.schedule import Runner, Step, in_order
+from truedepth.measurements import FILE, Measurements
+from truedepth.schedule import Runner, Step, in_order, layer_evaluations
 from truedepth.transformations import TRANSFORMATIONS, Cell, all_cells
 
 SIZE = {"window": 16, "windows": 3, "dtype": torch.float32}
@@ -136,7 +138,7 @@ def test_rank_correlation():
     assert math.isnan(rank_correlation([1, 2], [1, 2]))
 
 
-def test_a_study_goes_on_where_it_stopped(make_model, text, tmp_path):
+def test_a_study_goes_on_where_it_stopped(make_model, text, tmp_path, monkeypatch):
     whole = study(make_model(), tmp_path / "whole", text=text, **SIZE)
     study(make_model(), tmp_path / "parts", text=text, transformations=["prune"], **SIZE)
     path = tmp_path / "parts" / FILE
@@ -144,10 +146,50 @@ def test_a_study_goes_on_where_it_stopped(make_model, text, tmp_path):
     path.write_text("".join(lines[:8]) + lines[8][:20])  # killed while it wrote a line
     parts = study(make_model(), tmp_path / "parts", text=text, **SIZE)
     assert parts.transformed == whole.transformed
-    assert parts.evaluated < whole.evaluated
-    again = study(make_model(), tmp_path / "parts", text=text, **SIZE)
-    assert again.transformed == whole.transformed
-    assert again.evaluated == 0
+    monkeypatch.setattr(Measurements, "add", lambda *_: pytest.fail("added"))
+    again = study(make_model(), tmp_path / "parts", text=text, transformations=["prune"], **SIZE)
+    assert again == whole
+
+
+def test_two_runs_do_not_share_a_directory(make_model, text, tmp_path):
+    study(make_model(), tmp_path / "out", text=text, stride=3, **SIZE)
+    identity = json.loads((tmp_path / "out" / FILE).read_text().splitlines()[0])["measured_on"]
+    with (
+        Measurements(tmp_path / "out", identity),
+        pytest.raises(td.TruedepthError, match="Another run is at work"),
+    ):
+        study(make_model(), tmp_path / "out", text=text, stride=3, **SIZE)
+
+
+def test_correlations_are_among_neighbours_and_among_spans_of_a_length(make_model, text, tmp_path):
+    found = study(make_model(num_hidden_layers=8), tmp_path / "out", text=text, **SIZE)
+    parallel = found.transformed["parallel"]
+    for name, matrix in found.dependence.items():
+        neighbours = [(matrix[i][i + 1], parallel[i][i + 1]) for i in range(7)]
+        expected = stats.spearmanr(*zip(*neighbours, strict=True)).statistic
+        assert found.correlation[name]["pairs"] == pytest.approx(expected)
+        within = []
+        for length in (2, 3, 4):  # five spans or more
+            rows = []
+            for first in range(8 - length + 1):
+                span = range(first, first + length)
+                inside = [matrix[i][j] for i, j in itertools.combinations(span, 2)]
+                rows.append((statistics.mean(inside), parallel[first][first + length - 1]))
+            within.append(stats.spearmanr(*zip(*rows, strict=True)).statistic)
+        assert found.correlation[name]["spans"] == pytest.approx(statistics.mean(within))
+
+
+def test_layers_are_counted_before_they_are_evaluated(make_model):
+    runner = Runner(td.load(make_model()), random_ids(1, 8))
+    schedules = [cell.schedule(6) for cell in all_cells(6)]
+    list(runner.run(schedules))
+    assert runner.evaluated == layer_evaluations(schedules)
+    for schedule in schedules[::7]:
+        alone = Runner(td.load(make_model()), random_ids(1, 8))
+        list(alone.run([schedule]))
+        merges = sum(step.form == "merge" for step in schedule)
+        single = sum(len(step.layers) for step in schedule if step.form != "merge")
+        assert alone.evaluated == layer_evaluations([schedule]) == merges + single
 
 
 def test_a_killed_study_keeps_its_cells(make_model, text, tmp_path):
@@ -187,7 +229,7 @@ def test_another_study_is_not_mixed_in(make_model, text, tmp_path):
     changes = [
         (make_model(num_key_value_heads=4), text, {}, "model fingerprint"),
         (make_model(), other, {}, "text fingerprint"),
-        (make_model(), text, {"windows": 2}, "text fingerprint"),
+        (make_model(), text, {"windows": 2}, "windows"),
         (make_model(), text, {"dtype": torch.bfloat16}, "dtype"),
     ]
     for model, source, change, words in changes:
@@ -201,7 +243,7 @@ def test_another_study_is_not_mixed_in(make_model, text, tmp_path):
     ("change", "words"),
     [
         ({"windows": 10**4}, "fewer --windows"),
-        ({"window": 10**5}, "fewer than one window"),
+        ({"window": 10**5}, "longer than the .* positions"),
         ({"stride": 0}, "stride must be at least 1"),
         ({"permutations": 0}, "permutations must be at least 1"),
         ({"transformations": ["melt"]}, "'melt' is not a transformation"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -52,11 +53,11 @@ def directory(found, tmp_path_factory):
     return path
 
 
-def browse(page, profile, *flags):
+def browse(page, profile):
     """The page's document after its scripts have run, and the hosts that were asked."""
     assert CHROMIUM, "CI must have Chromium"
     log = profile / "net.json"
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--log-net-log={log}", *flags]
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--log-net-log={log}"]
     done = subprocess.run(
         [*command, "--dump-dom", page.as_uri()],
         capture_output=True,
@@ -83,16 +84,33 @@ BROWSERS_OWN = (".google.com", ".googleapis.com", ".gvt1.com")
 
 
 @in_browser
-@pytest.mark.parametrize("width", [360, 1280])
-def test_every_plot_is_drawn_without_error_or_request(directory, tmp_path_factory, width):
+def test_a_phone_need_not_scroll_sideways(directory, tmp_path):
+    """In a frame, for a browser's window cannot be as narrow as a phone."""
+    page = tmp_path / "phone.html"
+    content = html.escape((directory / "report.html").read_text(), quote=True)
+    script = (
+        "frame.onload = () => { const page = frame.contentDocument;"
+        " const wide = page.documentElement.scrollWidth > page.documentElement.clientWidth;"
+        " document.body.dataset.found = [page.body.dataset.drawn, frame.clientWidth, wide] }"
+    )
+    frame = f'<iframe id="frame" width="360" height="800" frameborder="0" srcdoc="{content}">'
+    page.write_text(f"<!doctype html><body>{frame}</iframe><script>{script}</script>")
+    dom, _ = browse(page, tmp_path)
+    assert re.search(r'data-found="([^"]*)"', dom)[1] == "17,360,false"
+
+
+@in_browser
+def test_every_plot_is_drawn_without_error_or_request(directory, tmp_path_factory):
     profiles = [tmp_path_factory.mktemp("profile") for _ in range(2)]
     _, own = browse(empty_page(profiles[0]), profiles[0])  # what the browser asks for by itself
-    size = f"--window-size={width},900"
-    dom, hosts = browse(directory / "report.html", profiles[1], size)
+    dom, hosts = browse(directory / "report.html", profiles[1])
     body = re.search(r"<body[^>]*>", dom)[0]
     assert "data-errors" not in body
-    assert 'data-drawn="14"' in body  # 9 transformations, 3 measures, sweep, legend
-    assert dom.count('data-tip="') >= 9 * 21 + 3 * 15
+    assert 'data-drawn="17"' in body  # 9 transformations, 3 measures, their 4 scales, sweep
+    curves, dots = 2, 5 + 3  # Δ = 2 and 4; one span of 6 makes no curve
+    assert dom.count("<polyline ") == curves
+    assert dom.count("<circle ") == dots
+    assert dom.count('data-tip="') == 9 * 21 + 3 * 15 + curves + dots
     assert "&lt;/script&gt;&lt;b&gt;model" in dom
     assert not [host for host in hosts - own if not host.endswith(BROWSERS_OWN)]
 
@@ -102,8 +120,8 @@ def test_an_error_or_a_request_of_the_page_would_be_noticed(directory, tmp_path_
     """The checks above can fail."""
     profiles = [tmp_path_factory.mktemp("profile") for _ in range(2)]
     broken = profiles[0] / "broken.html"
-    html = (directory / "report.html").read_text()
-    broken.write_text(html.replace('"transformed":', '"other":'))
+    page = (directory / "report.html").read_text()
+    broken.write_text(page.replace('"transformed":', '"other":'))
     dom, _ = browse(broken, profiles[0])
     assert "data-errors" in re.search(r"<body[^>]*>", dom)[0]
     asking = empty_page(profiles[1], '<img src="http://127.0.0.1:9/picture.png">')
@@ -111,14 +129,14 @@ def test_an_error_or_a_request_of_the_page_would_be_noticed(directory, tmp_path_
 
 
 def test_the_page_names_no_other_address(directory):
-    html = (directory / "report.html").read_text()
-    assert set(re.findall(r"https?://[\w./]+", html)) == {"http://www.w3.org/2000/svg"}
-    assert "default-src 'none'" in html
+    page = (directory / "report.html").read_text()
+    assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in page
 
 
 def test_the_page_and_the_json_hold_the_same_figures(found, directory):
-    html = (directory / "report.html").read_text()
-    embedded = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', html, re.S)[1])
+    page = (directory / "report.html").read_text()
+    embedded = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S)[1])
     saved = json.loads((directory / "study.json").read_text())
     assert {key: embedded[key] for key in saved} == saved
     assert saved["transformed"] == found.transformed

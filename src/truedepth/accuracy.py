@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from truedepth import __version__
 from truedepth.errors import TruedepthError
 from truedepth.loading import Loaded, load
 from truedepth.local_tasks import local_tasks
-from truedepth.sources import Source
+from truedepth.progress import quiet
+from truedepth.sources import Source, open_source
 
 CPU_BATCH_SIZE = 8
+
+FEWSHOT_SEED = 1234
+"""The harness's own, so that figures compare."""
 
 Scores = dict[tuple[str, int], float]
 """Of single items, by subtask and number."""
@@ -56,6 +62,33 @@ class TaskScore:
         return asdict(self) | {"kept": self.kept}
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """Scores on benchmarks, and what they were measured with."""
+
+    model: str
+    """The model's name and where it was found."""
+
+    against: str | None
+    """The original's."""
+
+    scores: list[TaskScore]
+    num_fewshot: int | None
+    """Examples a question; None for each task's own number."""
+
+    limit: int | None
+    """Items a task, or a subtask, at most."""
+
+    seed: int
+    dtype: str
+    versions: dict[str, str]
+    """Of the packages that the figures depend on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"scores": [score.to_dict() for score in self.scores]}
+
+
 def task_scores(
     model: str | Path | Source | Loaded,
     tasks: Sequence[str],
@@ -67,15 +100,17 @@ def task_scores(
     batch_size: int | str = "auto",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> list[TaskScore]:
-    """Score a model on benchmarks.
+    seed: int = FEWSHOT_SEED,
+) -> Accuracy:
+    """Score a model on benchmarks, and its original on the same items.
+
+    Both are opened before anything is scored; only one at a time is in memory.
 
     Args:
         model: What to score; anything that `load` takes, or what it gave.
         tasks: Names of local tasks where `task_dir` is given, else of the harness's own, whose data
             come from the hub.
-        against: The original, on the same items.
+        against: The original.
         task_dir: Directory of JSONL files.
         num_fewshot: Examples before every question; by default the task's own number.
         limit: Items a task (a subtask, where it is made of several) at most.
@@ -88,22 +123,56 @@ def task_scores(
         TruedepthError: A task is unknown or its file malformed, or lm-eval is not installed.
     """
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval
     except ImportError as error:
         raise TruedepthError(
             "Tasks need lm-evaluation-harness: pip install 'truedepth[report]'."
         ) from error
-    configs = {name: [name] for name in tasks} if task_dir is None else local_tasks(task_dir, tasks)
-    run = _Run(configs, task_dir is None, num_fewshot, limit, batch_size, seed)
-    loaded = load(model, device=device, dtype=dtype)
-    ours = run.scores(loaded)
-    theirs: Results = {}
-    if against is not None:
-        theirs = run.scores(load(against, device=device, dtype=dtype))
-    return [
-        _compare(task, metric, scores, theirs.get((task, metric)))
-        for (task, metric), scores in ours.items()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=task_dir is None)
+    configs: Mapping[str, Sequence[Any]]
+    if task_dir is not None:
+        configs = local_tasks(task_dir, tasks, num_fewshot)
+    else:
+        if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+            raise TruedepthError(
+                f"{unknown[0]!r} is not a task of lm-evaluation-harness; give --task-dir for tasks"
+                " of your own files."
+            )
+        configs = {name: [name] for name in tasks}
+    run = _Run(configs, manager, num_fewshot, limit, batch_size, seed)
+    opened = [
+        each if isinstance(each, Source | Loaded) else open_source(each)
+        for each in (model, against)
+        if each is not None
     ]
+    names, results, dtypes = [], [], []
+    for each in opened:
+        loaded = load(each, device=device, dtype=dtype)
+        names.append(f"{loaded.source.name} ({loaded.source.origin})")
+        dtypes.append(str(loaded.model.dtype).removeprefix("torch."))
+        results.append(run.scores(loaded))
+        del loaded  # before the next one is loaded
+    theirs: Results = results[1] if len(results) > 1 else {}
+    return Accuracy(
+        model=names[0],
+        against=names[1] if len(names) > 1 else None,
+        scores=[
+            _compare(task, metric, scores, theirs.get((task, metric)))
+            for (task, metric), scores in results[0].items()
+        ],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        seed=seed,
+        dtype=dtypes[0],
+        versions={
+            "truedepth": __version__,
+            "lm_eval": lm_eval.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -113,9 +182,7 @@ class _Run:
     configs: Mapping[str, Sequence[Any]]
     """By task its harness config or name, or those of its subtasks."""
 
-    harness_tasks: bool
-    """Whether the harness's own tasks are needed, whose index takes seconds to build."""
-
+    manager: Any
     num_fewshot: int | None
     limit: int | None
     batch_size: int | str
@@ -123,55 +190,77 @@ class _Run:
 
     def scores(self, loaded: Loaded) -> Results:
         """The scores of all items, by task and metric."""
+        results = self._ask(loaded)
+        subtasks = results.get("group_subtasks", {})
+        found: Results = {}
+        for task, configs in self.configs.items():
+            names = [c["task"] if isinstance(c, dict) else c for c in configs]
+            members = list(_leaves(names, subtasks))
+            metrics = [_item_scores(results, member) for member in members]
+            for metric in metrics[0] if metrics else ():
+                if all(metric in each for each in metrics):
+                    found[task, metric] = {
+                        (member, number): value
+                        for member, each in zip(members, metrics, strict=True)
+                        for number, value in each[metric].items()
+                    }
+        if not found:
+            raise TruedepthError(
+                f"{', '.join(self.configs)} gave no scores of single items; name tasks, not tags."
+            )
+        return found
+
+    def _ask(self, loaded: Loaded) -> dict[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         batch_size = self.batch_size
         if batch_size == "auto" and loaded.model.device.type == "cpu":
             batch_size = CPU_BATCH_SIZE  # the harness would try 64 of the longest request
         tasks = [config for configs in self.configs.values() for config in configs]
         try:
-            results = simple_evaluate(
-                HFLM(
-                    pretrained=loaded.model,
-                    tokenizer=loaded.tokenizer,
-                    batch_size=batch_size,
-                ),
-                tasks=[dict(task) if isinstance(task, dict) else task for task in tasks],
-                task_manager=TaskManager(include_defaults=self.harness_tasks),
-                num_fewshot=self.num_fewshot,
-                limit=self.limit,
-                log_samples=True,
-                bootstrap_iters=0,
-                random_seed=self.seed,
-                numpy_random_seed=self.seed,
-                torch_random_seed=self.seed,
-                fewshot_random_seed=self.seed,
-            )
+            with quiet():
+                results: dict[str, Any] = simple_evaluate(
+                    HFLM(
+                        pretrained=loaded.model,
+                        tokenizer=loaded.tokenizer,
+                        batch_size=batch_size,
+                    ),
+                    tasks=[dict(task) if isinstance(task, dict) else task for task in tasks],
+                    task_manager=self.manager,
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                    random_seed=self.seed,
+                    numpy_random_seed=self.seed,
+                    torch_random_seed=self.seed,
+                    fewshot_random_seed=self.seed,
+                )
         except (KeyError, ValueError, OSError, AssertionError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise TruedepthError(
                 f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason}."
             ) from error
-        subtasks = results.get("group_subtasks", {})
-        found: Results = {}
-        for task, configs in self.configs.items():
-            members = [c["task"] if isinstance(c, dict) else c for c in configs]
-            for member in _leaves(members, subtasks):
-                for item in results["samples"].get(member, ()):
-                    for metric in item["metrics"]:
-                        if not isinstance(item[metric], bool | int | float):
-                            continue  # of whole corpora, not of items: nothing to pair
-                        plain = item["filter"] == "none"
-                        name = metric if plain else f"{metric}, {item['filter']}"
-                        scores = found.setdefault((task, name), {})
-                        scores[member, item["doc_id"]] = float(item[metric])
-        if not found:
-            raise TruedepthError(
-                f"{', '.join(self.configs)} gave no scores of single items; name tasks, not tags."
-            )
-        return found
+        return results
+
+
+def _item_scores(results: Mapping[str, Any], task: str) -> dict[str, dict[int, float]]:
+    """By metric the scores of a task's items, where the harness's figure is their plain mean."""
+    by_metric: dict[tuple[str, str], dict[int, float]] = {}
+    for item in results["samples"].get(task, ()):
+        for metric in item["metrics"]:
+            if isinstance(item[metric], bool | int | float):
+                scores = by_metric.setdefault((metric, item["filter"]), {})
+                scores[item["doc_id"]] = float(item[metric])
+    found = {}
+    for (metric, kind), scores in by_metric.items():
+        figure = results["results"][task].get(f"{metric},{kind}")
+        if isinstance(figure, int | float) and math.isclose(
+            figure, _mean(list(scores.values())), abs_tol=1e-9
+        ):
+            found[metric if kind == "none" else f"{metric}, {kind}"] = scores
+    return found
 
 
 def _leaves(names: Sequence[str], subtasks: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -228,7 +228,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Windows or items a forward pass.")] = "auto",
     json_path: JsonPath = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the choice of examples; lm-evaluation-harness's own default.")
+    ] = 1234,
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
@@ -245,7 +247,7 @@ def evaluate(
     if tasks is not None:
         from truedepth.accuracy import task_scores
 
-        scores = task_scores(
+        found = task_scores(
             model,
             [name.strip() for name in tasks.split(",") if name.strip()],
             against=against,
@@ -257,8 +259,8 @@ def evaluate(
             dtype=dtype.torch(),
             seed=seed,
         )
-        _write_json(json_path, {"tasks": [score.to_dict() for score in scores]})
-        print_scores(scores)
+        _write_json(json_path, found.to_dict())
+        print_scores(found)
         return
     from truedepth.evaluate import perplexity
 

@@ -20,6 +20,7 @@ MEASURES = {
     "input similarity": "E cos(x_i, x_j): how alike the inputs of i and j are",
     "update size": "E‖f_i‖ / E‖x_j‖: how much of j's input i wrote",
 }
+"""Pairing should cost more where interaction and update size are high and inputs are unlike."""
 
 
 def dependence(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ import transformers
 from truedepth import __version__
 from truedepth.dependence import dependence, rank_correlation
 from truedepth.errors import TruedepthError
+from truedepth.evaluate import perplexity_of
 from truedepth.loading import default_device, load
 from truedepth.measurements import Measurements
 from truedepth.progress import progress_bar
-from truedepth.schedule import Runner, in_order
+from truedepth.schedule import Runner, Schedule, in_order, layer_evaluations
 from truedepth.sources import Source, open_source
 from truedepth.tensors import common_dtype
-from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows
-from truedepth.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells, naive_layers
+from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
+from truedepth.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells
 
 Matrix = list[list[float | None]]
-"""`matrix[i][j]` with i <= j, None where nothing was measured. Of spans: of layers i to j, both
-inclusive. Of dependence measures: of the pair i, j."""
+"""`matrix[i][j]`, i <= j, of two layers: the first and the last of a span, or an earlier and a
+later one. None where nothing was measured."""
+
+MIN_SPANS = 5  # of one length, for a rank correlation among them
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,13 @@ class Study:
 
     correlation: dict[str, dict[str, float]]
     """Rank correlation of every measure with the excess loss of pairing neighbours (`pairs`), and
-    of its mean over a span with that of running the span side by side (`spans`)."""
+    of its mean over a span with that of running the span side by side (`spans`): among spans of the
+    same length, averaged over lengths, for a longer span always loses more."""
 
     evaluated: float
-    """Layers evaluated by this run."""
+    """Layers that the study evaluates, begun from nothing."""
 
-    naive: int
+    naive: float
     """Layers that running every cell by itself would evaluate, those of the same schedule too."""
 
     @property
@@ -97,7 +101,7 @@ class Study:
             for name, found in self.correlation.items()
         }
         return asdict(self) | {
-            "perplexity": math.exp(self.nll),
+            "perplexity": perplexity_of(self.nll),
             "correlation": correlation,
             "sweep": [asdict(row) for row in self.sweep],
         }
@@ -122,7 +126,8 @@ def study(
     Args:
         model: An original model; anything that `open_source` takes.
         out: The study's directory. What it holds of the same study is not measured again, and what
-            is measured is kept there as it comes.
+            is measured is kept there as it comes. What it holds whole of other transformations is
+            reported too.
         text: A `.txt` or `.jsonl` file; by default the documentation that Python carries.
         window: Tokens a window.
         windows: Use the first so many windows of the text.
@@ -146,49 +151,43 @@ def study(
         )
     source = model if isinstance(model, Source) else open_source(model)
     source.family  # noqa: B018  refused before anything is loaded
-    ids = token_windows(
-        source.tokenizer, default_text() if text is None else read_text(text), window, windows
-    )
-    if len(ids) < windows:
-        raise TruedepthError(
-            f"The text has {len(ids)} windows of {window} tokens, not {windows}; give more text or"
-            " fewer --windows."
-        )
+    ids = _windows(source, text, window, windows)
     device = torch.device(device or default_device())
     dtype = dtype or _default_dtype(source, device)
     identity = {
-        "model fingerprint": source.fingerprint,
-        "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
         "window": window,
         "windows": windows,
         "dtype": str(dtype).removeprefix("torch."),
+        "model fingerprint": source.fingerprint,
+        "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
     }
     layers = source.num_layers
-    cells = list(
-        all_cells(layers, permutations=permutations, stride=stride, transformations=transformations)
-    )
-    pairs = [Cell("parallel", layer, layer + 2) for layer in range(layers - 1)]
-    wanted = {cell: cell.schedule(layers, seed) for cell in (*cells, *pairs)}
     original = in_order(range(layers))
+    pairs = {
+        cell: cell.schedule(layers)
+        for cell in (Cell("parallel", layer, layer + 2) for layer in range(layers - 1))
+    }
+    possible = {
+        cell: cell.schedule(layers, seed)
+        for cell in all_cells(layers, permutations=permutations, stride=stride)
+    }
+    wanted = {cell: s for cell, s in possible.items() if cell.transformation in transformations}
     with Measurements(Path(out).expanduser(), identity) as kept:
-        missing = {schedule for schedule in (original, *wanted.values()) if schedule not in kept}
         runner = Runner(load(source, device=device, dtype=dtype), ids)
-        with progress_bar("Schedules", len(missing)) as advance:
-            for schedule, nll in runner.run(missing):
-                kept.add(schedule, nll)
-                advance(1)
-        evaluated = runner.evaluated
+        _measure(runner, [original, *pairs.values(), *wanted.values()], kept)
+        lacking = {cell.transformation for cell, s in possible.items() if s not in kept}
+        cells = {cell: s for cell, s in possible.items() if cell.transformation not in lacking}
         with progress_bar("Dependence of layers", layers * (layers - 1) // 2) as advance:
             measures = dependence(runner, advance)
-        losses = {cell: kept[schedule].mean().item() for cell, schedule in wanted.items()}
+        losses = {cell: kept[s].mean().item() for cell, s in (pairs | cells).items()}
         base = kept[original].mean().item()
-        if not all(map(math.isfinite, [base, *losses.values()])):
-            raise TruedepthError(
-                "The model gives logits that are not finite numbers; try --dtype float32.", 1
-            )
-
+    if not all(map(math.isfinite, [base, *losses.values()])):
+        raise TruedepthError(
+            "The model gives logits that are not finite numbers; try --dtype float32.", 1
+        )
     matrices = {name: _matrix(values) for name, values in measures.items()}
     transformed, spread = _by_span(layers, cells, losses)
+    schedules = [*pairs.values(), *cells.values()]
     return Study(
         settings={
             "model": source.name,
@@ -211,13 +210,37 @@ def study(
         correlation=_correlations(
             matrices, [losses[pair] for pair in pairs], transformed.get("parallel", [])
         ),
-        evaluated=evaluated,
-        naive=sum(naive_layers(wanted[cell]) for cell in wanted),
+        evaluated=layer_evaluations([original, *schedules]),
+        naive=sum(layer_evaluations([schedule]) for schedule in schedules),
     )
 
 
+def _windows(source: Source, text: str | Path | None, window: int, windows: int) -> torch.Tensor:
+    """Exactly so many windows of the text."""
+    check_window(source, window)
+    content = default_text() if text is None else read_text(text)
+    ids = token_windows(source.tokenizer, content, window, windows)
+    if len(ids) < windows:
+        raise TruedepthError(
+            f"The text has {len(ids)} windows of {window} tokens, not {windows}; give more text or"
+            " fewer --windows."
+        )
+    return ids
+
+
+def _measure(runner: Runner, schedules: Sequence[Schedule], kept: Measurements) -> None:
+    """Run those schedules that are not kept yet."""
+    missing = {schedule for schedule in schedules if schedule not in kept}
+    done = runner.evaluated
+    with progress_bar("Layers", math.ceil(layer_evaluations(missing))) as advance:
+        for schedule, nll in runner.run(missing):
+            kept.add(schedule, nll)
+            advance(runner.evaluated - done)
+            done = runner.evaluated
+
+
 def _by_span(
-    layers: int, cells: Sequence[Cell], losses: dict[Cell, float]
+    layers: int, cells: Iterable[Cell], losses: Mapping[Cell, float]
 ) -> tuple[dict[str, Matrix], Matrix]:
     """Mean NLL of every span by transformation, and the spread of shuffles."""
     orders: dict[tuple[str, int, int], list[float]] = {}
@@ -241,18 +264,18 @@ def _correlations(
     found = {}
     for name, matrix in measures.items():
         neighbours = [_value(matrix[i][i + 1]) for i in range(len(pairs))]
-        means, losses = [], []
+        by_length: dict[int, list[tuple[float, float]]] = {}
         for first, row in enumerate(parallel):
             for last in range(first + 1, len(row)):
-                loss = row[last]
-                if loss is not None:
-                    span = range(first, last + 1)
-                    values = [_value(matrix[i][j]) for i in span for j in span if i < j]
-                    means.append(sum(values) / len(values))
-                    losses.append(loss)
+                if (loss := row[last]) is not None:
+                    inside = [_value(v) for line in matrix[first:last] for v in line[: last + 1]]
+                    values = [value for value in inside if not math.isnan(value)]
+                    by_length.setdefault(last - first, []).append((sum(values) / len(values), loss))
+        enough = [spans for spans in by_length.values() if len(spans) >= MIN_SPANS]
+        within = [rank_correlation(*zip(*spans, strict=True)) for spans in enough]
         found[name] = {
             "pairs": rank_correlation(neighbours, pairs),
-            "spans": rank_correlation(means, losses),
+            "spans": sum(within) / len(within) if within else math.nan,
         }
     return found
 

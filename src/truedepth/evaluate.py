@@ -15,7 +15,7 @@ from truedepth.errors import TruedepthError
 from truedepth.loading import Loaded, load
 from truedepth.progress import progress_bar
 from truedepth.sources import Source, open_source
-from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows
+from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
 
 CHUNK_TOKENS = 128  # positions whose log-probabilities are held at a time
 
@@ -59,12 +59,12 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return _exp(self.nll)
+        return perplexity_of(self.nll)
 
     @property
     def against_perplexity(self) -> float | None:
         """That of the original."""
-        return None if self.against_nll is None else _exp(self.against_nll)
+        return None if self.against_nll is None else perplexity_of(self.against_nll)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, perplexities included."""
@@ -111,8 +111,10 @@ def perplexity(
             f"{' and '.join(map(_name, opened))} cut the text into different tokens;"
             " only models with the same tokenizer can be compared."
         )
+    for each in opened:
+        check_window(each.source if isinstance(each, Loaded) else each, window)
     loaded = [load(each, device=device, dtype=dtype) for each in opened]
-    _check(loaded, window)
+    _check_vocabularies(loaded)
     ours, theirs = loaded[0], loaded[1] if len(loaded) > 1 else None
     measured = []
     with progress_bar("Measuring", len(ids)) as advance:
@@ -127,15 +129,7 @@ def perplexity(
     )
 
 
-def _check(loaded: Sequence[Loaded], window: int) -> None:
-    """What configs say must allow the measurement."""
-    for each in loaded:
-        positions = getattr(each.model.config, "max_position_embeddings", None)
-        if positions is not None and window > positions:
-            raise TruedepthError(
-                f"A window of {window} tokens is longer than the {positions} positions of"
-                f" {each.source.name}; give a smaller --window."
-            )
+def _check_vocabularies(loaded: Sequence[Loaded]) -> None:
     sizes = [each.model.config.vocab_size for each in loaded]
     if len(set(sizes)) > 1:
         raise TruedepthError(
@@ -144,8 +138,9 @@ def _check(loaded: Sequence[Loaded], window: int) -> None:
         )
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def perplexity_of(nll: float) -> float:
+    """exp(nll); infinite where that is beyond a float."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _name(opened: Source | Loaded) -> str:

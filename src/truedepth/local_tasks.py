@@ -26,18 +26,22 @@ def known_tasks() -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def local_tasks(
+    directory: str | Path, names: Sequence[str], num_fewshot: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """Tasks of a directory as configs of lm-evaluation-harness.
 
     Args:
         directory: Where the JSONL files are.
         names: Which tasks.
+        num_fewshot: Examples a question, which there must be; by default the task's own number.
 
     Returns:
         By name the task's config, or several where it is made of subtasks.
 
     Raises:
-        TruedepthError: A name is unknown, a file missing or malformed (with line and key).
+        TruedepthError: A name is unknown, a file missing or malformed (with line and key), or there
+            are too few examples.
     """
     directory, known = Path(directory).expanduser(), known_tasks()
     if not directory.is_dir():
@@ -51,25 +55,41 @@ def local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, list[d
             split: _read(directory / file, task["keys"], task.get("options"))
             for split, file in task["files"].items()
         }
-        found[name] = _configs(name, task, splits)
+        found[name] = _configs(name, task, splits, num_fewshot)
     return found
 
 
 def _configs(
-    name: str, task: dict[str, Any], splits: dict[str, list[Item]]
+    name: str, task: dict[str, Any], splits: dict[str, list[Item]], num_fewshot: int | None
 ) -> list[dict[str, Any]]:
     per = task.get("per")
-    if per is None:
-        return [{**task["config"], "task": name, "custom_dataset": _dataset(splits)}]
+    values = dict.fromkeys(item[per] for item in splits["test"]) if per else [None]
     configs = []
-    for value in dict.fromkeys(item[per] for item in splits["test"]):
+    for value in values:
         part = {
-            split: [item for item in items if item[per] == value] for split, items in splits.items()
+            split: [item for item in items if per is None or item[per] == value]
+            for split, items in splits.items()
         }
-        config = {**task["config"], "task": f"{name}_{value}", "custom_dataset": _dataset(part)}
-        config["description"] = config["description"].replace("{per}", value.replace("_", " "))
-        configs.append(config)
+        config = {**task["config"], "task": name}
+        if value is not None:
+            config["task"] = f"{name}_{value}"
+            config["description"] = config["description"].format(per=value.replace("_", " "))
+        if num_fewshot is not None:
+            config["num_fewshot"] = num_fewshot
+        _check_examples(config, part)
+        configs.append({**config, "custom_dataset": _dataset(part)})
     return configs
+
+
+def _check_examples(config: dict[str, Any], splits: dict[str, list[Item]]) -> None:
+    """A question is never among its own examples."""
+    split, shots = config["fewshot_split"], config.get("num_fewshot", 0)
+    there = len(splits[split]) - (split == config["test_split"])
+    if there < shots:
+        raise TruedepthError(
+            f"{config['task']} has {there} examples for a question, fewer than the {shots} asked"
+            " for; give a smaller --num-fewshot."
+        )
 
 
 def _dataset(splits: dict[str, list[Item]]) -> Callable[..., Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -26,9 +29,26 @@ def working(description: str) -> Iterator[None]:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Around libraries and their child processes that print: only their bars come through, and
+    these only where somebody watches.
+    """
+    watched = sys.stderr.isatty()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere, os.fdopen(kept, "w") as terminal:
+        os.dup2(nowhere.fileno(), 2)
+        shown = terminal if watched else io.StringIO()
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(shown):
+                yield
+        finally:
+            os.dup2(kept, 2)
+
+
+@contextmanager
 def progress_bar(
     description: str, total: int, unit: str = "steps"
-) -> Iterator[Callable[[int], object]]:
+) -> Iterator[Callable[[float], object]]:
     """A bar of `total` steps or bytes; gives the function that advances it."""
     count = DownloadColumn(binary_units=False) if unit == "bytes" else MofNCompleteColumn()
     bar = Progress(

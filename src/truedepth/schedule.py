@@ -59,6 +59,33 @@ def in_order(layers: Iterable[int]) -> Schedule:
     return tuple(Step((layer,)) for layer in layers)
 
 
+def layer_evaluations(schedules: Iterable[Schedule]) -> float:
+    """Layers that `Runner.run` evaluates for these schedules, each step of each tree node once.
+
+    Attention and FFN count half each, the output head nothing.
+    """
+    nodes: dict[Schedule, set[Step]] = {}
+    for schedule in schedules:
+        for depth, step in enumerate(schedule):
+            nodes.setdefault(schedule[:depth], set()).add(step)
+    return sum(map(_node_evaluations, nodes.values()))
+
+
+def _node_evaluations(steps: Iterable[Step]) -> float:
+    """Of steps that start from one state: what of them can be shared is computed once."""
+    merged, attentions, own_ffns, ffns = 0, set[int](), set[int](), 0
+    for step in steps:
+        if step.form == "merge":
+            merged += 1
+            continue
+        attentions.update(step.layers)
+        if step.form == "par" or len(step.layers) == 1:
+            own_ffns.update(step.layers)
+        else:
+            ffns += len(step.layers)
+    return merged + (len(attentions) + len(own_ffns) + ffns) / 2
+
+
 class Runner:
     """Runs schedules of one model on one set of token ids."""
 
@@ -73,7 +100,7 @@ class Runner:
             TruedepthError: The model's family is not supported.
         """
         self.evaluated = 0.0
-        """Layers evaluated so far; attention and FFN count half each, the output head nothing."""
+        """Layers evaluated so far, counted as `layer_evaluations` does."""
 
         self._model: Any = loaded.model
         self._ids = ids.to(loaded.model.device)

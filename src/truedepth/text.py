@@ -15,6 +15,8 @@ from truedepth.errors import TruedepthError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from truedepth.sources import Source
+
 DEFAULT_TEXT = "Python documentation topics (pydoc_data.topics)"
 
 
@@ -91,6 +93,20 @@ def token_windows(
     count = min(count, limit or count)
     rows = [prefix + ids[start * body : (start + 1) * body] for start in range(count)]
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def check_window(source: Source, window: int) -> None:
+    """Refuse windows that are longer than a model's positions.
+
+    Raises:
+        TruedepthError: They are.
+    """
+    positions = source.config.get("max_position_embeddings")
+    if positions is not None and window > positions:
+        raise TruedepthError(
+            f"A window of {window} tokens is longer than the {positions} positions of"
+            f" {source.name}; give a smaller --window."
+        )
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.depth_study import Study
+from truedepth.evaluate import perplexity_of
 from truedepth.inspection import Info
 from truedepth.plan import Plan
 from truedepth.report.tables import console, excess_text, print_rows
@@ -124,8 +125,8 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
         [
             ("model", f"{study.settings['model']} ({study.settings['origin']})"),
             ("layers", str(study.num_layers)),
-            ("perplexity", f"{math.exp(study.nll):.2f} on {study.settings['text']}"),
-            ("evaluated", f"{study.evaluated:,.0f} layers now; one by one {study.naive:,}"),
+            ("perplexity", f"{perplexity_of(study.nll):.2f} on {study.settings['text']}"),
+            ("evaluated", f"{study.evaluated:,.0f} layers; span by span {study.naive:,.0f}"),
         ]
     )
     if study.sweep:
@@ -136,7 +137,7 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
                     str(row.paired_layers),
                     str(row.effective_depth),
                     f"{row.best_last_layer - row.paired_layers + 1}-{row.best_last_layer}",
-                    f"{math.exp(row.best_nll):.2f}",
+                    f"{perplexity_of(row.best_nll):.2f}",
                     f"{row.best_nll - study.nll:+.3f}",
                 )
                 for row in study.sweep
@@ -146,12 +147,16 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
     print("\nRank correlation of each measure with the loss of pairing:\n")
     print_rows(
         [
-            (name, f"{found['pairs']:+.2f}", f"{found['spans']:+.2f}")
+            (name, _correlation(found["pairs"]), _correlation(found["spans"]))
             for name, found in study.correlation.items()
         ],
-        header=("measure", "neighbours", "spans"),
+        header=("measure", "neighbours", "spans of a length"),
     )
     print("\nWritten: " + ", ".join(map(str, written)))
+
+
+def _correlation(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:+.2f}"
 
 
 def _plan_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from truedepth.dependence import MEASURES
 from truedepth.depth_study import Matrix, Study
+from truedepth.evaluate import perplexity_of
 from truedepth.transformations import TRANSFORMATIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 MOST_EXCESS = 3.0  # nats a token, at which the common colour scale ends
 
@@ -37,17 +40,17 @@ def write_study(study: Study, directory: Path, command: str) -> list[Path]:
     written[0].write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
     written[1].write_text(report_html(data), encoding="utf-8")
     try:
-        import matplotlib as mpl
+        import matplotlib as mpl  # noqa: F401
     except ImportError:
         return written
-    mpl.use("Agg")
     return written + _figures(study, directory)
 
 
 def report_html(data: dict[str, Any]) -> str:
     """The page of a study's data: one file without any request to elsewhere."""
     template = files("truedepth.report").joinpath("study.html").read_text(encoding="utf-8")
-    data = data | {"descriptions": TRANSFORMATIONS | MEASURES}
+    descriptions = {name: each.description for name, each in TRANSFORMATIONS.items()}
+    data = data | {"descriptions": descriptions | MEASURES}
     text = json.dumps(_plain(data)).replace("<", "\\u003c")  # no text may end the script element
     return template.replace("{{DATA}}", text)
 
@@ -62,42 +65,66 @@ def _plain(value: Any) -> Any:
 
 
 def _figures(study: Study, directory: Path) -> list[Path]:
-    from matplotlib import pyplot as plt
+    figures = {"spans": _spans_figure(study), "sweep": _sweep_figure(study)}
+    figures["dependence"] = _dependence_figure(study)
+    paths = [directory / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=110)
+    return paths
+
+
+def _spans_figure(study: Study) -> Figure:
+    from matplotlib.figure import Figure
 
     known = [v for m in study.transformed.values() for row in m for v in row if v is not None]
     most = max(0.1, min(MOST_EXCESS, max(known) - study.nll))
     names = list(study.transformed)
-    rows = math.ceil(len(names) / 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(12, 3.7 * rows), squeeze=False)
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(1 + 3.6 * columns, 3.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
         image = _heat_map(axis, name, study.transformed[name], study.nll, (0, most))
     figure.colorbar(image, ax=axes, label="excess loss, nats a token (original: 0)", shrink=0.6)
-    spans = directory / "spans.png"
-    figure.savefig(spans, dpi=110, bbox_inches="tight")
+    return figure
 
-    figure, axis = plt.subplots(figsize=(9, 5))
+
+def _sweep_figure(study: Study) -> Figure:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
     sweep = [row for row in study.sweep if len(row.nll) > 1]
     for index, row in enumerate(sweep):
-        shade = plt.get_cmap("viridis_r")(0.1 + 0.85 * index / len(sweep))
-        perplexities = [math.exp(min(nll, study.nll + MOST_EXCESS)) for nll in row.nll]
+        shade = colormaps["viridis_r"](0.1 + 0.85 * index / len(sweep))
+        perplexities = [_drawn(nll, study) for nll in row.nll]
         axis.plot(row.last_layers, perplexities, color=shade, label=f"{row.paired_layers}")
-        best = math.exp(min(row.best_nll, study.nll + MOST_EXCESS))
-        axis.plot(row.best_last_layer, best, "o", color="#c2255c")
-    axis.axhline(math.exp(study.nll), color="grey", linestyle=":")
+        axis.plot(row.best_last_layer, _drawn(row.best_nll, study), "o", color="#c2255c")
+    axis.axhline(_drawn(study.nll, study), color="grey", linestyle=":")
     axis.set(xlabel="last layer of the paired span", ylabel="perplexity", yscale="log")
-    axis.legend(title="Δ", ncols=2, fontsize="small")
-    ends = directory / "sweep.png"
-    figure.savefig(ends, dpi=110, bbox_inches="tight")
+    if sweep:
+        axis.legend(title="Δ", ncols=2, fontsize="small")
+    return figure
 
-    figure, axes = plt.subplots(1, len(study.dependence), figsize=(13, 3.7))
+
+def _drawn(nll: float, study: Study) -> float:
+    """The perplexity, where the plot does not end before it."""
+    return perplexity_of(min(nll, study.nll + MOST_EXCESS))
+
+
+def _dependence_figure(study: Study) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.7), layout="constrained")
+    axes = figure.subplots(1, len(study.dependence))
     for axis, (name, matrix) in zip(axes, study.dependence.items(), strict=True):
-        figure.colorbar(_heat_map(axis, name, matrix), ax=axis)
-    dependence = directory / "dependence.png"
-    figure.savefig(dependence, dpi=110, bbox_inches="tight")
-    plt.close("all")
-    return [spans, ends, dependence]
+        image = _heat_map(axis, name, matrix)
+        axis.set(xlabel="later layer", ylabel="earlier layer")
+        figure.colorbar(image, ax=axis)
+    return figure
 
 
 def _heat_map(
@@ -106,7 +133,7 @@ def _heat_map(
     matrix: Matrix,
     base: float = 0.0,
     limits: Sequence[float | None] = (None, None),
-) -> Any:
+) -> AxesImage:
     values = [[math.nan if v is None else v - base for v in row] for row in matrix]
     axis.set(title=name, xlabel="last layer", ylabel="first layer")
     return axis.imshow(values, cmap="viridis_r", vmin=limits[0], vmax=limits[1])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from truedepth.accuracy import TaskScore
+from truedepth.accuracy import Accuracy
 from truedepth.evaluate import Perplexity
 
 
@@ -55,10 +55,20 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
     return rows
 
 
-def print_scores(scores: Sequence[TaskScore]) -> None:
+def print_scores(found: Accuracy) -> None:
     """What `truedepth eval --tasks` prints; the average is over each task's first metric."""
+    scores = found.scores
+    shots = "each task's own number of" if found.num_fewshot is None else str(found.num_fewshot)
+    print_rows(
+        [
+            ("model", found.model),
+            *([("original", found.against)] if found.against else []),
+            ("asked with", f"{shots} examples a question, {found.dtype}"),
+        ]
+    )
+    console().print()
     firsts = list({score.task: score for score in reversed(scores)}.values())[::-1]
-    if scores[0].against is None:
+    if found.against is None:
         rows = [
             (score.task, score.metric, str(score.items), _score_text(score.value, score.stderr))
             for score in scores

@@ -1,0 +1,175 @@
+"""A decoder whose layers come into memory one at a time.
+
+Embedding, final norm and output head are loaded; layers are built where they are asked for, from
+lazy tensors, and are gone with the last reference. How the model calls its layers (masks, rotary
+embeddings, positions) is recorded from a forward pass in which the layers do nothing, so nothing of
+a family's model code is repeated here. The residual stream is float32, whatever layers compute in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from truedepth.loading import transformers_config
+from truedepth.sources import Source
+from truedepth.tensors import LazyTensor
+
+Calls = list[dict[str, Any]]
+"""What the attention of every layer is called with, but for the hidden states."""
+
+CHUNK_TOKENS = 128  # whose logits are held at a time, so that they stay in a processor's cache
+
+
+class LayerStack:
+    """The layers of one model, original or converted, and what is around them."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        config: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, LazyTensor] | None = None,
+    ) -> None:
+        """Load what is outside the layers.
+
+        Args:
+            source: The model, of a supported family.
+            device: Where layers compute.
+            dtype: In which.
+            config: Of a conversion of that model; by default its own.
+            tensors: Likewise.
+        """
+        self._family = source.family
+        self._tensors = source.tensors if tensors is None else tensors
+        self._device, self._dtype = torch.device(device), dtype
+        with init_empty_weights(include_buffers=False):
+            self._model: Any = AutoModelForCausalLM.from_config(
+                transformers_config(config or source.config, source.path), dtype=dtype
+            ).eval()
+        names = [name for name, _ in self._model.named_parameters()]
+        for name in names:
+            if self._family.split(name)[0] is None and name in self._tensors:
+                self._put(self._model, name, self._tensors[name])
+        self._model.tie_weights()
+        for name, buffer in self._model.named_buffers():
+            set_module_tensor_to_device(self._model, name, self._device, buffer)
+        self._empty = list(self._model.base_model.layers)
+        self._calls: Calls = []
+        self._model.base_model.layers = nn.ModuleList(map(self._hollow, self._empty))
+
+    def __len__(self) -> int:
+        return len(self._empty)
+
+    @property
+    def hidden_size(self) -> int:
+        """Elements of a hidden state."""
+        size: int = self._model.config.hidden_size
+        return size
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """The weights of a layer by name within it, in float32."""
+        prefix = self._family.layer.format(index)
+        return {
+            name: self._tensors[prefix + name].read().float()
+            for name, _ in self._empty[index].named_parameters()
+        }
+
+    def _hollow(self, layer: nn.Module) -> nn.Module:
+        """The layer's own code around an attention that only records what it is called with."""
+        hollow = copy.deepcopy(layer)
+        (_, attention), (_, ffn) = self._family.branches
+        for name in self._family.norms:
+            hollow.set_submodule(name, nn.Identity())
+        hollow.set_submodule(ffn, _Nothing())
+        hollow.set_submodule(attention, _Recorder(self._calls))
+        return hollow
+
+    def _put(self, module: nn.Module, name: str, tensor: LazyTensor) -> None:
+        set_module_tensor_to_device(module, name, self._device, tensor.read(), dtype=self._dtype)
+
+    def layer(self, index: int) -> nn.Module:
+        """A layer with its weights."""
+        layer: nn.Module = copy.deepcopy(self._empty[index])
+        prefix = self._family.layer.format(index)
+        for name, _ in list(layer.named_parameters()):
+            self._put(layer, name, self._tensors[prefix + name])
+        return layer
+
+    @torch.inference_mode()
+    def start(self, ids: Tensor) -> tuple[Tensor, Calls]:
+        """What enters the first layer, and how every layer is called.
+
+        Args:
+            ids: `[windows, length]` int64.
+
+        Returns:
+            `[windows, length, hidden]` float32, and one call a layer.
+        """
+        self._calls.clear()
+        self._model.base_model(ids.to(self._device), use_cache=False)
+        calls = [dict(call) for call in self._calls]
+        states = [call.pop("hidden_states") for call in calls]
+        return states[0].float(), calls
+
+    def branch(self, layer: nn.Module, number: int, x: Tensor, call: dict[str, Any]) -> Tensor:
+        """`A(N x)` (number 0) or `F(N' x)` (number 1) of one layer, in float32."""
+        norm, body = self._family.branches[number]
+        normed = layer.get_submodule(norm)(x.to(self._dtype))
+        module = layer.get_submodule(body)
+        output = module(normed) if number else module(hidden_states=normed, **call)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first.float()
+
+    @torch.inference_mode()
+    def nll(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Mean NLL of the next tokens over each window, from the last layer's output.
+
+        Args:
+            x: `[windows, length, hidden]`.
+            ids: `[windows, length]`.
+
+        Returns:
+            `[windows]` float64, nats a token.
+        """
+        ids = ids.to(x.device)
+        head = self._model.get_output_embeddings()
+        normed = self._model.base_model.norm(x.to(self._dtype))[:, :-1]
+        sums = []
+        for hidden, targets in zip(normed, ids[:, 1:], strict=True):
+            total = torch.zeros((), dtype=torch.float64, device=x.device)
+            for start in range(0, len(targets), CHUNK_TOKENS):
+                chunk = slice(start, start + CHUNK_TOKENS)
+                logits = head(hidden[chunk]).float()
+                picked = logits.gather(-1, targets[chunk, None]).squeeze(-1)
+                total += (logits.logsumexp(-1) - picked).double().sum()
+            sums.append(total / len(targets))
+        return torch.stack(sums).cpu()
+
+
+class _Recorder(nn.Module):
+    """In an attention's place: keeps what it was called with, and adds nothing."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def forward(self, **kwargs: Any) -> tuple[Tensor, None]:
+        self._calls.append(kwargs)
+        return torch.zeros_like(kwargs["hidden_states"]), None
+
+
+class _Nothing(nn.Module):
+    """In an FFN's place: adds nothing."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)

@@ -1,0 +1,49 @@
+"""The dynamic programme against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from truedepth.plan_scores import cheapest_plans
+
+
+def all_partitions(num_layers, longest):
+    """Every way of cutting layers into groups, by where the cuts are."""
+    for cuts in itertools.product([False, True], repeat=num_layers - 1):
+        groups, group = [], [0]
+        for layer, cut in enumerate(cuts, 1):
+            if cut:
+                groups.append(tuple(group))
+                group = []
+            group.append(layer)
+        groups.append(tuple(group))
+        if max(map(len, groups)) <= longest:
+            yield groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("longest", [2, 3, 4])
+def test_cheapest_plans_are_those_of_brute_force(longest, seed):
+    generator = random.Random(seed)
+    num_layers = 9
+    costs = {
+        tuple(range(start, start + size)): generator.uniform(-0.1, 1)
+        for size in range(2, longest + 1)
+        for start in range(num_layers - size + 1)
+        if generator.random() < 0.9  # not every group has a cost
+    }
+    least = {}
+    for groups in all_partitions(num_layers, longest):
+        wide = [group for group in groups if len(group) > 1]
+        if all(group in costs for group in wide):
+            total = sum(costs[group] for group in wide)
+            least[len(groups)] = min(total, least.get(len(groups), total))
+    found = cheapest_plans(num_layers, costs)
+    assert list(found) == sorted(least, reverse=True)
+    for depth, plan in found.items():
+        assert plan.effective_depth == depth
+        total = sum(costs[group] for group in plan.groups if len(group) > 1)
+        assert total == pytest.approx(least[depth])

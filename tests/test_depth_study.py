@@ -264,3 +264,12 @@ def test_directories_that_hold_something_else(make_model, text, tmp_path):
         with pytest.raises(td.TruedepthError, match=words):
             study(make_model(), tmp_path / name, text=text, **SIZE)
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_medians_are_over_all_spans_of_a_length(make_model, text, tmp_path):
+    found = study(make_model(), tmp_path / "out", text=text, **SIZE)
+    assert {name: list(row) for name, row in found.medians.items()} == {
+        name: [2, 4] for name in TRANSFORMATIONS
+    }
+    losses = [found.transformed["merge"][i][i + 3] - found.nll for i in range(3)]
+    assert found.medians["merge"][4] == statistics.median(losses)

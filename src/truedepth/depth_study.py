@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,20 @@ class Study:
                 rows.append(SweepRow(paired, depth, ends, values, best, points[best]))
         return rows
 
+    @property
+    def medians(self) -> dict[str, dict[int, float]]:
+        """Median excess loss by transformation, of all spans of 2, 4, 8, … layers."""
+        found: dict[str, dict[int, float]] = {}
+        for name, matrix in self.transformed.items():
+            for length in (2**power for power in range(1, self.num_layers.bit_length())):
+                spans = [
+                    row[start + length - 1 : start + length] for start, row in enumerate(matrix)
+                ]
+                losses = [nll - self.nll for span in spans for nll in span if nll is not None]
+                if losses:
+                    found.setdefault(name, {})[length] = statistics.median(losses)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """study.json."""
         correlation = {
@@ -103,6 +118,7 @@ class Study:
         return asdict(self) | {
             "perplexity": perplexity_of(self.nll),
             "correlation": correlation,
+            "medians": self.medians,
             "sweep": [asdict(row) for row in self.sweep],
         }
 
@@ -187,7 +203,7 @@ def study(
         )
     matrices = {name: _matrix(values) for name, values in measures.items()}
     transformed, spread = _by_span(layers, cells, losses)
-    schedules = [*pairs.values(), *cells.values()]
+    schedules = (pairs | cells).values()
     return Study(
         settings={
             "model": source.name,

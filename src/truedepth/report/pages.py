@@ -129,6 +129,16 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
             ("evaluated", f"{study.evaluated:,.0f} layers; span by span {study.naive:,.0f}"),
         ]
     )
+    medians = study.medians
+    if lengths := sorted({length for row in medians.values() for length in row}):
+        print("\nMedian excess loss of all spans of so many layers, nats a token:\n")
+        print_rows(
+            [
+                (name, *(f"{row[n]:+.2f}" if n in row else "-" for n in lengths))
+                for name, row in medians.items()
+            ],
+            header=("transformation", *map(str, lengths)),
+        )
     if study.sweep:
         print("\nBest spans of consecutive pairs:\n")
         print_rows(

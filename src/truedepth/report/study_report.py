@@ -106,7 +106,7 @@ def _sweep_figure(study: Study) -> Figure:
     axis.axhline(_drawn(study.nll, study), color="grey", linestyle=":")
     axis.set(xlabel="last layer of the paired span", ylabel="perplexity", yscale="log")
     if sweep:
-        axis.legend(title="Δ", ncols=2, fontsize="small")
+        figure.legend(title="Δ", loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -21,7 +21,8 @@ from truedepth.registration import register
 
 if TYPE_CHECKING:
     from truedepth.accuracy import task_scores
-    from truedepth.conversion import convert
+    from truedepth.calibration_run import Calibration
+    from truedepth.conversion import calibrate, convert
     from truedepth.depth_study import study
     from truedepth.evaluate import perplexity
     from truedepth.loading import load
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Plan",
     "TruedepthError",
+    "calibrate",
     "convert",
     "load",
     "open_source",
@@ -43,6 +46,8 @@ __all__ = [
 # Loaded when first used: they import torch, which takes a second. No module bears the name of one
 # of these functions, for a submodule once imported would take the name over.
 _LAZY = {
+    "Calibration": "truedepth.calibration_run",
+    "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
     "load": "truedepth.loading",
     "open_source": "truedepth.sources",

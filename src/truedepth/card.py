@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from truedepth import __version__
 from truedepth.plan import Plan
 from truedepth.sources import Source
 
 
-def model_card(source: Source, plan: Plan) -> str:
+def model_card(source: Source, plan: Plan, calibration: Mapping[str, Any] | None) -> str:
     """Markdown with the metadata that model hubs read."""
     base = f"base_model: {source.name}\n" if "/" in source.name else ""
     quantized = ""
     if source.quantization:
         quantized = f"\nThe source's weights were dequantized once from {source.quantization}.\n"
+    repaired = ""
+    if calibration:
+        repaired = (
+            "\nThe wide layers were refitted to the original in closed form, on"
+            f" {calibration['tokens']:,} tokens of {', '.join(calibration['text'])}.\n"
+        )
     before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
     return f"""---
 {base}library_name: transformers
@@ -34,7 +43,7 @@ layers (Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__} wi
 
 The number of weights is the original's, and so is the size of the KV cache. The output is not: what
 pairing costs is measured by `truedepth eval THIS --against ORIGINAL`.
-{quantized}
+{repaired}{quantized}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

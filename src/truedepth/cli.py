@@ -118,6 +118,24 @@ def convert(
     depth: Annotated[
         int | None, typer.Option(help="Pair in the late middle down to this effective depth.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Refit the wide layers, in closed form, to the original.")
+    ] = False,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="To calibrate on: .txt or .jsonl file; repeat to mix several.",
+            show_default="Python's own documentation",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="To calibrate on.")] = 1 << 16,
+    activation_dtype: Annotated[
+        DType, typer.Option(help="Of the states that calibration keeps; auto is float32.")
+    ] = DType.auto,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(help="Directory for these states on disk.", show_default="in memory"),
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
     force: Force = False,
     json_path: JsonPath = None,
@@ -132,9 +150,12 @@ def convert(
         raise TruedepthError("Say what to pair with one of --layers, --plan, --pairs, --depth.")
     if group is not None and layers is None:
         raise TruedepthError("--group goes with --layers only; others pair by two.")
+    if not calibrate and (text or workspace):
+        raise TruedepthError("--text and --workspace go with --calibrate.")
     read = Plan.from_yaml(plan) if plan is not None else None
     span = parse_span(layers) if layers is not None else None
 
+    from truedepth.calibration_run import Calibration
     from truedepth.conversion import convert
     from truedepth.report.pages import print_conversion
     from truedepth.sources import open_source
@@ -149,7 +170,22 @@ def convert(
     assert read is not None  # one of the four was given
     if read.model not in (None, model, source.name):
         print(f"truedepth: note: the plan was made for {read.model}.", file=sys.stderr)
-    done = convert(source, out, read, dtype=dtype.torch(), shard_size=shard_size, force=force)
+    options = Calibration(
+        text=text or (),
+        tokens=tokens,
+        device=device,
+        activation_dtype=activation_dtype.torch() or Calibration.activation_dtype,
+        workspace=workspace,
+    )
+    done = convert(
+        source,
+        out,
+        read,
+        calibration=options if calibrate else None,
+        dtype=dtype.torch(),
+        shard_size=shard_size,
+        force=force,
+    )
     _write_json(json_path, done.to_dict())
     print_conversion(done)
 

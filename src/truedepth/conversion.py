@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from truedepth import __version__, modeling
+from truedepth.calibration_run import Calibration, calibrated
 from truedepth.card import model_card
 from truedepth.checkpoint import atomic_directory, check_output, write_weights
 from truedepth.errors import TruedepthError
@@ -35,6 +36,9 @@ class Conversion:
     size: int
     """Bytes of the weights."""
 
+    calibration: dict[str, Any] | None = None
+    """What was calibrated on, and what it gained on held-out windows."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
@@ -43,6 +47,7 @@ class Conversion:
             "origin": self.origin,
             "size": self.size,
             "plan": self.plan.to_dict(),
+            "calibration": self.calibration,
             "effective_depth": self.plan.effective_depth,
             "paired_layers": self.plan.paired_layers,
             "all_reduces_per_token": {
@@ -57,6 +62,7 @@ def convert(
     out: str | Path,
     plan: Plan,
     *,
+    calibration: Calibration | None = None,
     dtype: torch.dtype | None = None,
     shard_size: int | str = "5GB",
     force: bool = False,
@@ -64,11 +70,14 @@ def convert(
     """Write `model` under `plan` as a transformers checkpoint.
 
     The source is only read. Memory stays bounded: tensors are read and written in blocks of rows.
+    An interrupted calibration keeps the layers that it has refitted beside `out`, and the same call
+    goes on after them.
 
     Args:
         model: A directory, `.gguf` file, hub id, `default`, or an open source.
         out: Directory to write; appears when it is complete.
         plan: Which layers run together; for a model of this depth.
+        calibration: Refit the wide layers on this text; by default they are exact.
         dtype: Of the weights; by default as in the source, float32 for quantized GGUF files.
         shard_size: Most bytes a file of weights holds, as a number or such as `"5GB"`.
         force: Replace `out` if it exists.
@@ -89,6 +98,12 @@ def convert(
     tensors = converted_tensors(source, plan, dtype)
     config = converted_config(source, plan, tensors)
     _check_loadable(config, tensors, source.path)
+    kept = out.with_name(f".{out.name}.calibration")
+    if calibration is not None and plan.paired_layers:
+        exact = converted_tensors(source, plan, torch.float32)
+        refitted = calibrated(source, plan, config, exact, kept, calibration)
+        tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
+        config["truedepth"]["calibration"] = refitted.record
     with atomic_directory(out, force) as partial:
         total = sum(tensor.nbytes for tensor in tensors.values())
         with progress_bar("Converting", total, unit="bytes") as advance:
@@ -97,8 +112,23 @@ def convert(
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
-        (partial / "README.md").write_text(model_card(source, plan), encoding="utf-8")
-    return Conversion(out, plan, source.name, source.origin, size)
+        card = model_card(source, plan, config["truedepth"]["calibration"])
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    if calibration is not None:
+        shutil.rmtree(kept, ignore_errors=True)
+    record = config["truedepth"]["calibration"]
+    return Conversion(out, plan, source.name, source.origin, size, record)
+
+
+def calibrate(
+    model: str | Path | Source,
+    out: str | Path,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> Conversion:
+    """`convert` with the wide layers refitted to the original; `options` are those of `convert`."""
+    return convert(model, out, plan, calibration=calibration or Calibration(), **options)
 
 
 def converted_tensors(

@@ -18,12 +18,11 @@ from truedepth import __version__
 from truedepth.dependence import dependence, rank_correlation
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import perplexity_of
-from truedepth.loading import default_device, load
+from truedepth.loading import default_device, fast_dtype, load
 from truedepth.measurements import Measurements
 from truedepth.progress import progress_bar
 from truedepth.schedule import Runner, Schedule, in_order, layer_evaluations
 from truedepth.sources import Source, open_source
-from truedepth.tensors import common_dtype
 from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
 from truedepth.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells
 
@@ -169,7 +168,7 @@ def study(
     source.family  # noqa: B018  refused before anything is loaded
     ids = _windows(source, text, window, windows)
     device = torch.device(device or default_device())
-    dtype = dtype or _default_dtype(source, device)
+    dtype = dtype or fast_dtype(source, device)
     identity = {
         "window": window,
         "windows": windows,
@@ -306,12 +305,3 @@ def _empty(size: int) -> Matrix:
 
 def _matrix(values: torch.Tensor) -> Matrix:
     return [[None if math.isnan(v) else v for v in row] for row in values.tolist()]
-
-
-def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """On a CPU bfloat16 where that is several times faster than float32; else the checkpoint's."""
-    if device.type == "cpu":
-        can = torch.cpu.get_capabilities()
-        fast = can.get("avx512_bf16") or can.get("amx_bf16")
-        return torch.bfloat16 if fast else torch.float32
-    return common_dtype([t for t in source.tensors.values() if len(t.shape) > 1])

@@ -67,9 +67,17 @@ def print_conversion(done: Conversion) -> None:
         [
             ("model", f"{done.source} ({done.origin})"),
             *_plan_rows(done.plan),
+            *_calibration_rows(done),
             ("written", f"{done.path} ({decimal(done.size)} of weights)"),
         ]
     )
+
+
+def _calibration_rows(done: Conversion) -> list[tuple[str, str]]:
+    if done.calibration is None:
+        return []
+    text = ", ".join(done.calibration["text"])
+    return [("calibrated", f"on {done.calibration['tokens']:,} tokens of {text}")]
 
 
 def print_demo(demo: Demo) -> None:

@@ -13,10 +13,11 @@ import transformers
 
 from truedepth import __version__
 from truedepth.errors import TruedepthError
-from truedepth.loading import Loaded, load
+from truedepth.loading import Loaded, load, opened, source_of
 from truedepth.local_tasks import local_tasks
 from truedepth.progress import quiet
-from truedepth.sources import Source, open_source
+from truedepth.sources import Source
+from truedepth.tensors import dtype_name
 
 CPU_BATCH_SIZE = 8
 
@@ -142,16 +143,12 @@ def task_scores(
             )
         configs = {name: [name] for name in tasks}
     run = _Run(configs, manager, num_fewshot, limit, batch_size, seed)
-    opened = [
-        each if isinstance(each, Source | Loaded) else open_source(each)
-        for each in (model, against)
-        if each is not None
-    ]
-    names, results, dtypes = [], [], []
-    for each in opened:
+    models = [opened(each) for each in (model, against) if each is not None]
+    names = [source_of(each).label for each in models]
+    results, dtypes = [], []
+    for each in models:
         loaded = load(each, device=device, dtype=dtype)
-        names.append(f"{loaded.source.name} ({loaded.source.origin})")
-        dtypes.append(str(loaded.model.dtype).removeprefix("torch."))
+        dtypes.append(dtype_name(loaded.model.dtype))
         results.append(run.scores(loaded))
         del loaded  # before the next one is loaded
     theirs: Results = results[1] if len(results) > 1 else {}

@@ -25,7 +25,7 @@ from truedepth.loading import default_device, fast_dtype
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source
-from truedepth.tensors import LazyTensor, from_tensor
+from truedepth.tensors import LazyTensor, dtype_name, from_tensor
 from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
 
 METHOD = 1  # raised when the same settings give other weights than before
@@ -95,7 +95,7 @@ def calibration_windows(source: Source, plan: Plan, options: Calibration) -> Ten
 
 
 def tokens_needed(source: Source, plan: Plan) -> int:
-    """As many as the widest map of the widest layer has inputs, and two windows at least."""
+    """As many as the widest map of the widest layer has inputs."""
     shapes = [
         source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape
         for name in source.family.writes
@@ -107,9 +107,9 @@ def _shares(available: Sequence[int], wanted: int) -> list[int]:
     """Equal shares; what a short file lacks the others give."""
     shares = [0] * len(available)
     left = min(wanted, sum(available))
-    for count, index in sorted((count, index) for index, count in enumerate(available)):
-        remaining = sum(1 for other in range(len(available)) if not shares[other])
-        shares[index] = min(count, math.ceil(left / max(1, remaining)))
+    shortest_first = sorted(range(len(available)), key=available.__getitem__)
+    for done, index in enumerate(shortest_first):
+        shares[index] = min(available[index], math.ceil(left / (len(available) - done)))
         left -= shares[index]
     return shares
 
@@ -148,8 +148,8 @@ def calibrated(
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": ids.numel(),
         "window": options.window,
-        "dtype": str(dtype).removeprefix("torch."),
-        "activation_dtype": str(options.activation_dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
+        "activation_dtype": dtype_name(options.activation_dtype),
     }
     identity = {
         **settings,

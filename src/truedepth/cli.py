@@ -8,18 +8,15 @@ import logging
 import os
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from truedepth import __version__
+from truedepth.cli_options import Device, DType, Force, JsonPath, Model, Seed, Text, Weights
 from truedepth.errors import TruedepthError
 from truedepth.plan import Plan, parse_span
-
-if TYPE_CHECKING:
-    import torch
 
 app = typer.Typer(
     help="Layer Parallelism: a pretrained LLM, shallower and wider, without retraining.",
@@ -29,50 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class DType(StrEnum):
-    """Of weights, in memory or on disk."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-    def torch(self) -> torch.dtype | None:
-        """None for auto."""
-        import torch
-
-        return None if self is DType.auto else getattr(torch, self.value)
-
-
-def _writable(path: Path | None) -> Path | None:
-    """Before hours of work, not after them."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise TruedepthError(f"Cannot write {path}: give a file in a directory that exists.")
-    return path
-
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or 'default'.")
-]
-JsonPath = Annotated[
-    Path | None,
-    typer.Option("--json", help="Also write the result as JSON.", callback=_writable),
-]
-Seed = Annotated[int, typer.Option(help="Of random choices, where there are any.")]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Where a model runs: cpu, cuda, cuda:1, …", show_default="a GPU if any"),
-]
-Weights = Annotated[
-    DType, typer.Option(help="Of weights; auto is float32 on a CPU, else the checkpoint's own.")
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(help=".txt or .jsonl file.", show_default="Python's own documentation"),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
 @app.callback(invoke_without_command=True)

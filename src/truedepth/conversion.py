@@ -21,7 +21,7 @@ from truedepth.loading import empty_model
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source, open_source
-from truedepth.tensors import LazyTensor
+from truedepth.tensors import LazyTensor, dtype_name
 from truedepth.widen import widen
 
 
@@ -85,7 +85,7 @@ def convert(
     Raises:
         TruedepthError: The plan does not fit the model, or source or output cannot be used.
     """
-    source = model if isinstance(model, Source) else open_source(model)
+    source = open_source(model)
     out = Path(out).expanduser().resolve()
     if plan.num_layers != source.num_layers:
         raise TruedepthError(
@@ -178,7 +178,7 @@ def converted_config(
     bytes_by_dtype: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         bytes_by_dtype[tensor.dtype] += tensor.nbytes
-    config["dtype"] = str(bytes_by_dtype.most_common(1)[0][0]).removeprefix("torch.")
+    config["dtype"] = dtype_name(bytes_by_dtype.most_common(1)[0][0])
     config["model_type"] = f"{modeling.PREFIX.lower()}_{source.family.model_type}"
     config["architectures"] = [f"{modeling.PREFIX}{prefix}ForCausalLM"]
     config["auto_map"] = modeling.auto_map(prefix)

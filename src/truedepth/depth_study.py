@@ -23,6 +23,7 @@ from truedepth.measurements import Measurements
 from truedepth.progress import progress_bar
 from truedepth.schedule import Runner, Schedule, in_order, layer_evaluations
 from truedepth.sources import Source, open_source
+from truedepth.tensors import dtype_name
 from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
 from truedepth.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells
 
@@ -164,7 +165,7 @@ def study(
         raise TruedepthError(
             f"{unknown[0]!r} is not a transformation; there are {', '.join(TRANSFORMATIONS)}."
         )
-    source = model if isinstance(model, Source) else open_source(model)
+    source = open_source(model)
     source.family  # noqa: B018  refused before anything is loaded
     ids = _windows(source, text, window, windows)
     device = torch.device(device or default_device())
@@ -172,7 +173,7 @@ def study(
     identity = {
         "window": window,
         "windows": windows,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "model fingerprint": source.fingerprint,
         "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
     }

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from truedepth.errors import TruedepthError
-from truedepth.loading import Loaded, load
+from truedepth.loading import Loaded, load, opened, source_of
 from truedepth.progress import progress_bar
-from truedepth.sources import Source, open_source
+from truedepth.sources import Source
 from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
 
 CHUNK_TOKENS = 128  # positions whose log-probabilities are held at a time
@@ -104,16 +104,17 @@ def perplexity(
         raise TruedepthError(f"The batch size must be at least 1, not {batch_size}.")
     content = default_text() if text is None else read_text(text)
     # Texts and tokenizers first: what is wrong with them should not take the loading of a model.
-    opened = [_open(each) for each in (model, against) if each is not None]
-    ids, *others = [token_windows(each.tokenizer, content, window, windows) for each in opened]
+    models = [opened(each) for each in (model, against) if each is not None]
+    sources = [source_of(each) for each in models]
+    ids, *others = [token_windows(each.tokenizer, content, window, windows) for each in sources]
     if any(not torch.equal(ids, other) for other in others):
         raise TruedepthError(
-            f"{' and '.join(map(_name, opened))} cut the text into different tokens;"
+            f"{' and '.join(each.label for each in sources)} cut the text into different tokens;"
             " only models with the same tokenizer can be compared."
         )
-    for each in opened:
-        check_window(each.source if isinstance(each, Loaded) else each, window)
-    loaded = [load(each, device=device, dtype=dtype) for each in opened]
+    for each in sources:
+        check_window(each, window)
+    loaded = [load(each, device=device, dtype=dtype) for each in models]
     _check_vocabularies(loaded)
     ours, theirs = loaded[0], loaded[1] if len(loaded) > 1 else None
     measured = []
@@ -124,7 +125,7 @@ def perplexity(
     return _summary(
         torch.cat(measured),
         window,
-        names=[_name(each) for each in opened],
+        names=[each.label for each in sources],
         text=DEFAULT_TEXT if text is None else str(text),
     )
 
@@ -141,15 +142,6 @@ def _check_vocabularies(loaded: Sequence[Loaded]) -> None:
 def perplexity_of(nll: float) -> float:
     """exp(nll); infinite where that is beyond a float."""
     return math.exp(nll) if nll < 700 else math.inf
-
-
-def _name(opened: Source | Loaded) -> str:
-    source = opened.source if isinstance(opened, Loaded) else opened
-    return f"{source.name} ({source.origin})"
-
-
-def _open(model: str | Path | Source | Loaded) -> Source | Loaded:
-    return model if isinstance(model, Source | Loaded) else open_source(model)
 
 
 @torch.inference_mode()

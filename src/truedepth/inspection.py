@@ -61,7 +61,7 @@ def inspect_model(model: str | Path | Source) -> Info:
     Raises:
         TruedepthError: There is no such model, or its family is not supported.
     """
-    source = model if isinstance(model, Source) else open_source(model)
+    source = open_source(model)
     plan = plan_of(source.config)
     family = source.config["model_type"] if plan else source.family.model_type
     empty = empty_model(source.config, source.path)

@@ -18,14 +18,13 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from truedepth.families import Family
 from truedepth.loading import transformers_config
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
 
 Calls = list[dict[str, Any]]
 """What the attention of every layer is called with, but for the hidden states."""
-
-CHUNK_TOKENS = 128  # whose logits are held at a time, so that they stay in a processor's cache
 
 
 class LayerStack:
@@ -66,9 +65,6 @@ class LayerStack:
         self._empty = list(self._model.base_model.layers)
         self._calls: Calls = []
         self._model.base_model.layers = nn.ModuleList(map(self._hollow, self._empty))
-
-    def __len__(self) -> int:
-        return len(self._empty)
 
     @property
     def hidden_size(self) -> int:
@@ -121,39 +117,32 @@ class LayerStack:
         states = [call.pop("hidden_states") for call in calls]
         return states[0].float(), calls
 
-    def branch(self, layer: nn.Module, number: int, x: Tensor, call: dict[str, Any]) -> Tensor:
-        """`A(N x)` (number 0) or `F(N' x)` (number 1) of one layer, in float32."""
-        norm, body = self._family.branches[number]
-        normed = layer.get_submodule(norm)(x.to(self._dtype))
-        module = layer.get_submodule(body)
-        output = module(normed) if number else module(hidden_states=normed, **call)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        return first.float()
+    def branch(self, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """`run_branch` of a layer of this stack."""
+        return run_branch(self._family, layer, number, x, call)
 
-    @torch.inference_mode()
-    def nll(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Mean NLL of the next tokens over each window, from the last layer's output.
 
-        Args:
-            x: `[windows, length, hidden]`.
-            ids: `[windows, length]`.
+def run_branch(
+    family: Family, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]
+) -> Tensor:
+    """`A(N x)` (number 0) or `F(N' x)` (number 1) of one layer.
 
-        Returns:
-            `[windows]` float64, nats a token.
-        """
-        ids = ids.to(x.device)
-        head = self._model.get_output_embeddings()
-        normed = self._model.base_model.norm(x.to(self._dtype))[:, :-1]
-        sums = []
-        for hidden, targets in zip(normed, ids[:, 1:], strict=True):
-            total = torch.zeros((), dtype=torch.float64, device=x.device)
-            for start in range(0, len(targets), CHUNK_TOKENS):
-                chunk = slice(start, start + CHUNK_TOKENS)
-                logits = head(hidden[chunk]).float()
-                picked = logits.gather(-1, targets[chunk, None]).squeeze(-1)
-                total += (logits.logsumexp(-1) - picked).double().sum()
-            sums.append(total / len(targets))
-        return torch.stack(sums).cpu()
+    Args:
+        family: Of the layer.
+        layer: With its weights.
+        number: Of the branch.
+        x: `[windows, length, hidden]`, the residual stream.
+        call: What the attention is called with, but for the hidden states.
+
+    Returns:
+        `[windows, length, hidden]` float32, whatever the layer computes in.
+    """
+    norm, body = family.branches[number]
+    normed = layer.get_submodule(norm)(x.to(next(layer.parameters()).dtype))
+    module = layer.get_submodule(body)
+    output = module(normed) if number else module(hidden_states=normed, **call)
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first.float()
 
 
 class _Recorder(nn.Module):

@@ -58,7 +58,7 @@ def load(
     """
     if isinstance(model, Loaded):
         return model
-    source = model if isinstance(model, Source) else open_source(model)
+    source = open_source(model)
     device = _device(device)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
@@ -89,6 +89,16 @@ def load(
                 f" {kind.replace('_', ' ')}, among them {min(map(str, names))!r}."
             )
     return Loaded(loaded.eval(), source)
+
+
+def opened(model: str | Path | Source | Loaded) -> Source | Loaded:
+    """What `load` takes, opened but not loaded: errors of its place and config come at once."""
+    return model if isinstance(model, Loaded) else open_source(model)
+
+
+def source_of(model: Source | Loaded) -> Source:
+    """Where it came from."""
+    return model.source if isinstance(model, Loaded) else model
 
 
 def transformers_config(config: Mapping[str, Any], where: Path) -> Any:

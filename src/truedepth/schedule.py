@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from truedepth.layer_stack import run_branch
 from truedepth.loading import Loaded
 
 Form = Literal["lp", "par", "merge"]
@@ -104,7 +105,7 @@ class Runner:
 
         self._model: Any = loaded.model
         self._ids = ids.to(loaded.model.device)
-        self._branches = loaded.source.family.branches
+        self._family = loaded.source.family
         self.layers: list[nn.Module] = list(self._model.base_model.layers)
         self._scratch: nn.Module | None = None
         self._record()
@@ -113,7 +114,7 @@ class Runner:
     def _record(self) -> None:
         calls: dict[int, dict[str, Any]] = {}
         embedded: list[Tensor] = []
-        attention = self._branches[0][1]
+        attention = self._family.branches[0][1]
 
         def record_call(index: int) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -207,15 +208,8 @@ class Runner:
         `module` stands in for the layer's own weights.
         """
         self.evaluated += 0.5
-        norm, body = self._branches[number]
         module = module or self.layers[layer]
-        normed = module.get_submodule(norm)(x.to(next(module.parameters()).dtype))
-        if number == 1:
-            output = module.get_submodule(body)(normed)
-        else:
-            output = module.get_submodule(body)(hidden_states=normed, **self._calls[layer])
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        return first.float()
+        return run_branch(self._family, module, number, x, self._calls[layer])
 
     def mean_layer(self, layers: Sequence[int]) -> nn.Module:
         """A layer whose parameters are the means of those layers'; valid until the next call."""

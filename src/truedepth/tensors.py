@@ -105,6 +105,11 @@ def add(parts: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(parts[0].shape, torch.float32, rows)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`, as config.json has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def common_dtype(parts: Sequence[LazyTensor]) -> torch.dtype:
     """The dtype that holds the values of all parts."""
     dtype = parts[0].dtype

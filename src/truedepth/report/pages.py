@@ -18,12 +18,13 @@ from truedepth.evaluate import perplexity_of
 from truedepth.inspection import Info
 from truedepth.plan import Plan
 from truedepth.report.tables import console, excess_text, print_rows
+from truedepth.tensors import dtype_name
 
 
 def print_info(info: Info, dtype: torch.dtype | None) -> None:
     """What a model is and what a plan would save; sizes in `dtype` or, by default, in bfloat16."""
     dtype = dtype or torch.bfloat16
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     weights, cache = info.parameters * dtype.itemsize, info.kv_elements_per_token * dtype.itemsize
     plan = info.plan
     rows = [

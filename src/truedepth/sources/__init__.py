@@ -22,15 +22,17 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "
 WEIGHTS = ["*.safetensors"]
 
 
-def open_source(model: str | Path) -> Source:
+def open_source(model: str | Path | Source) -> Source:
     """Open a model without reading its weights.
 
     Args:
-        model: A directory, a `.gguf` file, a hub id, or `default`.
+        model: A directory, a `.gguf` file, a hub id, or `default`. An open source is given back.
 
     Raises:
         TruedepthError: There is no such model, or it is not one that can be read.
     """
+    if isinstance(model, Source):
+        return model
     # The openers import torch, transformers and gguf; who asks for help should not wait for them.
     from truedepth.sources.directory import open_directory
     from truedepth.sources.gguf import open_gguf

@@ -76,6 +76,11 @@ class Source:
         """
         return self.read_tensors()
 
+    @property
+    def label(self) -> str:
+        """Its name and where it was found, for the reader."""
+        return f"{self.name} ({self.origin})"
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the config and of every tensor, 16 hex digits. Reads all weights."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import truedepth as td
 from truedepth import cli
 from truedepth.calibration import Calibrator
-from truedepth.calibration_run import _shares, calibration_windows
+from truedepth.calibration_text import _shares, calibration_text
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
 SIZE = {"tokens": 768, "window": 32, "dtype": torch.float32}
@@ -122,8 +122,9 @@ def test_every_file_has_its_share_of_the_tokens(make_model, text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a cat " * 60)
     source = td.open_source(make_model())
-    ids = calibration_windows(source, PLAN, td.Calibration(text=[text, short], **SIZE))
-    assert ids.shape == (24, 32)
+    cut = {"tokens": 768, "window": 32, "measured": 3, "check": 2, "widest": 2}
+    found = calibration_text(source, [text, short], **cut)
+    assert [len(part) for part in (found.fitted, found.measured, found.check)] == [24, 3, 2]
     assert _shares([100, 3, 50], 60) == [29, 3, 28] or _shares([100, 3, 50], 60) == [28, 3, 29]
     assert sum(_shares([4, 4], 20)) == 8
     assert _shares([10, 10, 10], 10) in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
@@ -133,7 +134,7 @@ def test_every_file_has_its_share_of_the_tokens(make_model, text, tmp_path):
     ("change", "words"),
     [
         ({"tokens": 160}, "160 calibration tokens are too few: the widest map has 192 inputs"),
-        ({"tokens": 16}, "less than a window of 32"),
+        ({"tokens": 63}, "two windows of 32 are the least"),
         ({"window": 1024, "tokens": 4096}, "longer than the 512 positions"),
     ],
 )

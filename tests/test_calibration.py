@@ -11,7 +11,7 @@ import torch
 import truedepth as td
 from conftest import random_ids
 from truedepth.calibration import Calibrator
-from truedepth.conversion import converted_config, converted_tensors
+from truedepth.converted import converted_config, converted_tensors
 from truedepth.layer_stack import LayerStack
 
 IDS = random_ids(batch=12, length=40)
@@ -21,8 +21,8 @@ PLAN = td.Plan(6, [[1, 2], [4, 5]])
 def calibrated(model, ids=IDS, plan=PLAN, dtype=torch.float32, **options):
     """Refits by layer, and the stacks."""
     source = td.open_source(model)
-    tensors = converted_tensors(source, plan, torch.float32)
-    config = converted_config(source, plan, tensors)
+    tensors = converted_tensors(source, plan.groups, torch.float32)
+    config = converted_config(source, plan.groups, tensors)
     originals = LayerStack(source, device="cpu", dtype=dtype)
     converted = LayerStack(source, device="cpu", dtype=dtype, config=config, tensors=tensors)
     calibrator = Calibrator(source.family, originals, converted, ids, batch_size=5, **options)
@@ -153,7 +153,7 @@ def test_layers_that_do_not_interact_stay_as_they_are(make_model, tmp_path):
     loaded.model.save_pretrained(tmp_path / "model")
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     source = td.open_source(tmp_path / "model")
-    raw = converted_tensors(source, PLAN, torch.float32)
+    raw = converted_tensors(source, PLAN.groups, torch.float32)
     for index, refit in calibrated(tmp_path / "model").items():
         for name, weight in refit.weights.items():
             before = raw[f"model.layers.{index}.{name}"].read()
@@ -172,8 +172,8 @@ def test_advancing_with_kept_weights_is_refitting(make_model):
     """What a resumed run does."""
     whole = calibrated(make_model())
     source = td.open_source(make_model())
-    tensors = converted_tensors(source, PLAN, torch.float32)
-    config = converted_config(source, PLAN, tensors)
+    tensors = converted_tensors(source, PLAN.groups, torch.float32)
+    config = converted_config(source, PLAN.groups, tensors)
     stacks = (
         LayerStack(source, device="cpu", dtype=torch.float32),
         LayerStack(source, device="cpu", dtype=torch.float32, config=config, tensors=tensors),

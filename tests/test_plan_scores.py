@@ -35,15 +35,16 @@ def test_cheapest_plans_are_those_of_brute_force(longest, seed):
         for start in range(num_layers - size + 1)
         if generator.random() < 0.9  # not every group has a cost
     }
-    least = {}
+    totals = {}
     for groups in all_partitions(num_layers, longest):
         wide = [group for group in groups if len(group) > 1]
         if all(group in costs for group in wide):
             total = sum(costs[group] for group in wide)
-            least[len(groups)] = min(total, least.get(len(groups), total))
-    found = cheapest_plans(num_layers, costs)
-    assert list(found) == sorted(least, reverse=True)
-    for depth, plan in found.items():
-        assert plan.effective_depth == depth
-        total = sum(costs[group] for group in plan.groups if len(group) > 1)
-        assert total == pytest.approx(least[depth])
+            totals.setdefault(len(groups), []).append(total)
+    found = cheapest_plans(num_layers, costs, 4)
+    assert list(found) == sorted(totals, reverse=True)
+    for depth, plans in found.items():
+        assert {plan.effective_depth for plan in plans} == {depth}
+        assert len({plan.groups for plan in plans}) == min(4, len(totals[depth]))
+        costs_found = [sum(costs[g] for g in plan.groups if len(g) > 1) for plan in plans]
+        assert costs_found == pytest.approx(sorted(totals[depth])[:4])

@@ -15,16 +15,19 @@ map, and for every token a few states.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from truedepth.evaluate import Predictions, window_measures
 from truedepth.families import Family
 from truedepth.layer_stack import Calls, LayerStack
 from truedepth.ridge import Fit, Regression
@@ -54,6 +57,7 @@ class Calibrator:
         converted: LayerStack,
         ids: Tensor,
         *,
+        measured: int = 0,
         activation_dtype: torch.dtype = torch.float32,
         workspace: Path | None = None,
         batch_size: int = 8,
@@ -65,23 +69,25 @@ class Calibrator:
             originals: The original's layers.
             converted: The converted model's, as `convert` writes them without calibration.
             ids: `[windows, length]` int64.
+            measured: So many of the last windows are run along and nothing is fitted to them.
             activation_dtype: Of the states that are kept for every token.
             workspace: A directory for memory-mapped states; by default they are in memory.
             batch_size: Windows a forward pass.
         """
         self._family, self._originals, self._converted = family, originals, converted
         self._activation_dtype, self._workspace = activation_dtype, workspace
-        windows = range(len(ids))
-        self._batches = [slice(start, start + batch_size) for start in windows[::batch_size]]
-        every = min(HOLD_OUT, len(ids))
-        self._held = torch.tensor([window % every == every - 1 for window in windows])
-        self._calls: list[Calls] = []
+        fitted = len(ids) - measured
+        self._fitted = _batches(0, fitted, batch_size)
+        self._measured = _batches(fitted, len(ids), batch_size)
+        every = min(HOLD_OUT, fitted)
+        self._held = torch.tensor([window % every == every - 1 for window in range(fitted)])
+        self._ids, self._calls = ids, list[Calls]()
         self._shape = (*ids.shape, originals.hidden_size)
 
         self._original = self._states()
         """What enters the next original layer."""
 
-        for batch in self._batches:
+        for batch in self._fitted + self._measured:
             self._original[batch], calls = originals.start(ids[batch])
             self._calls.append(calls)
         self._current = self._original
@@ -104,14 +110,88 @@ class Calibrator:
             self._separate()
             wide = self._converted.layer(index)
             wide.load_state_dict(dict(weights or {}), strict=False)
-        for number, batch in enumerate(self._batches):
-            calls = self._calls[number]
+        for batch, calls in self._every():
             if not alone:
-                x = self._current[batch].float()
-                for branch in (0, 1):
-                    x = x + self._converted.branch(wide, branch, x, calls[group[0]])
-                self._current[batch] = x
+                self._run(wide, (0, 1), batch, calls[group[0]])
             self._original[batch] = self._through(layers, self._original[batch].float(), calls)
+
+    @torch.inference_mode()
+    def alone(self, index: int, group: Sequence[int], *, refitted: bool = True) -> Tensor:
+        """What the measured windows are behind one group, all before it being the original.
+
+        Args:
+            index: Of the wide layer in the converted model.
+            group: The original layers that it stands for, the next ones.
+            refitted: Or as it is.
+
+        Returns:
+            `[measured windows, length, hidden]`. Both models stay where they are.
+        """
+        if refitted:
+            other = copy.copy(self)
+            other._original = other._current = self._original.clone()
+            other.refit(index, group)
+            return other._current[self._held.numel() :].clone()
+        wide = self._converted.layer(index)
+        states = self._original[self._held.numel() :].clone()
+        self._measure(wide, self._converted, group[0], states)
+        return states
+
+    @torch.inference_mode()
+    def onward(self, layer: int, states: Sequence[Tensor]) -> None:
+        """Run states of the measured windows through an original layer, in place."""
+        module = self._originals.layer(layer)
+        for each in states:
+            self._measure(module, self._originals, layer, each)
+
+    def _measure(self, module: nn.Module, stack: LayerStack, layer: int, states: Tensor) -> None:
+        first = self._held.numel()
+        for batch, calls in zip(self._measured, self._calls[len(self._fitted) :], strict=True):
+            rows = slice(batch.start - first, batch.stop - first)
+            x = states[rows].float()
+            for branch in (0, 1):
+                x = x + stack.branch(module, branch, x, calls[layer])
+            states[rows] = x
+
+    @property
+    def token_passes(self) -> float:
+        """Tokens run through either model, in passes through all of the original's layers."""
+        return self._originals.token_passes + self._converted.token_passes
+
+    @torch.inference_mode()
+    def losses(self, states: Sequence[Tensor] = ()) -> Tensor:
+        """How far the measured windows are from the original, when it is past its last layer.
+
+        Args:
+            states: Outputs of the last layer; by default the converted model's.
+
+        Returns:
+            `[states, measured windows, 4]` float64, as `window_measures` gives them.
+        """
+        first = self._held.numel()
+        each = states or [self._current[first:]]
+        rows = []
+        for window, ids in enumerate(self._ids[first:]):
+            models = [self._predictions(state[window]) for state in each]
+            original = self._predictions(self._original[first + window])
+            rows.append(window_measures(ids[1:], models, original))
+        return torch.stack(rows, 1)
+
+    def _predictions(self, states: Tensor) -> Predictions:
+        return lambda positions: self._originals.logits(states[positions])
+
+    def _every(self) -> Iterator[tuple[slice, Calls]]:
+        """All batches and how their layers are called."""
+        return zip(self._fitted + self._measured, self._calls, strict=True)
+
+    def _run(
+        self, wide: nn.Module, branches: Sequence[int], batch: slice, call: Mapping[str, Any]
+    ) -> None:
+        """Take a batch of the converted model past some branches of a layer."""
+        x = self._current[batch].float()
+        for branch in branches:
+            x = x + self._converted.branch(wide, branch, x, call)
+        self._current[batch] = x
 
     def _through(self, layers: Mapping[int, nn.Module], x: Tensor, calls: Calls) -> Tensor:
         for original, layer in layers.items():
@@ -135,7 +215,7 @@ class Calibrator:
         seen = [[self._states() for _ in group] for _ in self._family.branches]
         attended = self._states()
         layers = self._layers(group)
-        for batch, calls in zip(self._batches, self._calls, strict=True):
+        for batch, calls in self._every():
             x = self._original[batch].float()
             for member, (original, layer) in enumerate(layers.items()):
                 for branch in (0, 1):
@@ -150,9 +230,8 @@ class Calibrator:
             self._refit_reads(wide, branch, group, seen[branch], found)
             seen[branch].clear()
             self._refit_write(wide, branch, group, attended, found)
-            for batch, calls in zip(self._batches, self._calls, strict=True):
-                x = self._current[batch].float()
-                self._current[batch] = x + self._converted.branch(wide, branch, x, calls[group[0]])
+            for batch, calls in self._every():
+                self._run(wide, (branch,), batch, calls[group[0]])
         return found
 
     def _refit_reads(
@@ -166,7 +245,7 @@ class Calibrator:
         """The maps behind a norm, each member's by one map of their input."""
         width = self._shape[-1]
         sums = [Regression(width, width) for _ in group]
-        for batch in self._batches:
+        for batch in self._fitted:
             x = self._normalised(wide, branch, self._current[batch].float())
             for member, regression in enumerate(sums):
                 regression.add(x, seen[member][batch], self._held[batch])
@@ -191,7 +270,7 @@ class Calibrator:
         regression = Regression(prior.shape[1], prior.shape[0])
         features: list[Tensor] = []
         hook = module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        for batch, calls in zip(self._batches, self._calls, strict=True):
+        for batch, calls in zip(self._fitted, self._calls, strict=False):
             x = self._current[batch].float()
             self._converted.branch(wide, branch, x, calls[group[0]])
             target = self._original[batch].float() - x if branch else attended[batch].float()
@@ -234,3 +313,7 @@ class Calibrator:
                 file.name, shared=True, size=count, dtype=self._activation_dtype
             )
         return mapped.view(self._shape)
+
+
+def _batches(start: int, end: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, end)) for first in range(start, end, size)]

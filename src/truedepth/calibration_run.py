@@ -7,9 +7,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from truedepth.calibration import Calibrator, Refit
+from truedepth.calibration_text import calibration_text
+from truedepth.converted import converted_config, converted_tensors
 from truedepth.errors import TruedepthError
+from truedepth.evaluate import Loss
 from truedepth.layer_stack import LayerStack
 from truedepth.loading import default_device, fast_dtype
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, dtype_name, from_tensor
-from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
+from truedepth.text import DEFAULT_TEXT
 
 METHOD = 1  # raised when the same settings give other weights than before
 
@@ -43,6 +46,9 @@ class Calibration:
     window: int = 512
     """Tokens a window."""
 
+    check: int = 16
+    """Windows beside these tokens that the calibrated model is compared with the original on."""
+
     device: str | torch.device | None = None
     dtype: torch.dtype | None = None
     """In which layers compute; by default bfloat16 where that is fast."""
@@ -56,6 +62,11 @@ class Calibration:
     workspace: Path | None = None
     """A directory for memory-mapped states; by default they are in memory."""
 
+    def place(self, source: Source) -> tuple[torch.device, torch.dtype]:
+        """Where layers compute, and in what."""
+        device = torch.device(self.device or default_device())
+        return device, self.dtype or fast_dtype(source, device)
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -68,72 +79,12 @@ class Calibrated:
     """For config.json: what it was calibrated on, and what each map gained on held-out windows."""
 
 
-def calibration_windows(source: Source, plan: Plan, options: Calibration) -> Tensor:
-    """The text as `[windows, window]` int64 token ids, spread evenly over every file.
-
-    Raises:
-        TruedepthError: The text is too short for the width of the widest layer.
-    """
-    if options.window < 2 or options.tokens < options.window:
-        raise TruedepthError(
-            f"{options.tokens} calibration tokens are less than a window of {options.window}."
-        )
-    check_window(source, options.window)
-    texts = [read_text(path) for path in options.text] or [default_text()]
-    parts = [token_windows(source.tokenizer, text, options.window) for text in texts]
-    wanted = options.tokens // options.window
-    shares = _shares([len(part) for part in parts], wanted)
-    ids = torch.cat([_spread(part, share) for part, share in zip(parts, shares, strict=True)])
-    needed = tokens_needed(source, plan)
-    if ids.numel() < needed:
-        raise TruedepthError(
-            f"{ids.numel()} calibration tokens are too few: the widest map has {needed} inputs and"
-            f" needs at least as many tokens; give more text or more --tokens."
-        )
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-    return ids[order]  # so that held-out windows come from every file
-
-
-def tokens_needed(source: Source, plan: Plan) -> int:
-    """As many as the widest map of the widest layer has inputs."""
-    shapes = [
-        source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape
-        for name in source.family.writes
-    ]
-    return max(plan.widths) * max(columns for _, columns in shapes)
-
-
-def _shares(available: Sequence[int], wanted: int) -> list[int]:
-    """Equal shares; what a short file lacks the others give."""
-    shares = [0] * len(available)
-    left = min(wanted, sum(available))
-    shortest_first = sorted(range(len(available)), key=available.__getitem__)
-    for done, index in enumerate(shortest_first):
-        shares[index] = min(available[index], math.ceil(left / (len(available) - done)))
-        left -= shares[index]
-    return shares
-
-
-def _spread(windows: Tensor, count: int) -> Tensor:
-    """`count` of the windows, evenly spaced."""
-    return windows[torch.arange(count) * len(windows) // max(1, count)]
-
-
-def calibrated(
-    source: Source,
-    plan: Plan,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, LazyTensor],
-    directory: Path,
-    options: Calibration,
-) -> Calibrated:
+def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration) -> Calibrated:
     """Refit the wide layers of a conversion.
 
     Args:
         source: The original.
         plan: Of the conversion.
-        config: config.json of the converted model.
-        tensors: Of the converted model without calibration.
         directory: Keeps every layer as it is refitted. A run that finds the layers of the same
             calibration there goes on after them; those of another are removed.
         options: What to calibrate on.
@@ -141,12 +92,19 @@ def calibrated(
     Raises:
         TruedepthError: Text or options do not fit, or another run is at work in the directory.
     """
-    ids = calibration_windows(source, plan, options)
-    device = torch.device(options.device or default_device())
-    dtype = options.dtype or fast_dtype(source, device)
+    text = calibration_text(
+        source,
+        options.text,
+        tokens=options.tokens,
+        window=options.window,
+        measured=0,
+        check=options.check,
+        widest=max(plan.widths),
+    )
+    _, dtype = options.place(source)
     settings = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
-        "tokens": ids.numel(),
+        "tokens": text.fitted.numel(),
         "window": options.window,
         "dtype": dtype_name(dtype),
         "activation_dtype": dtype_name(options.activation_dtype),
@@ -155,25 +113,16 @@ def calibrated(
         **settings,
         "method": METHOD,
         "model fingerprint": source.fingerprint,
-        "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "text fingerprint": hashlib.sha256(text.fitted.numpy().tobytes()).hexdigest(),
         "plan": plan.to_dict(),
         "batch_size": options.batch_size,
     }
     with _kept_layers(directory, identity) as kept:
-        calibrator = Calibrator(
-            source.family,
-            LayerStack(source, device=device, dtype=dtype),
-            LayerStack(source, device=device, dtype=dtype, config=config, tensors=tensors),
-            ids,
-            activation_dtype=options.activation_dtype,
-            workspace=options.workspace,
-            batch_size=options.batch_size,
-        )
-        last = max((i for i, width in enumerate(plan.widths) if width > 1), default=-1)
+        calibrator = calibrator_of(source, plan.groups, text.fitted, text.check, options)
         gains: dict[str, Any] = {}
         replaced: dict[str, LazyTensor] = {}
-        with progress_bar("Calibrating layers", last + 1) as advance:
-            for index, group in enumerate(plan.groups[: last + 1]):
+        with progress_bar("Calibrating layers", len(plan.groups)) as advance:
+            for index, group in enumerate(plan.groups):
                 path = kept / f"layer-{index:04d}.safetensors"
                 if len(group) == 1:
                     calibrator.advance(index, group)
@@ -186,7 +135,43 @@ def calibrated(
                     prefix = source.family.layer.format(index)
                     replaced |= {prefix + name: tensor for name, tensor in weights.items()}
                 advance(1)
-    return Calibrated(replaced, settings | {"held_out_errors": gains})
+        check = Loss.of(calibrator.losses()[0], options.window) if len(text.check) else None
+    record = settings | {
+        "check": asdict(check) if check else None,
+        "held_out_errors": gains,
+    }
+    return Calibrated(replaced, record)
+
+
+def calibrator_of(
+    source: Source,
+    groups: Sequence[Sequence[int]],
+    fitted: Tensor,
+    measured: Tensor,
+    options: Calibration,
+) -> Calibrator:
+    """At the start of the original and of its conversion with these groups.
+
+    Args:
+        source: The original.
+        groups: One for each layer of the converted model.
+        fitted: `[windows, window]` int64, token ids to refit on.
+        measured: The same, to run along.
+        options: Where and how to compute.
+    """
+    tensors = converted_tensors(source, groups, torch.float32)
+    config = converted_config(source, groups, tensors)
+    device, dtype = options.place(source)
+    return Calibrator(
+        source.family,
+        LayerStack(source, device=device, dtype=dtype),
+        LayerStack(source, device=device, dtype=dtype, config=config, tensors=tensors),
+        torch.cat([fitted, measured]),
+        measured=len(measured),
+        activation_dtype=options.activation_dtype,
+        workspace=options.workspace,
+        batch_size=options.batch_size,
+    )
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ from truedepth import __version__, modeling
 from truedepth.calibration_run import Calibration, calibrated
 from truedepth.card import model_card
 from truedepth.checkpoint import atomic_directory, check_output, write_weights
+from truedepth.converted import check_loadable, converted_config, converted_tensors
 from truedepth.errors import TruedepthError
-from truedepth.loading import empty_model
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source, open_source
-from truedepth.tensors import LazyTensor, dtype_name
-from truedepth.widen import widen
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,19 @@ def convert(
     source.family  # noqa: B018
     _check_apart(source.path, out)
     check_output(out, force)
-    tensors = converted_tensors(source, plan, dtype)
-    config = converted_config(source, plan, tensors)
-    _check_loadable(config, tensors, source.path)
+    tensors = converted_tensors(source, plan.groups, dtype)
+    config = converted_config(source, plan.groups, tensors)
+    config["truedepth"] = {
+        "version": __version__,
+        "source": source.name,
+        "plan": plan.to_dict() | {"model": source.name},
+        "calibration": None,
+        "healing": None,
+    }
+    check_loadable(config, tensors, source.path)
     kept = out.with_name(f".{out.name}.calibration")
     if calibration is not None and plan.paired_layers:
-        exact = converted_tensors(source, plan, torch.float32)
-        refitted = calibrated(source, plan, config, exact, kept, calibration)
+        refitted = calibrated(source, plan, kept, calibration)
         tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
         config["truedepth"]["calibration"] = refitted.record
     with atomic_directory(out, force) as partial:
@@ -129,114 +131,6 @@ def calibrate(
 ) -> Conversion:
     """`convert` with the wide layers refitted to the original; `options` are those of `convert`."""
     return convert(model, out, plan, calibration=calibration or Calibration(), **options)
-
-
-def converted_tensors(
-    source: Source, plan: Plan, dtype: torch.dtype | None = None
-) -> dict[str, LazyTensor]:
-    """The tensors of the converted model by name; layers in no group are the source's, renumbered.
-
-    Raises:
-        TruedepthError: A layer has tensors that cannot be widened exactly.
-    """
-    layers: list[dict[str, LazyTensor]] = [{} for _ in range(source.num_layers)]
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in source.tensors.items():
-        layer, rest = source.family.split(name)
-        if layer is None:
-            tensors[name] = tensor
-        elif layer >= source.num_layers:
-            raise TruedepthError(
-                f"{source.path} has the tensor {name!r}, but its config says {source.num_layers}"
-                " layers."
-            )
-        elif rest not in source.family.obsolete:
-            layers[layer][rest] = tensor
-    if missing := [layer for layer, held in enumerate(layers) if not held]:
-        raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}.")
-    if _tied(source):
-        tensors.pop("lm_head.weight", None)  # the embedding again; transformers ties it on loading
-
-    for index, group in enumerate(plan.groups):
-        members = [layers[layer] for layer in group]
-        try:
-            wide = members[0] if len(group) == 1 else widen(source.family, members, dtype)
-        except TruedepthError as error:
-            raise TruedepthError(f"Layers {list(group)} cannot be joined: {error}") from error
-        tensors |= {source.family.layer.format(index) + name: t for name, t in wide.items()}
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return tensors
-
-
-def converted_config(
-    source: Source, plan: Plan, tensors: Mapping[str, LazyTensor]
-) -> dict[str, Any]:
-    """config.json of the converted model, whose tensors are `tensors`."""
-    prefix = source.family.class_prefix
-    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    bytes_by_dtype: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        bytes_by_dtype[tensor.dtype] += tensor.nbytes
-    config["dtype"] = dtype_name(bytes_by_dtype.most_common(1)[0][0])
-    config["model_type"] = f"{modeling.PREFIX.lower()}_{source.family.model_type}"
-    config["architectures"] = [f"{modeling.PREFIX}{prefix}ForCausalLM"]
-    config["auto_map"] = modeling.auto_map(prefix)
-    config["tie_word_embeddings"] = _tied(source)
-    config["num_hidden_layers"] = plan.effective_depth
-    config["layer_widths"] = plan.widths
-    config["truedepth"] = {
-        "version": __version__,
-        "source": source.name,
-        "plan": plan.to_dict() | {"model": source.name},
-        "calibration": None,
-        "healing": None,
-    }
-    return config
-
-
-def plan_of(config: Mapping[str, Any]) -> Plan | None:
-    """The plan of a converted checkpoint, from its config.json; None for any other model."""
-    widths = config.get("layer_widths")
-    if not isinstance(widths, list) or not all(type(width) is int for width in widths):
-        return None
-    layers = iter(range(sum(widths)))
-    return Plan(sum(widths), [[next(layers) for _ in range(width)] for width in widths])
-
-
-def _tied(source: Source) -> bool:
-    """Whether the output projection is the embedding.
-
-    A config may say so while the file holds another projection; transformers then takes the file's.
-    """
-    if not source.config.get("tie_word_embeddings"):
-        return False
-    head, embedding = (source.tensors.get(name) for name in source.family.tied)
-    if head is None or embedding is None:
-        return True
-    return (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
-        map(torch.equal, head.blocks(1 << 20), embedding.blocks(1 << 20))
-    )
-
-
-def _check_loadable(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], source: Path
-) -> None:
-    """The tensors must be those of the model that transformers will build from the config."""
-    model = empty_model(config, source)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in model.all_tied_weights_keys:
-        expected.pop(name)
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise TruedepthError(f"{source} has no tensor for {name!r}.")
-        if name not in expected:
-            raise TruedepthError(f"{source} gives the tensor {name!r}, which its model has not.")
-        if expected[name] != tensors[name].shape:
-            raise TruedepthError(
-                f"{source} gives {name!r} the shape {list(tensors[name].shape)}, but its config"
-                f" says {list(expected[name])}."
-            )
 
 
 def _check_apart(source: Path, out: Path) -> None:

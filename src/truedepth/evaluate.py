@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,17 +151,8 @@ def _measure(ours: Loaded, theirs: Loaded | None, ids: Tensor) -> Tensor:
     other = _logits(theirs, ids) if theirs else None
     rows = []
     for index, targets in enumerate(ids[:, 1:]):
-        sums = torch.zeros(4, dtype=torch.float64)
-        for chunk in _chunks(len(targets)):
-            target = targets[chunk, None].to(logits.device)
-            logp = logits[index, chunk].float().log_softmax(-1)
-            sums[0] -= logp.gather(-1, target).double().sum().cpu()
-            if other is not None:
-                reference = other[index, chunk].float().log_softmax(-1)
-                sums[1] -= reference.gather(-1, target).double().sum().cpu()
-                sums[2] += (reference.exp() * (reference - logp)).double().sum().cpu()
-                sums[3] += (reference.argmax(-1) == logp.argmax(-1)).sum().cpu()
-        rows.append(sums / len(targets))
+        original = None if other is None else other[index].__getitem__
+        rows.append(window_measures(targets, [logits[index].__getitem__], original)[0])
     return torch.stack(rows)
 
 
@@ -171,9 +162,61 @@ def _logits(loaded: Loaded, ids: Tensor) -> Tensor:
     return logits[:, :-1]
 
 
-def _chunks(length: int) -> Iterator[slice]:
-    for start in range(0, length, CHUNK_TOKENS):
-        yield slice(start, start + CHUNK_TOKENS)
+@dataclass(frozen=True)
+class Loss:
+    """Of a model against its original, on the same tokens."""
+
+    tokens: int
+    """Predicted."""
+
+    excess: float
+    """NLL above the original's, nats a token."""
+
+    stderr: float | None
+    """Of the excess, over windows; None for a single window."""
+
+    kl: float
+    """KL(original ‖ model), nats a token."""
+
+    @classmethod
+    def of(cls, rows: Tensor, window: int) -> Loss:
+        """From the `[windows, 4]` of `window_measures`."""
+        excess = rows[:, 0] - rows[:, 1]
+        spread = (excess.std() / len(rows) ** 0.5).item() if len(rows) > 1 else None
+        return cls(len(rows) * (window - 1), excess.mean().item(), spread, rows[:, 2].mean().item())
+
+
+Predictions = Callable[[slice], Tensor]
+"""Gives the logits `[positions, vocabulary]` of some positions of a window."""
+
+
+def window_measures(
+    targets: Tensor, models: Sequence[Predictions], original: Predictions | None = None
+) -> Tensor:
+    """Means over one window, of each model: NLL, and from the original its NLL, KL and agreement.
+
+    Args:
+        targets: `[positions]` int64, the tokens that were to be predicted.
+        models: Their predictions; a few positions are asked for at a time.
+        original: The predictions to compare them with.
+
+    Returns:
+        `[models, 4]` float64: NLL, original's NLL, KL(original ‖ model), in nats a token, and the
+        share of equal top-1 tokens; the last three are 0 without an original.
+    """
+    sums = torch.zeros(len(models), 4, dtype=torch.float64)
+    for start in range(0, len(targets), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        reference = None if original is None else original(chunk).float().log_softmax(-1)
+        for row, model in zip(sums, models, strict=True):
+            logp = model(chunk).float().log_softmax(-1)
+            target = targets[chunk, None].to(logp.device)
+            row[0] -= logp.gather(-1, target).double().sum().cpu()
+            if reference is not None:
+                row[1] -= reference.gather(-1, target).double().sum().cpu()
+                row[2] += (reference.exp() * (reference - logp)).double().sum().cpu()
+                row[3] += (reference.argmax(-1) == logp.argmax(-1)).sum().cpu()
+    return sums / len(targets)
 
 
 def _summary(rows: Tensor, window: int, names: Sequence[str], text: str) -> Perplexity:

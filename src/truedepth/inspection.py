@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truedepth.conversion import plan_of
+from truedepth.converted import plan_of
 from truedepth.loading import empty_model
 from truedepth.plan import Plan
 from truedepth.sources import Source, open_source

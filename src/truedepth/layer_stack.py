@@ -9,6 +9,7 @@ a family's model code is repeated here. The residual stream is float32, whatever
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,21 @@ class LayerStack:
         self._calls: Calls = []
         self._model.base_model.layers = nn.ModuleList(map(self._hollow, self._empty))
 
+        self._size = sum(
+            math.prod(tensor.shape)
+            for name, tensor in source.tensors.items()
+            if self._family.split(name)[0] is not None
+        )
+        self._evaluated = 0
+
+    @property
+    def token_passes(self) -> float:
+        """Tokens that went through layers so far, in passes through all of the original's layers.
+
+        A wide layer counts as its members do.
+        """
+        return self._evaluated / self._size
+
     @property
     def hidden_size(self) -> int:
         """Elements of a hidden state."""
@@ -117,8 +133,18 @@ class LayerStack:
         states = [call.pop("hidden_states") for call in calls]
         return states[0].float(), calls
 
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the last layer's output, `[..., hidden]` to `[..., vocabulary]`."""
+        normed = self._model.base_model.norm(x.to(self._device, self._dtype))
+        logits: Tensor = self._model.get_output_embeddings()(normed)
+        return logits
+
     def branch(self, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]) -> Tensor:
         """`run_branch` of a layer of this stack."""
+        _, body = self._family.branches[number]
+        size = sum(parameter.numel() for parameter in layer.get_submodule(body).parameters())
+        self._evaluated += size * x.shape[0] * x.shape[1]
         return run_branch(self._family, layer, number, x, call)
 
 

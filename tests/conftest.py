@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 6,000 random words."""
+    generator = random.Random(0)
+    words = ["the", "cat", "sat", "on", "mat", "and", "then", "hat", "a", "dog", "saw"]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(generator.choice(words) for _ in range(6000)))
+    return path
 
 
 @pytest.fixture(scope="session")

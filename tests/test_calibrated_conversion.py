@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 
@@ -20,21 +19,12 @@ PLAN = td.Plan(6, [[1, 2], [4, 5]])
 SIZE = {"tokens": 768, "window": 32, "dtype": torch.float32}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    generator = random.Random(0)
-    words = ["the", "cat", "sat", "on", "mat", "and", "then", "hat", "a", "dog", "saw"]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(generator.choice(words) for _ in range(6000)))
-    return path
-
-
 @pytest.fixture
-def options(text):
-    return td.Calibration(text=[text], **SIZE)
+def options(prose):
+    return td.Calibration(text=[prose], **SIZE)
 
 
-def test_it_is_the_uncalibrated_checkpoint_with_other_values(make_model, options, tmp_path, text):
+def test_it_is_the_uncalibrated_checkpoint_with_other_values(make_model, options, tmp_path, prose):
     model = make_model()
     td.convert(model, tmp_path / "raw", PLAN)
     td.calibrate(model, tmp_path / "out", PLAN, options)
@@ -55,7 +45,7 @@ def test_it_is_the_uncalibrated_checkpoint_with_other_values(make_model, options
     assert "refitted" in (tmp_path / "out" / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"raw", "out"}
     losses = {
-        name: td.perplexity(tmp_path / name, against=model, text=text, window=32).kl
+        name: td.perplexity(tmp_path / name, against=model, text=prose, window=32).kl
         for name in ("raw", "out")
     }
     assert losses["out"] < 0.7 * losses["raw"]
@@ -68,7 +58,7 @@ def test_the_same_call_gives_the_same_weights(make_model, options, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_killed_calibration_goes_on_where_it_was(make_model, text, options, tmp_path):
+def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, tmp_path):
     td.calibrate(make_model(), tmp_path / "whole", PLAN, options)
     code = (
         "import sys, os, torch, truedepth as td\n"
@@ -82,7 +72,7 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, text, options, tm
         "td.calibrate(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2], [4, 5]]), td.Calibration(\n"
         "    text=[sys.argv[3]], tokens=768, window=32, dtype=torch.float32))"
     )
-    command = [sys.executable, "-c", code, str(make_model()), str(tmp_path / "out"), str(text)]
+    command = [sys.executable, "-c", code, str(make_model()), str(tmp_path / "out"), str(prose)]
     assert subprocess.run(command, capture_output=True).returncode == -9
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.calibration"
@@ -118,12 +108,12 @@ def test_layers_of_another_calibration_are_not_used(make_model, options, tmp_pat
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_every_file_has_its_share_of_the_tokens(make_model, text, tmp_path):
+def test_every_file_has_its_share_of_the_tokens(make_model, prose, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a cat " * 60)
     source = td.open_source(make_model())
     cut = {"tokens": 768, "window": 32, "measured": 3, "check": 2, "widest": 2}
-    found = calibration_text(source, [text, short], **cut)
+    found = calibration_text(source, [prose, short], **cut)
     assert [len(part) for part in (found.fitted, found.measured, found.check)] == [24, 3, 2]
     assert _shares([100, 3, 50], 60) == [29, 3, 28] or _shares([100, 3, 50], 60) == [28, 3, 29]
     assert sum(_shares([4, 4], 20)) == 8
@@ -138,9 +128,9 @@ def test_every_file_has_its_share_of_the_tokens(make_model, text, tmp_path):
         ({"window": 1024, "tokens": 4096}, "longer than the 512 positions"),
     ],
 )
-def test_bad_amounts(make_model, text, tmp_path, change, words):
+def test_bad_amounts(make_model, prose, tmp_path, change, words):
     with pytest.raises(td.TruedepthError, match=words):
-        td.calibrate(make_model(), tmp_path / "o", PLAN, td.Calibration([text], **SIZE | change))
+        td.calibrate(make_model(), tmp_path / "o", PLAN, td.Calibration([prose], **SIZE | change))
     assert not list(tmp_path.iterdir())
 
 
@@ -150,9 +140,9 @@ def test_text_without_tokens(make_model, tmp_path):
         td.calibrate(make_model(), tmp_path / "o", PLAN, td.Calibration([tmp_path / "blank.txt"]))
 
 
-def test_the_command(make_model, text, tmp_path, monkeypatch, capsys):
+def test_the_command(make_model, prose, tmp_path, monkeypatch, capsys):
     arguments = ["convert", make_model(), tmp_path / "out", "--layers", "1-4", "--calibrate"]
-    arguments += ["--text", text, "--tokens", 1024, "--workspace", tmp_path]
+    arguments += ["--text", prose, "--tokens", 1024, "--workspace", tmp_path]
     monkeypatch.setattr(sys, "argv", ["truedepth", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -93,6 +93,8 @@ def plainly(original, converted, fits):
                     - seen_by(original, layer, "input_layernorm", IDS)
                     for layer in group
                 )
+                target += seen_by(original, group[0], "input_layernorm", IDS)
+                target -= seen_by(converted, index, "input_layernorm", IDS)
             else:
                 after = (
                     seen_by(original, group[-1] + 1, "input_layernorm", IDS)

@@ -95,8 +95,6 @@ def test_sampling_depends_on_the_seed_alone(run, make_model):
     ("choice", "groups"),
     [
         (["--pairs", "0"], []),
-        (["--pairs", "1"], [[2, 3]]),
-        (["--depth", "4"], [[2, 3], [4, 5]]),
         (["--layers", "2-5"], [[2, 3], [4, 5]]),
         (["--layers", "0-5", "--group", "3"], [[0, 1, 2], [3, 4, 5]]),
     ],
@@ -114,7 +112,7 @@ def test_a_plan_file(run, make_model, tmp_path):
     assert config["layer_widths"] == [3, 1, 1, 1]
 
 
-PAIR = ["--pairs", "1"]
+PAIR = ["--layers", "2-3"]
 
 # What is bad -> arguments, in which {names} stand for what `bad_inputs` makes, and words expected.
 BAD = {
@@ -149,12 +147,41 @@ BAD = {
         "model.safetensors is corrupt or truncated",
     ),
     "truncated weights to load": (["eval", "{tmp}/truncated"], "model.safetensors is corrupt"),
-    "nothing to pair": (["convert", "{model}", "{out}"], "--layers, --plan, --pairs, --depth"),
-    "two plans": (["convert", "{model}", "{out}", *PAIR, "--depth", "5"], "one of --layers"),
-    "group without span": (["convert", "{model}", "{out}", *PAIR, "--group", "3"], "--layers only"),
-    "too many pairs": (["convert", "{model}", "{out}", "--pairs", "4"], "allow 0 to 3"),
-    "depth too large": (["convert", "{model}", "{out}", "--depth", "7"], "depths 3 to 6"),
-    "depth too small": (["convert", "{model}", "{out}", "--depth", "2"], "depths 3 to 6"),
+    "nothing to pair": (["convert", "{model}", "{out}"], "--max-loss, --depth, --pairs"),
+    "two plans": (["convert", "{model}", "{out}", *PAIR, "--depth", "5"], "one of --max-loss"),
+    "group without span": (
+        ["convert", "{model}", "{out}", "--pairs", "1", "--group", "3"],
+        "--layers only",
+    ),
+    "too many pairs": (
+        ["convert", "{model}", "{out}", "--pairs", "4"],
+        "depth of 2 is out of reach",
+    ),
+    "depth too large": (["convert", "{model}", "{out}", "--depth", "7"], "6 layers to 3 to 5"),
+    "depth too small": (["convert", "{model}", "{out}", "--depth", "2"], "6 layers to 3 to 5"),
+    "loss that is none": (
+        ["convert", "{model}", "{out}", "--max-loss", "low"],
+        "'low' is not a loss",
+    ),
+    "no loss": (
+        ["plan", "{model}", "-o", "{tmp}/p.yaml", "--max-loss", "0%"],
+        "'0%' is not a loss",
+    ),
+    "no goal": (["plan", "{model}", "-o", "{tmp}/p.yaml"], "one of --max-loss, --depth, --pairs"),
+    "no picture": (
+        ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--plot", "{tmp}/p.doc"],
+        "not a picture",
+    ),
+    "tokens for nothing": (["convert", "{model}", "{out}", *PAIR, "--tokens", "99"], "--calibrate"),
+    "budget for nothing": (["convert", "{model}", "{out}", *PAIR, "--budget", "9"], "--max-loss"),
+    "search without text": (
+        ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--text", "{tmp}/empty.txt"],
+        "is empty",
+    ),
+    "search with too few tokens": (
+        ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--tokens", "600"],
+        "600 calibration tokens are too few",
+    ),
     "shard size": (["convert", "{model}", "{out}", *PAIR, "--shard-size", "huge"], "'huge'"),
     "no shard size": (["convert", "{model}", "{out}", *PAIR, "--shard-size", "0GB"], "'0GB'"),
     "existing output": (["convert", "{model}", "{tmp}/existing", *PAIR], "--force"),

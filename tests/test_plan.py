@@ -48,11 +48,6 @@ def test_late_pairs(layers, pairs, expected):
     assert str(Plan.late_pairs(layers, pairs)) == expected
 
 
-def test_at_depth():
-    assert Plan.at_depth(30, 23) == Plan.late_pairs(30, 7)
-    assert Plan.at_depth(30, 30) == Plan(30) == Plan.late_pairs(30, 7).unpaired
-
-
 def test_layers_may_be_whole_numbers_of_other_types():
     assert Plan(6, [np.arange(1, 3)]) == Plan(6, [[1, 2]])
 
@@ -86,7 +81,6 @@ def test_yaml_of_another_style(tmp_path):
         (lambda: Plan.span(30, 29, 29), ["length 1", "divide."]),
         (lambda: Plan.span(30, 14, 12), ["empty"]),
         (lambda: Plan.span(30, 14, 15, group=0), ["at least 1"]),
-        (lambda: Plan.at_depth(31, 15), ["31 layers", "depths 16 to 31"]),
         (lambda: Plan.late_pairs(30, 16), ["16 pairs", "0 to 15"]),
         (lambda: Plan(4).all_reduces_per_token(0), ["at least 1"]),
         (lambda: parse_span("14..27"), ["14..27", "14-27"]),

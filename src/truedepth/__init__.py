@@ -2,8 +2,8 @@
 
     import truedepth as td
 
-    plan = td.Plan.span(30, first=14, last=27)         # layers 14 to 27 in pairs: 30 -> 23
-    td.convert("default", "smollm2-lp", plan)
+    plan = td.search("default", max_loss=0.05).plan     # the shallowest within 0.05 nats a token
+    td.calibrate("default", "smollm2-lp", plan)
     print(td.perplexity("smollm2-lp", against="default"))
 
 Importing truedepth makes `transformers.AutoModelForCausalLM` load its checkpoints.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from truedepth.depth_study import study
     from truedepth.evaluate import perplexity
     from truedepth.loading import load
+    from truedepth.plan_search import search
     from truedepth.sources import open_source
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "open_source",
     "perplexity",
+    "search",
     "study",
     "task_scores",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "load": "truedepth.loading",
     "open_source": "truedepth.sources",
     "perplexity": "truedepth.evaluate",
+    "search": "truedepth.plan_search",
     "study": "truedepth.depth_study",
     "task_scores": "truedepth.accuracy",
 }

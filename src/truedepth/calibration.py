@@ -6,8 +6,11 @@ model, and through the wide layer, from what the converted model gives it so far
 the ridge regression of what the original computed on what the wide layer has:
 
     maps that read    W_i ← W_i M_i,  M_i from x̂ to the normalised input that layer i saw
-    attention output  W_o from the heads' outputs to Σ_i A_i, the sum of the original attentions
-    FFN output        W_d from the gated activations to y - a, what is missing to the original's y
+    attention output  W_o from the heads' outputs to what is missing to x + Σ_i A_i
+    FFN output        W_d from the gated activations to what is missing to y
+
+x, A_i and y (the input, the attentions and the output) are the original's, so what earlier wide
+layers left undone is part of what is missing, and each branch takes up what it can of it.
 
 The architecture does not change. Memory holds the weights of one group, the sums over tokens of one
 map, and for every token a few states.
@@ -172,8 +175,8 @@ class Calibrator:
         each = states or [self._current[first:]]
         rows = []
         for window, ids in enumerate(self._ids[first:]):
-            models = [self._predictions(state[window]) for state in each]
-            original = self._predictions(self._original[first + window])
+            models = [self._predictions(state[window, :-1]) for state in each]
+            original = self._predictions(self._original[first + window, :-1])
             rows.append(window_measures(ids[1:], models, original))
         return torch.stack(rows, 1)
 
@@ -213,10 +216,10 @@ class Calibrator:
         self._separate()
         wide = self._converted.layer(index)
         seen = [[self._states() for _ in group] for _ in self._family.branches]
-        attended = self._states()
+        attended = self._states()  # x + Σ_i A_i
         layers = self._layers(group)
         for batch, calls in self._every():
-            x = self._original[batch].float()
+            attended[batch] = x = self._original[batch].float()
             for member, (original, layer) in enumerate(layers.items()):
                 for branch in (0, 1):
                     seen[branch][member][batch] = self._normalised(wide, branch, x)
@@ -273,7 +276,7 @@ class Calibrator:
         for batch, calls in zip(self._fitted, self._calls, strict=False):
             x = self._current[batch].float()
             self._converted.branch(wide, branch, x, calls[group[0]])
-            target = self._original[batch].float() - x if branch else attended[batch].float()
+            target = (self._original if branch else attended)[batch].float() - x
             if bias is not None:
                 target = target - bias
             regression.add(features.pop(), target, self._held[batch])

@@ -14,12 +14,16 @@ from truedepth.errors import TruedepthError
 from truedepth.sources import Source
 from truedepth.text import check_window, default_text, read_text, token_windows
 
-RESERVED = 8  # one window in so many of a text is kept for checks, whatever else is asked for
+RESERVED = 8  # one window in so many of a text is kept to measure on, and one for checks
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token windows for three uses, none in two of them; each `[windows, window]` int64."""
+    """Token windows for three uses, none in two of them; each `[windows, window]` int64.
+
+    Where in a text those of one use are drawn from does not depend on the others, so a search and a
+    calibration on the same text agree.
+    """
 
     fitted: Tensor
     """What the maps are solved on."""
@@ -28,9 +32,7 @@ class CalibrationText:
     """What plans are compared on."""
 
     check: Tensor
-    """Never looked at before the end. Which windows of a text these are drawn from does not depend
-    on how many of the others are asked for, so a search and a calibration on the same text agree.
-    """
+    """Never looked at before the end."""
 
 
 def calibration_text(
@@ -51,7 +53,7 @@ def calibration_text(
             documentation that Python carries.
         tokens: To fit on, at most.
         window: Tokens a window.
-        measured: Windows to compare plans on; fewer, at most a quarter, where the text is short.
+        measured: Windows to compare plans on, at most.
         check: Windows to check on, at most.
         widest: Layers in the widest group.
 
@@ -66,19 +68,24 @@ def calibration_text(
     check_window(source, window)
     texts = [read_text(path) for path in paths] or [default_text()]
     parts = [token_windows(source.tokenizer, text, window) for text in texts]
-    reserved = [part[RESERVED - 1 :: RESERVED] for part in parts]
-    rest = [part[torch.arange(len(part)) % RESERVED != RESERVED - 1] for part in parts]
-    available = sum(map(len, rest))
-    measured = min(measured, available // 4)
-    fitted = min(tokens // window, available - measured)
+    uses = [torch.arange(len(part)) % RESERVED for part in parts]
+    wanted = [(measured, RESERVED // 2 - 1), (check, RESERVED - 1)]
+    held = [
+        _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], count)
+        for count, rest in wanted
+    ]
+    left = [
+        part[(use != RESERVED // 2 - 1) & (use != RESERVED - 1)]
+        for part, use in zip(parts, uses, strict=True)
+    ]
+    fitted = _mixed(left, tokens // window)
     needed = tokens_needed(source, widest)
-    if fitted * window < needed or fitted < 2:
+    if fitted.numel() < needed or len(fitted) < 2:
         raise TruedepthError(
-            f"{fitted * window} calibration tokens are too few: the widest map has {needed} inputs"
+            f"{fitted.numel()} calibration tokens are too few: the widest map has {needed} inputs"
             f" and needs at least as many tokens; give more text or more --tokens."
         )
-    windows = _mixed(rest, fitted + measured)
-    return CalibrationText(windows[measured:], windows[:measured], _mixed(reserved, check))
+    return CalibrationText(fitted, *held)
 
 
 def tokens_needed(source: Source, widest: int) -> int:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from truedepth import __version__
-from truedepth.cli_options import Device, DType, Force, JsonPath, Model, Seed, Text, Weights
+from truedepth import __version__, cli_plan
+from truedepth.cli_options import (
+    Device,
+    DType,
+    Force,
+    JsonPath,
+    Model,
+    Seed,
+    Text,
+    Weights,
+    write_json,
+)
 from truedepth.errors import TruedepthError
-from truedepth.plan import Plan, parse_span
 
 app = typer.Typer(
     help="Layer Parallelism: a pretrained LLM, shallower and wider, without retraining.",
@@ -50,97 +58,12 @@ def info(
     from truedepth.report.pages import print_info
 
     found = inspect_model(model)
-    _write_json(json_path, found.to_dict())
+    write_json(json_path, found.to_dict())
     print_info(found, dtype.torch())
 
 
-@app.command()
-def convert(
-    model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
-    layers: Annotated[
-        str | None, typer.Option(help="Pair this span of layers: 14-27 is layers 14 to 27.")
-    ] = None,
-    group: Annotated[
-        int | None, typer.Option(help="With --layers: layers a group.", show_default="2")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan file (YAML).")] = None,
-    pairs: Annotated[
-        int | None, typer.Option(help="Pair this many pairs in the late middle; 0 pairs none.")
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="Pair in the late middle down to this effective depth.")
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option(help="Refit the wide layers, in closed form, to the original.")
-    ] = False,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="To calibrate on: .txt or .jsonl file; repeat to mix several.",
-            show_default="Python's own documentation",
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="To calibrate on.")] = 1 << 16,
-    activation_dtype: Annotated[
-        DType, typer.Option(help="Of the states that calibration keeps; auto is float32.")
-    ] = DType.auto,
-    workspace: Annotated[
-        Path | None,
-        typer.Option(help="Directory for these states on disk.", show_default="in memory"),
-    ] = None,
-    shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
-    force: Force = False,
-    json_path: JsonPath = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Annotated[
-        DType, typer.Option(help="Of the written weights; auto is the source's.")
-    ] = DType.auto,
-) -> None:
-    """Write MODEL as a layer-parallel checkpoint to the directory OUT."""
-    if sum(choice is not None for choice in (layers, plan, pairs, depth)) != 1:
-        raise TruedepthError("Say what to pair with one of --layers, --plan, --pairs, --depth.")
-    if group is not None and layers is None:
-        raise TruedepthError("--group goes with --layers only; others pair by two.")
-    if not calibrate and (text or workspace):
-        raise TruedepthError("--text and --workspace go with --calibrate.")
-    read = Plan.from_yaml(plan) if plan is not None else None
-    span = parse_span(layers) if layers is not None else None
-
-    from truedepth.calibration_run import Calibration
-    from truedepth.conversion import convert
-    from truedepth.report.pages import print_conversion
-    from truedepth.sources import open_source
-
-    source = open_source(model)
-    if span is not None:
-        read = Plan.span(source.num_layers, *span, group=2 if group is None else group)
-    elif pairs is not None:
-        read = Plan.late_pairs(source.num_layers, pairs)
-    elif depth is not None:
-        read = Plan.at_depth(source.num_layers, depth)
-    assert read is not None  # one of the four was given
-    if read.model not in (None, model, source.name):
-        print(f"truedepth: note: the plan was made for {read.model}.", file=sys.stderr)
-    options = Calibration(
-        text=text or (),
-        tokens=tokens,
-        device=device,
-        activation_dtype=activation_dtype.torch() or Calibration.activation_dtype,
-        workspace=workspace,
-    )
-    done = convert(
-        source,
-        out,
-        read,
-        calibration=options if calibrate else None,
-        dtype=dtype.torch(),
-        shard_size=shard_size,
-        force=force,
-    )
-    _write_json(json_path, done.to_dict())
-    print_conversion(done)
+app.command()(cli_plan.plan)
+app.command()(cli_plan.convert)
 
 
 @app.command()
@@ -192,7 +115,7 @@ def study(
             f"Interrupted; what was measured is kept in {out}, and the same command goes on.", 130
         ) from None
     written = write_study(found, out, shlex.join(["truedepth", *sys.argv[1:]]))
-    _write_json(json_path, found.to_dict())
+    write_json(json_path, found.to_dict())
     print_study(found, written)
 
 
@@ -248,7 +171,7 @@ def evaluate(
             dtype=dtype.torch(),
             seed=seed,
         )
-        _write_json(json_path, found.to_dict())
+        write_json(json_path, found.to_dict())
         print_scores(found)
         return
     from truedepth.evaluate import perplexity
@@ -263,7 +186,7 @@ def evaluate(
         device=device,
         dtype=dtype.torch(),
     )
-    _write_json(json_path, measured.to_dict())
+    write_json(json_path, measured.to_dict())
     print_rows(perplexity_rows(measured))
 
 
@@ -299,7 +222,7 @@ def generate(
         raw=raw,
         stream=True,
     )
-    _write_json(json_path, {"model": model, "prompt": prompt, "text": text})
+    write_json(json_path, {"model": model, "prompt": prompt, "text": text})
 
 
 @app.command()
@@ -317,7 +240,7 @@ def demo(
 
     _prepare(seed)
     result = run_demo(out, force=force, device=device, dtype=dtype.torch())
-    _write_json(json_path, result.to_dict())
+    write_json(json_path, result.to_dict())
     print_demo(result)
 
 
@@ -330,11 +253,6 @@ def _prepare(seed: int) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bar()
-
-
-def _write_json(path: Path | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

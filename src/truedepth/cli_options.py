@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,11 +31,17 @@ class DType(StrEnum):
         return None if self is DType.auto else getattr(torch, self.value)
 
 
-def _writable(path: Path | None) -> Path | None:
+def writable(path: Path | None) -> Path | None:
     """Before hours of work, not after them."""
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise TruedepthError(f"Cannot write {path}: give a file in a directory that exists.")
     return path
+
+
+def write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Where --json says, if it does."""
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 Model = Annotated[
@@ -42,7 +49,7 @@ Model = Annotated[
 ]
 JsonPath = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write the result as JSON.", callback=_writable),
+    typer.Option("--json", help="Also write the result as JSON.", callback=writable),
 ]
 Seed = Annotated[int, typer.Option(help="Of random choices, where there are any.")]
 Device = Annotated[

@@ -83,14 +83,11 @@ def convert(
     """
     source = open_source(model)
     out = Path(out).expanduser().resolve()
+    check_conversion(source, out, force)
     if plan.num_layers != source.num_layers:
         raise TruedepthError(
             f"The plan is for {plan.num_layers} layers, but {source.name} has {source.num_layers}."
         )
-    # What can be refused is refused before a hub model's weights are downloaded.
-    source.family  # noqa: B018
-    _check_apart(source.path, out)
-    check_output(out, force)
     tensors = converted_tensors(source, plan.groups, dtype)
     config = converted_config(source, plan.groups, tensors)
     config["truedepth"] = {
@@ -120,6 +117,18 @@ def convert(
         shutil.rmtree(kept, ignore_errors=True)
     record = config["truedepth"]["calibration"]
     return Conversion(out, plan, source.name, source.origin, size, record)
+
+
+def check_conversion(source: Source, out: str | Path, force: bool) -> None:
+    """What can be refused is refused before weights are downloaded or a plan is searched.
+
+    Raises:
+        TruedepthError: The family is not supported, or `out` cannot be written to.
+    """
+    out = Path(out).expanduser().resolve()
+    source.family  # noqa: B018
+    _check_apart(source.path, out)
+    check_output(out, force)
 
 
 def calibrate(

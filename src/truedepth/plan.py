@@ -110,21 +110,6 @@ class Plan:
         starts = range(first, first + 2 * pairs, 2)
         return cls(num_layers, [(start, start + 1) for start in starts], model)
 
-    @classmethod
-    def at_depth(cls, num_layers: int, depth: int, model: str | None = None) -> Plan:
-        """`late_pairs` down to an effective depth.
-
-        Raises:
-            TruedepthError: Pairs cannot give that depth.
-        """
-        least = num_layers - num_layers // 2
-        if not least <= depth <= num_layers:
-            raise TruedepthError(
-                f"Pairs cannot bring {num_layers} layers to depth {depth}, only to depths {least}"
-                f" to {num_layers}."
-            )
-        return cls.late_pairs(num_layers, num_layers - depth, model)
-
     @property
     def effective_depth(self) -> int:
         """Number of layers that run one after another: one a group."""

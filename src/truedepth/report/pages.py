@@ -14,9 +14,10 @@ from rich.panel import Panel
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.depth_study import Study
-from truedepth.evaluate import perplexity_of
+from truedepth.evaluate import Loss, perplexity_of
 from truedepth.inspection import Info
 from truedepth.plan import Plan
+from truedepth.plan_search import Search
 from truedepth.report.tables import console, excess_text, print_rows
 from truedepth.tensors import dtype_name
 
@@ -62,12 +63,65 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
     print("\n* under tensor parallelism; none on one device")
 
 
-def print_conversion(done: Conversion) -> None:
-    """What was written."""
+def print_search(found: Search, out: Path) -> None:
+    """The plan, what it costs, and the frontier."""
+    print_rows(
+        [
+            ("model", found.source),
+            *_plan_rows(found.plan),
+            *_search_rows(found),
+            ("written", str(out)),
+        ]
+    )
+    print("\nThe best plans found, by effective depth; nats a token:\n")
+    print_rows(
+        [
+            (
+                str(point.plan.effective_depth),
+                f"{point.predicted:.3f}",
+                _excess(point.measured) if point.measured else "-",
+                f"{point.measured.kl:.3f}" if point.measured else "-",
+                _groups(point.plan),
+            )
+            for point in found.frontier
+        ],
+        header=("depth", "groups' sum", "excess loss", "KL", "groups"),
+    )
+
+
+def _search_rows(found: Search) -> list[tuple[str, str]]:
+    limit = found.max_loss
+    held = "" if limit is None else f"; at most {limit:.4f} was asked for"
+    spent = (
+        f"{found.plans_measured} plans measured, {found.forward_passes:,.0f} forward passes of a"
+        f" window, {found.seconds / 60:.1f} min" + (", time was up" if found.stopped else "")
+    )
+    return [
+        ("excess loss", f"{_excess(found.loss)} nats a token on {found.loss.tokens:,} tokens"),
+        (
+            "held-out check",
+            f"{_excess(found.check)} nats a token on {found.check.tokens:,} others{held}",
+        ),
+        ("search", spent),
+    ]
+
+
+def _excess(loss: Loss) -> str:
+    return f"{loss.excess:.4f}" + ("" if loss.stderr is None else f" ± {loss.stderr:.4f}")
+
+
+def _groups(plan: Plan) -> str:
+    """Only the wide ones: 14+15 16+17."""
+    return " ".join("+".join(map(str, group)) for group in plan.groups if len(group) > 1)
+
+
+def print_conversion(done: Conversion, found: Search | None = None) -> None:
+    """What was written, and how its plan was found."""
     print_rows(
         [
             ("model", f"{done.source} ({done.origin})"),
             *_plan_rows(done.plan),
+            *([("search", _search_rows(found)[-1][1])] if found else []),
             *_calibration_rows(done),
             ("written", f"{done.path} ({decimal(done.size)} of weights)"),
         ]
@@ -78,7 +132,13 @@ def _calibration_rows(done: Conversion) -> list[tuple[str, str]]:
     if done.calibration is None:
         return []
     text = ", ".join(done.calibration["text"])
-    return [("calibrated", f"on {done.calibration['tokens']:,} tokens of {text}")]
+    rows = [("calibrated", f"on {done.calibration['tokens']:,} tokens of {text}")]
+    if check := done.calibration["check"]:
+        loss = Loss(**check)
+        rows.append(
+            ("held-out check", f"{_excess(loss)} nats a token on {loss.tokens:,} other tokens")
+        )
+    return rows
 
 
 def print_demo(demo: Demo) -> None:

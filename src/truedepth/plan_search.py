@@ -61,6 +61,9 @@ class Point:
 class Search:
     """What a search found."""
 
+    source: str
+    """The original's name and where it was found."""
+
     plan: Plan
     loss: Loss
     """Of the plan, on the windows that plans were compared on."""
@@ -370,6 +373,7 @@ class _Searcher:
             loss = self._losses[best][0] if measured else None
             points.append(Point(best, self.predicted(best), loss))
         return Search(
+            source=self._source.label,
             plan=Plan(plan.num_layers, plan.groups, self._source.name),
             loss=self._losses[plan][0],
             check=self._losses[plan][1],

@@ -1,0 +1,59 @@
+"""The frontier of a search as a picture: loss against effective depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from truedepth.errors import TruedepthError
+from truedepth.plan_search import Search
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Before a search, not after it.
+
+    Raises:
+        TruedepthError: There is no such format, or no matplotlib.
+    """
+    if path.suffix not in FORMATS:
+        raise TruedepthError(f"{path} is not a picture; end it in {', '.join(FORMATS)}.")
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ImportError:
+        raise TruedepthError("--plot needs matplotlib: pip install 'truedepth[report]'.") from None
+
+
+def plot_frontier(found: Search, path: Path) -> None:
+    """Measured losses with their standard errors, sums of the groups' losses where none was."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    depths = [point.plan.effective_depth for point in found.frontier]
+    sums = [point.predicted for point in found.frontier]
+    axes.plot(depths, sums, ":", color="tab:gray", label="sum of the groups' losses")
+    known = [(p.plan.effective_depth, p.measured) for p in found.frontier if p.measured]
+    axes.errorbar(
+        [depth for depth, _ in known],
+        [loss.excess for _, loss in known],
+        [loss.stderr or 0.0 for _, loss in known],
+        fmt="o",
+        capsize=3,
+        label="measured" + (", refitted" if found.calibrated else ", as they are"),
+    )
+    axes.plot(
+        found.plan.effective_depth, found.check.excess, "x", color="tab:red", label="held-out text"
+    )
+    if found.max_loss is not None:
+        axes.axhline(found.max_loss, color="tab:green", linewidth=1, label="most loss allowed")
+    axes.set(
+        title=f"{found.plan.model}: {found.plan.num_layers} layers",
+        xlabel="effective depth",
+        ylabel="excess loss, nats a token",
+    )
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

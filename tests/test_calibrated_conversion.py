@@ -112,9 +112,12 @@ def test_every_file_has_its_share_of_the_tokens(make_model, prose, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a cat " * 60)
     source = td.open_source(make_model())
-    cut = {"tokens": 768, "window": 32, "measured": 3, "check": 2, "widest": 2}
+    cut = {"tokens": 768, "window": 32, "own": 0, "measured": 3, "check": 2, "widest": 2}
     found = calibration_text(source, [prose, short], **cut)
     assert [len(part) for part in (found.fitted, found.measured, found.check)] == [24, 3, 2]
+    found = calibration_text(source, [prose], **cut)
+    uses = [set(map(tuple, part.tolist())) for part in (found.fitted, found.measured, found.check)]
+    assert not (uses[0] & uses[1] or uses[0] & uses[2] or uses[1] & uses[2])
     assert _shares([100, 3, 50], 60) == [29, 3, 28] or _shares([100, 3, 50], 60) == [28, 3, 29]
     assert sum(_shares([4, 4], 20)) == 8
     assert _shares([10, 10, 10], 10) in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
@@ -125,6 +128,7 @@ def test_every_file_has_its_share_of_the_tokens(make_model, prose, tmp_path):
     [
         ({"tokens": 160}, "160 calibration tokens are too few: the widest map has 192 inputs"),
         ({"tokens": 63}, "two windows of 32 are the least"),
+        ({"own_text": 1.5}, "from 0 to 1, not 1.5"),
         ({"window": 1024, "tokens": 4096}, "longer than the 512 positions"),
     ],
 )

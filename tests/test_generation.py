@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import truedepth as td
-from truedepth.generation import answer
+from truedepth.generation import answer, own_text
 
 TEMPLATE = "{% for m in messages %}the {{ m['content'] }} on{% endfor %}"
 
@@ -50,3 +50,28 @@ def test_temperature_samples(loaded):
 def test_streaming_prints_the_answer(loaded, capsys):
     text = answer(loaded, "the cat", max_new_tokens=9, stream=True)
     assert text in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_own_text_is_drawn_from_the_models_distribution(loaded):
+    # As many windows as are written at a time, and some more.
+    ids = own_text(loaded, 80, 24, seed=3)
+    assert ids.shape == (80, 24)
+    assert not torch.isin(ids, torch.tensor(loaded.tokenizer.all_special_ids)).any()
+    assert torch.equal(ids, own_text(loaded, 80, 24, seed=3))
+    assert not torch.equal(ids, own_text(loaded, 80, 24, seed=4))
+    logits = loaded.model(ids).logits[:, :-1].float()
+    logits[..., loaded.tokenizer.all_special_ids] = -torch.inf
+    logp = logits.log_softmax(-1)
+    nll = -logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
+    gap = (nll - entropy).flatten()
+    assert gap.mean().abs() < 4 * gap.std() / len(gap) ** 0.5
+    assert len(ids[:, 0].unique()) > 50
+
+
+def test_own_text_begins_as_the_tokenizer_begins_texts(loaded, monkeypatch):
+    from truedepth import generation
+
+    monkeypatch.setattr(generation, "beginning", lambda _: [7])
+    assert (own_text(loaded, 3, 8)[:, 0] == 7).all()

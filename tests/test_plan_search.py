@@ -11,7 +11,9 @@ import yaml
 
 import truedepth as td
 from truedepth import cli
+from truedepth.calibration_run import calibration_windows
 from truedepth.cli_plan import parse_loss
+from truedepth.plan_search import MEASURED_WINDOWS
 
 SIZE = {"window": 32, "dtype": torch.float32, "check": 6}
 
@@ -65,11 +67,7 @@ def test_scores_and_losses_are_those_of_whole_models(make_model, calibration, tm
 
 
 def _windows(source, calibration):
-    from truedepth.calibration_text import calibration_text
-    from truedepth.plan_search import MEASURED_WINDOWS
-
-    cut = {"tokens": 768, "window": 32, "measured": MEASURED_WINDOWS, "check": 6, "widest": 2}
-    return calibration_text(source, calibration.text, **cut).measured
+    return calibration_windows(source, calibration, 2, MEASURED_WINDOWS).measured
 
 
 @torch.no_grad()

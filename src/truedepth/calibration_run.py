@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from truedepth.calibration import Calibrator, Refit
-from truedepth.calibration_text import calibration_text
+from truedepth.calibration_text import CalibrationText, calibration_text, mixed
 from truedepth.converted import converted_config, converted_tensors
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
+from truedepth.generation import own_text
 from truedepth.layer_stack import LayerStack
-from truedepth.loading import default_device, fast_dtype
+from truedepth.loading import default_device, fast_dtype, load
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source
@@ -41,6 +42,9 @@ class Calibration:
     text: Sequence[str | Path] = ()
     """`.txt` or `.jsonl` files, each with the same share of the tokens while it lasts; by default
     the documentation that Python carries."""
+
+    own_text: float = 0.5
+    """Share of the tokens that the model writes itself: it knows what it was trained on."""
 
     tokens: int = 1 << 16
     window: int = 512
@@ -68,6 +72,42 @@ class Calibration:
         return device, self.dtype or fast_dtype(source, device)
 
 
+def calibration_windows(
+    source: Source, options: Calibration, widest: int, measured: int = 0
+) -> CalibrationText:
+    """The text of a calibration, the model's own share of it included.
+
+    Args:
+        source: The original.
+        options: Text, tokens and share.
+        widest: Layers in the widest group.
+        measured: Windows to compare plans on.
+
+    Raises:
+        TruedepthError: Options do not fit, or the text is too short for so wide a layer.
+    """
+    if not 0 <= options.own_text <= 1:
+        raise TruedepthError(
+            f"The model's own share of the text must be from 0 to 1, not {options.own_text}."
+        )
+    own = round(options.own_text * (options.tokens // options.window))
+    text = calibration_text(
+        source,
+        options.text,
+        tokens=options.tokens,
+        window=options.window,
+        own=own,
+        measured=measured,
+        check=options.check,
+        widest=widest,
+    )
+    if not own:
+        return text
+    device, dtype = options.place(source)
+    loaded = load(source, device=device, dtype=dtype)
+    return replace(text, fitted=mixed([text.fitted, own_text(loaded, own, options.window)]))
+
+
 @dataclass(frozen=True)
 class Calibrated:
     """The refitted layers of a conversion."""
@@ -92,19 +132,12 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
     Raises:
         TruedepthError: Text or options do not fit, or another run is at work in the directory.
     """
-    text = calibration_text(
-        source,
-        options.text,
-        tokens=options.tokens,
-        window=options.window,
-        measured=0,
-        check=options.check,
-        widest=max(plan.widths),
-    )
+    text = calibration_windows(source, options, max(plan.widths))
     _, dtype = options.place(source)
     settings = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": text.fitted.numel(),
+        "own_text": options.own_text,
         "window": options.window,
         "dtype": dtype_name(dtype),
         "activation_dtype": dtype_name(options.activation_dtype),

@@ -41,6 +41,7 @@ def calibration_text(
     *,
     tokens: int,
     window: int,
+    own: int,
     measured: int,
     check: int,
     widest: int,
@@ -53,6 +54,7 @@ def calibration_text(
             documentation that Python carries.
         tokens: To fit on, at most.
         window: Tokens a window.
+        own: So many windows to fit on come from elsewhere.
         measured: Windows to compare plans on, at most.
         check: Windows to check on, at most.
         widest: Layers in the widest group.
@@ -71,18 +73,18 @@ def calibration_text(
     uses = [torch.arange(len(part)) % RESERVED for part in parts]
     wanted = [(measured, RESERVED // 2 - 1), (check, RESERVED - 1)]
     held = [
-        _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], count)
+        mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], count)
         for count, rest in wanted
     ]
     left = [
         part[(use != RESERVED // 2 - 1) & (use != RESERVED - 1)]
         for part, use in zip(parts, uses, strict=True)
     ]
-    fitted = _mixed(left, tokens // window)
-    needed = tokens_needed(source, widest)
-    if fitted.numel() < needed or len(fitted) < 2:
+    fitted = mixed(left, tokens // window - own)
+    needed, given = tokens_needed(source, widest), fitted.numel() + own * window
+    if given < needed:
         raise TruedepthError(
-            f"{fitted.numel()} calibration tokens are too few: the widest map has {needed} inputs"
+            f"{given} calibration tokens are too few: the widest map has {needed} inputs"
             f" and needs at least as many tokens; give more text or more --tokens."
         )
     return CalibrationText(fitted, *held)
@@ -97,8 +99,9 @@ def tokens_needed(source: Source, widest: int) -> int:
     return widest * max(columns for _, columns in shapes)
 
 
-def _mixed(parts: Sequence[Tensor], count: int) -> Tensor:
-    """`count` windows from all parts, in an order that mixes them."""
+def mixed(parts: Sequence[Tensor], count: int | None = None) -> Tensor:
+    """`count` windows from all parts, or all of them, in an order that mixes them."""
+    count = sum(map(len, parts)) if count is None else count
     shares = _shares([len(part) for part in parts], count)
     taken = torch.cat([_spread(part, share) for part, share in zip(parts, shares, strict=True)])
     return taken[torch.randperm(len(taken), generator=torch.Generator().manual_seed(0))]

@@ -43,6 +43,10 @@ Activations = Annotated[
 Workspace = Annotated[
     Path | None, typer.Option(help="Directory for these states on disk.", show_default="in memory")
 ]
+OwnText = Annotated[
+    float | None,
+    typer.Option(help="Share of these tokens that the model writes itself.", show_default="0.5"),
+]
 SEARCH_TOKENS, TOKENS = 1 << 14, 1 << 16
 
 
@@ -64,6 +68,7 @@ def plan(
     budget: Budget = None,
     text: Texts = None,
     tokens: Annotated[int, typer.Option(help="To refit on.")] = SEARCH_TOKENS,
+    own_text: OwnText = None,
     activation_dtype: Activations = DType.auto,
     workspace: Workspace = None,
     plot: Annotated[
@@ -97,7 +102,9 @@ def plan(
         max_loss=limit,
         max_group=max_group,
         calibrate=calibrate,
-        calibration=_calibration(text, tokens, device, activation_dtype, workspace, dtype),
+        calibration=_calibration(
+            text, tokens, own_text, device, activation_dtype, workspace, dtype
+        ),
         frontier=frontier,
         budget=budget,
     )
@@ -137,6 +144,7 @@ def convert(
     tokens: Annotated[
         int | None, typer.Option(help="To calibrate on.", show_default=str(TOKENS))
     ] = None,
+    own_text: OwnText = None,
     activation_dtype: Activations = DType.auto,
     workspace: Workspace = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
@@ -160,8 +168,8 @@ def convert(
     calibrate = searched if calibrate is None else calibrate
     if not (searched or calibrate) and (text or workspace or activation_dtype != DType.auto):
         raise TruedepthError("--text, --activation-dtype and --workspace go with --calibrate.")
-    if tokens is not None and not calibrate:
-        raise TruedepthError("--tokens goes with --calibrate.")
+    if not calibrate and (tokens is not None or own_text is not None):
+        raise TruedepthError("--tokens and --own-text go with --calibrate.")
     if budget is not None and not searched:
         raise TruedepthError("--budget goes with --max-loss, --depth and --pairs.")
     limit = parse_loss(max_loss) if max_loss is not None else None
@@ -189,14 +197,16 @@ def convert(
             max_loss=limit,
             max_group=max_group,
             calibrate=calibrate,
-            calibration=_calibration(text, SEARCH_TOKENS, device, activation_dtype, workspace),
+            calibration=_calibration(
+                text, SEARCH_TOKENS, own_text, device, activation_dtype, workspace
+            ),
             budget=budget,
         )
         read = found.plan
     assert read is not None
     if read.model not in (None, model, source.name):
         print(f"truedepth: note: the plan was made for {read.model}.", file=sys.stderr)
-    options = _calibration(text, tokens or TOKENS, device, activation_dtype, workspace)
+    options = _calibration(text, tokens or TOKENS, own_text, device, activation_dtype, workspace)
     done = convert_model(
         source,
         out,
@@ -213,6 +223,7 @@ def convert(
 def _calibration(
     text: list[Path] | None,
     tokens: int,
+    own_text: float | None,
     device: str | None,
     activation_dtype: DType,
     workspace: Path | None,
@@ -223,6 +234,7 @@ def _calibration(
     return Calibration(
         text=text or (),
         tokens=tokens,
+        own_text=Calibration.own_text if own_text is None else own_text,
         device=device,
         dtype=dtype.torch(),
         activation_dtype=activation_dtype.torch() or Calibration.activation_dtype,

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truedepth.calibration_run import Calibration, calibrator_of
-from truedepth.calibration_text import calibration_text
+from truedepth.calibration_run import Calibration, calibration_windows, calibrator_of
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
 from truedepth.plan import Plan
@@ -182,15 +181,7 @@ class _Searcher:
             for size in range(2, max_group + 1)
             if first + size <= source.num_layers
         ]
-        text = calibration_text(
-            source,
-            options.text,
-            tokens=options.tokens,
-            window=options.window,
-            measured=MEASURED_WINDOWS,
-            check=options.check,
-            widest=max_group,
-        )
+        text = calibration_windows(source, options, max_group, MEASURED_WINDOWS)
         if not len(text.measured) or not len(text.check):
             raise TruedepthError(
                 "The text is too short to measure plans on; give more of it, or a smaller window."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +80,7 @@ def token_windows(
         raise TruedepthError(f"A window needs at least 2 tokens to predict one, not {window}.")
     if limit is not None and limit < 1:
         raise TruedepthError(f"At least 1 window is needed, not {limit}.")
-    prefix = _bos(tokenizer)
+    prefix = beginning(tokenizer)
     body = window - len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // body
@@ -109,7 +108,8 @@ def check_window(source: Source, window: int) -> None:
         )
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token where the tokenizer begins every text with one, else nothing."""
     with_special = tokenizer("x")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and with_special[:1] == [bos] else []

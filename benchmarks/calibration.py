@@ -1,0 +1,89 @@
+"""What calibration repairs, against the number of tokens and the share of the model's own text.
+
+    python benchmarks/calibration.py --calibration FILE [--calibration FILE…] --text FILE
+        [--text FILE…] [--layers 14-27] [--tokens 16384,65536] [--own-text 0,0.5] --json PATH
+
+Rows that are in the JSON file already are not measured again, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import truedepth as td
+from truedepth.loading import fast_dtype
+from truedepth.plan import Plan, parse_span
+
+WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
+
+
+def main() -> None:
+    """Measure row after row; the first is the conversion as it is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--layers", default="14-27")
+    parser.add_argument("--plan", type=Path, help="instead of --layers")
+    parser.add_argument("--tokens", default="16384,65536")
+    parser.add_argument("--own-text", default="0,0.5")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    source = td.open_source(arguments.model)
+    if arguments.plan is not None:
+        plan = Plan.from_yaml(arguments.plan)
+    else:
+        plan = Plan.span(source.num_layers, *parse_span(arguments.layers))
+    dtype = fast_dtype(source, torch.device("cpu"))
+    rows: dict[str, Any] = {}
+    if arguments.json.exists():
+        rows = json.loads(arguments.json.read_text())
+    original = td.load(source, dtype=dtype)
+    settings: list[td.Calibration | None] = [None]
+    for share, tokens in itertools.product(
+        map(float, arguments.own_text.split(",")), map(int, arguments.tokens.split(","))
+    ):
+        settings.append(td.Calibration(text=arguments.calibration, tokens=tokens, own_text=share))
+    for calibration in settings:
+        key = f"{plan}, " + (
+            f"{calibration.tokens} tokens, own text {calibration.own_text:g}"
+            if calibration
+            else "raw"
+        )
+        if key in rows:
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "out"
+            done = td.convert(source, out, plan, calibration=calibration)
+            seconds = time.perf_counter() - start
+            loaded = td.load(out, dtype=dtype)
+        losses = {
+            path.name: asdict(td.perplexity(loaded, against=original, text=path, windows=WINDOWS))
+            for path in arguments.text
+        }
+        rows[key] = {
+            "plan": plan.to_dict(),
+            "dtype": str(dtype),
+            "check": (done.calibration or {}).get("check"),
+            "seconds": seconds,
+            "losses": {
+                name: {part: loss[part] for part in ("excess", "excess_stderr", "kl", "tokens")}
+                for name, loss in losses.items()
+            },
+        }
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print(key, json.dumps(rows[key]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Ways to make a model shallower at equal effective depth, on the same text and tasks.
+
+    python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
+        [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
+
+Rows that are in the JSON file already are not measured again, so a run that was stopped goes on.
+Rivals choose and fit on windows of the same calibration text as the calibration of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import truedepth as td
+from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers, patch_linearly
+from truedepth.calibration_run import calibration_windows
+from truedepth.loading import Loaded, fast_dtype
+from truedepth.plan import Plan
+
+WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
+GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
+TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
+
+
+class Comparison:
+    """One original, and the rows measured so far."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.source = td.open_source(arguments.model)
+        self.dtype = fast_dtype(self.source, torch.device("cpu"))
+        self.calibration = td.Calibration(text=arguments.calibration, tokens=arguments.tokens)
+        self.rows: dict[str, Any] = {}
+        if arguments.json.exists():
+            self.rows = json.loads(arguments.json.read_text())
+        self._ids: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """What rivals choose and fit on: as many tokens as a search does."""
+        if self._ids is None:
+            options = td.Calibration(text=self.arguments.calibration, tokens=1 << 14, own_text=0.0)
+            self._ids = calibration_windows(self.source, options, 2).fitted
+        return self._ids
+
+    def load(self, model: Any = None) -> Loaded:
+        """A fresh copy, by default of the original."""
+        return td.load(self.source if model is None else model, dtype=self.dtype)
+
+    def row(self, method: str, depth: int, make: Callable[[], tuple[Loaded, Any]]) -> None:
+        """Make a model and measure it, unless that was done before."""
+        key = f"{method} @ {depth}"
+        if key in self.rows:
+            return
+        start = time.perf_counter()
+        loaded, what = make()
+        made = time.perf_counter()
+        row: dict[str, Any] = {"method": method, "depth": depth, "what": what}
+        row["nll"] = {
+            path.name: td.perplexity(loaded, text=path, windows=WINDOWS).nll
+            for path in self.arguments.text
+        }
+        if self.arguments.task_dir is not None:
+            found = td.task_scores(
+                loaded,
+                TASKS,
+                task_dir=self.arguments.task_dir,
+                num_fewshot=0,
+                limit=self.arguments.limit,
+            )
+            row["tasks"] = {f"{s.task} {s.metric}": s.value for s in found.scores}
+        row["seconds"] = {"made": made - start, "measured": time.perf_counter() - made}
+        self.rows[key] = row
+        self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
+
+    def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
+        """A checkpoint of this package."""
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "out"
+            options = self.calibration if calibrated else None
+            td.convert(self.source, out, plan, calibration=options)
+            return self.load(out), str(plan)
+
+    def searched(self, depth: int, calibrated: bool) -> tuple[Loaded, str]:
+        """The same, of the best plan found."""
+        return self.converted(self.best_plan(depth, calibrated), calibrated)
+
+    def best_plan(self, depth: int, calibrated: bool) -> Plan:
+        """That of the search, kept with the rows."""
+        key = f"plan, {'refitted' if calibrated else 'raw'} @ {depth}"
+        if key not in self.rows:
+            options = td.Calibration(text=self.arguments.calibration, tokens=1 << 14)
+            found = td.search(
+                self.source, depth=depth, calibrate=calibrated, calibration=options, frontier=True
+            )
+            for point in found.frontier:
+                name = f"plan, {'refitted' if calibrated else 'raw'} @ {point.plan.effective_depth}"
+                self.rows.setdefault(name, point.plan.to_dict())
+            self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
+        return Plan.from_dict(self.rows[key], key)
+
+    def parallel(self, plan: Plan) -> tuple[Loaded, str]:
+        """PAR on the same span as the paper's form."""
+        loaded = self.load()
+        parallel_whole_layers(loaded, plan)
+        return loaded, str(plan)
+
+    def rival(self, cut: Callable[[Loaded, Tensor, int], Any], count: int) -> tuple[Loaded, Any]:
+        """A method of `rivals` that takes `count` layers out."""
+        loaded = self.load()
+        return loaded, cut(loaded, self.ids, count)
+
+    def greedily(self, count: int) -> tuple[Loaded, list[int]]:
+        """SLEB, whose order is found once."""
+        if "SLEB order" not in self.rows:
+            most = self.source.num_layers - min(self.arguments.depths)
+            self.rows["SLEB order"] = greedy_order(self.load(), self.ids[:GREEDY_WINDOWS], most)
+        loaded = self.load()
+        drop(loaded, self.rows["SLEB order"][:count])
+        return loaded, sorted(self.rows["SLEB order"][:count])
+
+
+def main() -> None:
+    """Measure row after row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--task-dir", type=Path)
+    parser.add_argument("--limit", type=int, default=200, help="items a task")
+    parser.add_argument("--tokens", type=int, default=1 << 16, help="to calibrate on")
+    parser.add_argument(
+        "--depths", type=lambda text: list(map(int, text.split(","))), default=[27, 25, 23, 20, 15]
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    comparison = Comparison(parser.parse_args())
+    layers = comparison.source.num_layers
+    comparison.row("original", layers, lambda: (comparison.load(), ""))
+    for depth in comparison.arguments.depths:
+        count = layers - depth
+        span = Plan.late_pairs(layers, count)
+        makers: dict[str, Callable[[], tuple[Loaded, Any]]] = {
+            "ShortGPT": partial(comparison.rival, drop_by_influence, count),
+            "SLEB": partial(comparison.greedily, count),
+            "ReplaceMe": partial(comparison.rival, patch_linearly, count),
+            "PAR, late span": partial(comparison.parallel, span),
+            "LP, late span": partial(comparison.converted, span, calibrated=False),
+            "LP, plan": partial(comparison.searched, depth, calibrated=False),
+            "LP, late span, calibrated": partial(comparison.converted, span, calibrated=True),
+            "LP, plan, calibrated": partial(comparison.searched, depth, calibrated=True),
+        }
+        for method, make in makers.items():
+            comparison.row(method, depth, make)
+
+
+if __name__ == "__main__":
+    main()

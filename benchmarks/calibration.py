@@ -13,7 +13,6 @@ import itertools
 import json
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import truedepth as td
 from truedepth.loading import fast_dtype
 from truedepth.plan import Plan, parse_span
 
+PARTS = ("excess", "excess_stderr", "kl", "tokens")
 WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 
 
@@ -67,18 +67,17 @@ def main() -> None:
             done = td.convert(source, out, plan, calibration=calibration)
             seconds = time.perf_counter() - start
             loaded = td.load(out, dtype=dtype)
-        losses = {
-            path.name: asdict(td.perplexity(loaded, against=original, text=path, windows=WINDOWS))
-            for path in arguments.text
-        }
+            losses = {
+                path.name: td.perplexity(loaded, against=original, text=path, windows=WINDOWS)
+                for path in arguments.text
+            }
         rows[key] = {
             "plan": plan.to_dict(),
             "dtype": str(dtype),
             "check": (done.calibration or {}).get("check"),
             "seconds": seconds,
             "losses": {
-                name: {part: loss[part] for part in ("excess", "excess_stderr", "kl", "tokens")}
-                for name, loss in losses.items()
+                name: {part: getattr(loss, part) for part in PARTS} for name, loss in losses.items()
             },
         }
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

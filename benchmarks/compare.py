@@ -90,7 +90,9 @@ class Comparison:
             out = Path(directory) / "out"
             options = self.calibration if calibrated else None
             td.convert(self.source, out, plan, calibration=options)
-            return self.load(out), str(plan)
+            loaded = self.load(out)
+            loaded.tokenizer  # noqa: B018  read before the directory goes
+            return loaded, str(plan)
 
     def searched(self, depth: int, calibrated: bool) -> tuple[Loaded, str]:
         """The same, of the best plan found."""

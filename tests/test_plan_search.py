@@ -14,6 +14,7 @@ from truedepth import cli
 from truedepth.calibration_run import calibration_windows
 from truedepth.cli_plan import parse_loss
 from truedepth.plan_search import MEASURED_WINDOWS
+from truedepth.report.pages import _groups
 
 SIZE = {"window": 32, "dtype": torch.float32, "check": 6}
 
@@ -160,6 +161,12 @@ def test_impossible_goals(make_model, calibration, goal, words):
 def test_losses_in_words():
     assert parse_loss("0.05") == 0.05
     assert parse_loss("5%") == pytest.approx(0.04879, abs=1e-5)
+
+
+def test_plans_in_a_table():
+    assert _groups(td.Plan(20, [[2, 3], [4, 5], [7, 8], [9, 10, 11], [12, 13, 14]])) == (
+        "2-5, 7-8, 9-14 by 3"
+    )
 
 
 def test_the_commands(make_model, prose, tmp_path, monkeypatch, capsys):

@@ -85,7 +85,8 @@ def print_search(found: Search, out: Path) -> None:
             )
             for point in found.frontier
         ],
-        header=("depth", "groups' sum", "excess loss", "KL", "groups"),
+        header=("depth", "groups' sum", "excess loss", "KL", "layers in pairs"),
+        words=[4],
     )
 
 
@@ -111,8 +112,18 @@ def _excess(loss: Loss) -> str:
 
 
 def _groups(plan: Plan) -> str:
-    """Only the wide ones: 14+15 16+17."""
-    return " ".join("+".join(map(str, group)) for group in plan.groups if len(group) > 1)
+    """Spans of adjacent wide groups: 12-19 24-27; of three layers each: 12-17 by 3."""
+    spans: list[list[int]] = []  # first layer, last layer, layers a group
+    for group in plan.groups:
+        if len(group) == 1:
+            continue
+        if spans and (spans[-1][1] + 1, spans[-1][2]) == (group[0], len(group)):
+            spans[-1][1] = group[-1]
+        else:
+            spans.append([group[0], group[-1], len(group)])
+    return ", ".join(
+        f"{first}-{last}" + (f" by {size}" if size > 2 else "") for first, last, size in spans
+    )
 
 
 def print_conversion(done: Conversion, found: Search | None = None) -> None:

@@ -16,11 +16,15 @@ def console() -> Console:
     return Console(markup=False, highlight=False)
 
 
-def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> None:
-    """Print columns: the first left-aligned, in a table with a header the others right-aligned."""
+def print_rows(
+    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, words: Sequence[int] = ()
+) -> None:
+    """Print columns: the first left-aligned, in a table with a header the others right-aligned,
+    but for those of `words`.
+    """
     table = Table(show_header=header is not None, box=None, pad_edge=False, header_style="bold")
     for index in range(len(rows[0])):
-        numeric = index > 0 and header is not None
+        numeric = index > 0 and header is not None and index not in words
         table.add_column(
             header[index] if header else "",
             justify="right" if numeric else "left",

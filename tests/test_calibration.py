@@ -13,6 +13,7 @@ from conftest import random_ids
 from truedepth.calibration import Calibrator
 from truedepth.converted import converted_config, converted_tensors
 from truedepth.layer_stack import LayerStack
+from truedepth.walk import Walk
 
 IDS = random_ids(batch=12, length=40)
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
@@ -25,13 +26,14 @@ def calibrated(model, ids=IDS, plan=PLAN, dtype=torch.float32, **options):
     config = converted_config(source, plan.groups, tensors)
     originals = LayerStack(source, device="cpu", dtype=dtype)
     converted = LayerStack(source, device="cpu", dtype=dtype, config=config, tensors=tensors)
-    calibrator = Calibrator(source.family, originals, converted, ids, batch_size=5, **options)
+    walk = Walk(originals, converted, ids, batch_size=5, **options)
+    calibrator = Calibrator(source.family, walk)
     found = {}
     for index, group in enumerate(plan.groups):
         if len(group) > 1:
             found[index] = calibrator.refit(index, group)
         else:
-            calibrator.advance(index, group)
+            walk.advance(index, group)
     return found
 
 
@@ -180,10 +182,10 @@ def test_advancing_with_kept_weights_is_refitting(make_model):
         LayerStack(source, device="cpu", dtype=torch.float32),
         LayerStack(source, device="cpu", dtype=torch.float32, config=config, tensors=tensors),
     )
-    calibrator = Calibrator(source.family, *stacks, IDS, batch_size=5)
-    calibrator.advance(0, [0])
-    calibrator.advance(1, [1, 2], whole[1].weights)
-    calibrator.advance(2, [3])
-    again = calibrator.refit(3, [4, 5])
+    walk = Walk(*stacks, IDS, batch_size=5)
+    walk.advance(0, [0])
+    walk.advance(1, [1, 2], whole[1].weights)
+    walk.advance(2, [3])
+    again = Calibrator(source.family, walk).refit(3, [4, 5])
     for name, weight in again.weights.items():
         assert torch.equal(weight, whole[3].weights[name])

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from truedepth.progress import progress_bar
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, dtype_name, from_tensor
 from truedepth.text import DEFAULT_TEXT
+from truedepth.walk import Walk
 
 METHOD = 1  # raised when the same settings give other weights than before
 
@@ -43,8 +44,9 @@ class Calibration:
     """`.txt` or `.jsonl` files, each with the same share of the tokens while it lasts; by default
     the documentation that Python carries."""
 
-    own_text: float = 0.5
-    """Share of the tokens that the model writes itself: it knows what it was trained on."""
+    own_text: float | None = None
+    """Share of the tokens that the model writes itself: it knows what it was trained on. By default
+    half where no text is given, and nothing where some is."""
 
     tokens: int = 1 << 16
     window: int = 512
@@ -66,6 +68,13 @@ class Calibration:
     workspace: Path | None = None
     """A directory for memory-mapped states; by default they are in memory."""
 
+    @property
+    def own_share(self) -> float:
+        """`own_text`, or what it is by default."""
+        if self.own_text is None:
+            return 0.0 if self.text else 0.5
+        return self.own_text
+
     def place(self, source: Source) -> tuple[torch.device, torch.dtype]:
         """Where layers compute, and in what."""
         device = torch.device(self.device or default_device())
@@ -86,11 +95,11 @@ def calibration_windows(
     Raises:
         TruedepthError: Options do not fit, or the text is too short for so wide a layer.
     """
-    if not 0 <= options.own_text <= 1:
+    if not 0 <= options.own_share <= 1:
         raise TruedepthError(
-            f"The model's own share of the text must be from 0 to 1, not {options.own_text}."
+            f"The model's own share of the text must be from 0 to 1, not {options.own_share}."
         )
-    own = round(options.own_text * (options.tokens // options.window))
+    own = round(options.own_share * (options.tokens // options.window))
     text = calibration_text(
         source,
         options.text,
@@ -137,7 +146,7 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
     settings = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": text.fitted.numel(),
-        "own_text": options.own_text,
+        "own_text": options.own_share,
         "window": options.window,
         "dtype": dtype_name(dtype),
         "activation_dtype": dtype_name(options.activation_dtype),
@@ -151,16 +160,17 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
         "batch_size": options.batch_size,
     }
     with _kept_layers(directory, identity) as kept:
-        calibrator = calibrator_of(source, plan.groups, text.fitted, text.check, options)
+        walk = walk_of(source, plan.groups, text.fitted, text.check, options)
+        calibrator = Calibrator(source.family, walk)
         gains: dict[str, Any] = {}
         replaced: dict[str, LazyTensor] = {}
         with progress_bar("Calibrating layers", len(plan.groups)) as advance:
             for index, group in enumerate(plan.groups):
                 path = kept / f"layer-{index:04d}.safetensors"
                 if len(group) == 1:
-                    calibrator.advance(index, group)
+                    walk.advance(index, group)
                 elif path.exists():
-                    calibrator.advance(index, group, load_file(path))
+                    walk.advance(index, group, load_file(path))
                 else:
                     _save(calibrator.refit(index, group), path)
                 if len(group) > 1:
@@ -168,7 +178,7 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
                     prefix = source.family.layer.format(index)
                     replaced |= {prefix + name: tensor for name, tensor in weights.items()}
                 advance(1)
-        check = Loss.of(calibrator.losses()[0], options.window) if len(text.check) else None
+        check = Loss.of(walk.losses()[0], options.window) if len(text.check) else None
     record = settings | {
         "check": asdict(check) if check else None,
         "held_out_errors": gains,
@@ -176,27 +186,26 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
     return Calibrated(replaced, record)
 
 
-def calibrator_of(
+def walk_of(
     source: Source,
     groups: Sequence[Sequence[int]],
     fitted: Tensor,
     measured: Tensor,
     options: Calibration,
-) -> Calibrator:
+) -> Walk:
     """At the start of the original and of its conversion with these groups.
 
     Args:
         source: The original.
         groups: One for each layer of the converted model.
-        fitted: `[windows, window]` int64, token ids to refit on.
-        measured: The same, to run along.
+        fitted: `[windows, window]` int64, token ids.
+        measured: The same.
         options: Where and how to compute.
     """
     tensors = converted_tensors(source, groups, torch.float32)
     config = converted_config(source, groups, tensors)
     device, dtype = options.place(source)
-    return Calibrator(
-        source.family,
+    return Walk(
         LayerStack(source, device=device, dtype=dtype),
         LayerStack(source, device=device, dtype=dtype, config=config, tensors=tensors),
         torch.cat([fitted, measured]),
@@ -205,6 +214,14 @@ def calibrator_of(
         workspace=options.workspace,
         batch_size=options.batch_size,
     )
+
+
+def calibration_words(record: Mapping[str, Any]) -> str:
+    """What a checkpoint was calibrated on, from its record."""
+    own = record["own_text"]
+    parts = [", ".join(record["text"])] if own < 1 else []
+    parts += [f"{own:.0%} the model's own text" if own < 1 else "the model's own text"] * (own > 0)
+    return f"{record['tokens']:,} tokens, " + " and ".join(parts)
 
 
 @contextmanager

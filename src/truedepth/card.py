@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truedepth import __version__
+from truedepth.calibration_run import calibration_words
 from truedepth.plan import Plan
 from truedepth.sources import Source
 
@@ -20,8 +21,13 @@ def model_card(source: Source, plan: Plan, calibration: Mapping[str, Any] | None
     if calibration:
         repaired = (
             "\nThe wide layers were refitted to the original in closed form, on"
-            f" {calibration['tokens']:,} tokens of {', '.join(calibration['text'])}.\n"
+            f" {calibration_words(calibration)}.\n"
         )
+        if check := calibration["check"]:
+            repaired += (
+                f"On {check['tokens']:,} other tokens of that text the loss is"
+                f" {check['excess']:.4f} nats a token above the original's.\n"
+            )
     before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
     return f"""---
 {base}library_name: transformers

@@ -234,7 +234,7 @@ def demo(
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
-    """Convert the default model, layers 14 to 27 in pairs, and measure it: one page."""
+    """Pair 14 of the default model's layers, calibrate, and measure: one page."""
     from truedepth.demo import run_demo
     from truedepth.report.pages import print_demo
 

@@ -45,7 +45,10 @@ Workspace = Annotated[
 ]
 OwnText = Annotated[
     float | None,
-    typer.Option(help="Share of these tokens that the model writes itself.", show_default="0.5"),
+    typer.Option(
+        help="Share of these tokens that the model writes itself.",
+        show_default="0.5 without --text, else 0",
+    ),
 ]
 SEARCH_TOKENS, TOKENS = 1 << 14, 1 << 16
 
@@ -234,7 +237,7 @@ def _calibration(
     return Calibration(
         text=text or (),
         tokens=tokens,
-        own_text=Calibration.own_text if own_text is None else own_text,
+        own_text=own_text,
         device=device,
         dtype=dtype.torch(),
         activation_dtype=activation_dtype.torch() or Calibration.activation_dtype,

@@ -51,7 +51,7 @@ class LayerStack:
         """
         self._family = source.family
         self._tensors = source.tensors if tensors is None else tensors
-        self._device, self._dtype = torch.device(device), dtype
+        self.device, self._dtype = torch.device(device), dtype
         with init_empty_weights(include_buffers=False):
             self._model: Any = AutoModelForCausalLM.from_config(
                 transformers_config(config or source.config, source.path), dtype=dtype
@@ -62,7 +62,7 @@ class LayerStack:
                 self._put(self._model, name, self._tensors[name])
         self._model.tie_weights()
         for name, buffer in self._model.named_buffers():
-            set_module_tensor_to_device(self._model, name, self._device, buffer)
+            set_module_tensor_to_device(self._model, name, self.device, buffer)
         self._empty = list(self._model.base_model.layers)
         self._calls: Calls = []
         self._model.base_model.layers = nn.ModuleList(map(self._hollow, self._empty))
@@ -107,7 +107,7 @@ class LayerStack:
         return hollow
 
     def _put(self, module: nn.Module, name: str, tensor: LazyTensor) -> None:
-        set_module_tensor_to_device(module, name, self._device, tensor.read(), dtype=self._dtype)
+        set_module_tensor_to_device(module, name, self.device, tensor.read(), dtype=self._dtype)
 
     def layer(self, index: int) -> nn.Module:
         """A layer with its weights."""
@@ -128,7 +128,7 @@ class LayerStack:
             `[windows, length, hidden]` float32, and one call a layer.
         """
         self._calls.clear()
-        self._model.base_model(ids.to(self._device), use_cache=False)
+        self._model.base_model(ids.to(self.device), use_cache=False)
         calls = [dict(call) for call in self._calls]
         states = [call.pop("hidden_states") for call in calls]
         return states[0].float(), calls
@@ -136,7 +136,7 @@ class LayerStack:
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Of the last layer's output, `[..., hidden]` to `[..., vocabulary]`."""
-        normed = self._model.base_model.norm(x.to(self._device, self._dtype))
+        normed = self._model.base_model.norm(x.to(self.device, self._dtype))
         logits: Tensor = self._model.get_output_embeddings()(normed)
         return logits
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truedepth.calibration_run import Calibration, calibration_windows, calibrator_of
+from truedepth.calibration import Calibrator
+from truedepth.calibration_run import Calibration, calibration_windows, walk_of
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
 from truedepth.plan import Plan
@@ -229,20 +230,22 @@ class _Searcher:
         """Each group's loss by itself, in one walk through the original's layers."""
         text = self._text
         fitted = text.fitted if refitted else text.fitted[:0]
-        calibrator = calibrator_of(self._source, groups, fitted, text.measured, self._options)
+        walk = walk_of(self._source, groups, fitted, text.measured, self._options)
+        calibrator = Calibrator(self._source.family, walk)
         states: dict[Group, Tensor] = {}
         title = "Groups, refitted" if refitted else "Groups as they are"
         with progress_bar(title, self._source.num_layers) as advance:
             for layer in range(self._source.num_layers):
                 self._check_time(SCORING)
-                calibrator.onward(layer, [x for group, x in states.items() if group[-1] < layer])
+                walk.onward(layer, [x for group, x in states.items() if group[-1] < layer])
                 for index, group in enumerate(groups):
                     if group[0] == layer:
-                        states[group] = calibrator.alone(index, group, refitted=refitted)
-                calibrator.advance(layer, (layer,))
+                        aside = calibrator.refit_aside if refitted else walk.detour
+                        states[group] = aside(index, group)
+                walk.advance(layer, (layer,))
                 advance(1)
-        rows = calibrator.losses(list(states.values()))
-        self._passes += calibrator.token_passes / self._options.window
+        rows = walk.losses(list(states.values()))
+        self._passes += walk.token_passes / self._options.window
         return {g: Loss.of(r, self._options.window) for g, r in zip(states, rows, strict=True)}
 
     def predicted(self, plan: Plan) -> float:
@@ -254,13 +257,14 @@ class _Searcher:
         if plan not in self._losses:
             self._check_time()
             measured, check = self._text.measured, self._text.check
-            calibrator = calibrator_of(
+            walk = walk_of(
                 self._source,
                 plan.groups,
                 self._text.fitted,
                 torch.cat([measured, check]),
                 self._options,
             )
+            calibrator = Calibrator(self._source.family, walk)
             title = f"A plan of depth {plan.effective_depth}"
             with progress_bar(title, len(plan.groups)) as advance:
                 for index, group in enumerate(plan.groups):
@@ -268,15 +272,15 @@ class _Searcher:
                     if self._calibrate and len(group) > 1:
                         calibrator.refit(index, group)
                     else:
-                        calibrator.advance(index, group)
+                        walk.advance(index, group)
                     advance(1)
-            rows = calibrator.losses()[0]
+            rows = walk.losses()[0]
             window = self._options.window
             self._losses[plan] = (
                 Loss.of(rows[: len(measured)], window),
                 Loss.of(rows[len(measured) :], window),
             )
-            self._passes += calibrator.token_passes / window
+            self._passes += walk.token_passes / window
         return self._losses[plan][0]
 
     def best_at(self, depth: int) -> Plan:

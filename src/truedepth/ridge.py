@@ -26,7 +26,7 @@ class Fit:
     """A refitted map, and what was gained on the tokens held out."""
 
     weight: Tensor
-    """`[outputs, inputs]` float32."""
+    """`[outputs, inputs]` float32, on the CPU."""
 
     penalty: float
     """λ; infinite where the map was left as it was."""
@@ -55,6 +55,7 @@ class Regression:
             z: `[windows, length, outputs]`.
             held: `[windows]` bool.
         """
+        held = held.to(x.device)
         if held.any():
             self._held.append((x[held].flatten(0, 1), z[held].flatten(0, 1)))
         self._sum(x[~held].flatten(0, 1), z[~held].flatten(0, 1))
@@ -74,7 +75,7 @@ class Regression:
         Raises:
             TruedepthError: The sums are not finite or not positive definite.
         """
-        prior = prior.float()
+        prior = prior.to(self._gram)
         if not self._gram.isfinite().all() or not self._cross.isfinite().all():
             raise TruedepthError(
                 "The activations on the calibration text are not finite; try --dtype float32.", 1
@@ -86,7 +87,7 @@ class Regression:
             for x, z in self._held:
                 self._sum(x, z)
         weight = prior if penalty == float("inf") else self._solution(prior, penalty)
-        return Fit(weight, penalty, before, after)
+        return Fit(weight.cpu(), penalty, before, after)
 
     def _choose(self, prior: Tensor, lambdas: Sequence[float]) -> tuple[float, float, float]:
         """Errors of the prior and of the best map, and its λ: the error has one minimum in λ."""

@@ -11,6 +11,7 @@ from rich.columns import Columns
 from rich.filesize import decimal
 from rich.panel import Panel
 
+from truedepth.calibration_run import calibration_words
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.depth_study import Study
@@ -142,8 +143,7 @@ def print_conversion(done: Conversion, found: Search | None = None) -> None:
 def _calibration_rows(done: Conversion) -> list[tuple[str, str]]:
     if done.calibration is None:
         return []
-    text = ", ".join(done.calibration["text"])
-    rows = [("calibrated", f"on {done.calibration['tokens']:,} tokens of {text}")]
+    rows = [("calibrated", f"on {calibration_words(done.calibration)}")]
     if check := done.calibration["check"]:
         loss = Loss(**check)
         rows.append(
@@ -159,6 +159,7 @@ def print_demo(demo: Demo) -> None:
         [
             ("model", f"{done.source} ({done.origin})"),
             *_plan_rows(plan),
+            *_calibration_rows(done),
             ("weights", decimal(done.size) + (f", kept in {done.path}" if demo.kept else "")),
         ]
     )
@@ -196,7 +197,6 @@ def print_demo(demo: Demo) -> None:
             ]
         )
     )
-    print("This is the paper's raw form, without repair: it costs a small model much.")
 
 
 def print_study(study: Study, written: Sequence[Path]) -> None:

@@ -108,3 +108,4 @@ def _replace(loaded: Loaded, layers: Sequence[nn.Module]) -> None:
     model = loaded.model
     model.base_model.layers = nn.ModuleList(layers)
     model.config.num_hidden_layers = len(layers)
+    model.config.use_cache = False  # layers keep the numbers that caches know them by

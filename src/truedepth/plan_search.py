@@ -337,9 +337,9 @@ class _Searcher:
         """
         depths = sorted(self.plans)
         fitting, failing, scale = self._source.num_layers, depths[0] - 1, 1.0
-        while fitting - failing > 1:
-            promising = [d for d in depths if scale * self.predicted(self.plans[d][0]) <= limit]
-            depth = min(max(min(promising, default=depths[-1]), failing + 1), fitting - 1)
+        while between := [depth for depth in depths if failing < depth < fitting]:
+            promising = [d for d in between if scale * self.predicted(self.plans[d][0]) <= limit]
+            depth = min(promising, default=between[-1])
             first, *others = self.plans[depth]
             excess = self.measure(first).excess
             if not self._fits(first, limit) and excess <= NEAR * limit:

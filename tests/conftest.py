@@ -12,10 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 import truedepth as td
 
 torch.set_num_threads(2)
+disable_progress_bar()  # tests read what the commands print
 
 TINY = {
     "vocab_size": 320,

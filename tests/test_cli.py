@@ -178,6 +178,10 @@ BAD = {
         ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--text", "{tmp}/empty.txt"],
         "is empty",
     ),
+    "too few tokens after a search": (
+        ["convert", "{model}", "{out}", "--pairs", "1", "--tokens", "99"],
+        "99 calibration tokens are too few",
+    ),
     "search with too few tokens": (
         ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--tokens", "600"],
         "600 calibration tokens are too few",

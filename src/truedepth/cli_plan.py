@@ -179,6 +179,7 @@ def convert(
     read = Plan.from_yaml(plan) if plan is not None else None
     span = parse_span(layers) if layers is not None else None
 
+    from truedepth.calibration_run import given_text
     from truedepth.conversion import check_conversion
     from truedepth.conversion import convert as convert_model
     from truedepth.plan_search import search
@@ -187,6 +188,9 @@ def convert(
 
     source = open_source(model)
     check_conversion(source, out, force)
+    options = _calibration(text, tokens or TOKENS, own_text, device, activation_dtype, workspace)
+    if calibrate and searched:
+        given_text(source, options, max_group)
     found: Search | None = None
     if span is not None:
         read = Plan.span(source.num_layers, *span, group=2 if group is None else group)
@@ -206,10 +210,9 @@ def convert(
             budget=budget,
         )
         read = found.plan
-    assert read is not None
+    assert read is not None  # one of the five was given
     if read.model not in (None, model, source.name):
         print(f"truedepth: note: the plan was made for {read.model}.", file=sys.stderr)
-    options = _calibration(text, tokens or TOKENS, own_text, device, activation_dtype, workspace)
     done = convert_model(
         source,
         out,

@@ -23,9 +23,10 @@ from torch import Tensor
 
 import truedepth as td
 from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers, patch_linearly
-from truedepth.calibration_run import calibration_windows
+from truedepth.calibration_text import calibration_windows
 from truedepth.loading import Loaded, fast_dtype
 from truedepth.plan import Plan
+from truedepth.plan_search import SEARCH_TOKENS
 
 WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
@@ -49,7 +50,9 @@ class Comparison:
     def ids(self) -> Tensor:
         """What rivals choose and fit on: as many tokens as a search does."""
         if self._ids is None:
-            options = td.Calibration(text=self.arguments.calibration, tokens=1 << 14, own_text=0.0)
+            options = td.Calibration(
+                text=self.arguments.calibration, tokens=SEARCH_TOKENS, own_text=0.0
+            )
             self._ids = calibration_windows(self.source, options, 2).fitted
         return self._ids
 
@@ -102,7 +105,7 @@ class Comparison:
         """That of the search, kept with the rows."""
         key = f"plan, {'refitted' if calibrated else 'raw'} @ {depth}"
         if key not in self.rows:
-            options = td.Calibration(text=self.arguments.calibration, tokens=1 << 14)
+            options = td.Calibration(text=self.arguments.calibration, tokens=SEARCH_TOKENS)
             found = td.search(
                 self.source, depth=depth, calibrate=calibrated, calibration=options, frontier=True
             )

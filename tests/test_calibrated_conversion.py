@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import truedepth as td
 from truedepth import cli
 from truedepth.calibration import Calibrator
-from truedepth.calibration_text import _shares, calibration_text
+from truedepth.calibration_text import _shares, calibration_windows
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
 SIZE = {"tokens": 768, "window": 32, "dtype": torch.float32}
@@ -112,10 +112,10 @@ def test_every_file_has_its_share_of_the_tokens(make_model, prose, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a cat " * 60)
     source = td.open_source(make_model())
-    cut = {"tokens": 768, "window": 32, "own": 0, "measured": 3, "check": 2, "widest": 2}
-    found = calibration_text(source, [prose, short], **cut)
+    cut = SIZE | {"check": 2}
+    found = calibration_windows(source, td.Calibration(text=[prose, short], **cut), 2, 3)
     assert [len(part) for part in (found.fitted, found.measured, found.check)] == [24, 3, 2]
-    found = calibration_text(source, [prose], **cut)
+    found = calibration_windows(source, td.Calibration(text=[prose], **cut), 2, 3)
     uses = [set(map(tuple, part.tolist())) for part in (found.fitted, found.measured, found.check)]
     assert not (uses[0] & uses[1] or uses[0] & uses[2] or uses[1] & uses[2])
     assert _shares([100, 3, 50], 60) == [29, 3, 28] or _shares([100, 3, 50], 60) == [28, 3, 29]

@@ -11,7 +11,7 @@ import yaml
 
 import truedepth as td
 from truedepth import cli
-from truedepth.calibration_run import calibration_windows
+from truedepth.calibration_text import calibration_windows
 from truedepth.cli_plan import parse_loss
 from truedepth.plan_search import MEASURED_WINDOWS
 from truedepth.report.pages import _groups

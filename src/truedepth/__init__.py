@@ -21,7 +21,7 @@ from truedepth.registration import register
 
 if TYPE_CHECKING:
     from truedepth.accuracy import task_scores
-    from truedepth.calibration_run import Calibration
+    from truedepth.calibration_text import Calibration
     from truedepth.conversion import calibrate, convert
     from truedepth.depth_study import study
     from truedepth.evaluate import perplexity
@@ -48,7 +48,7 @@ __all__ = [
 # Loaded when first used: they import torch, which takes a second. No module bears the name of one
 # of these functions, for a submodule once imported would take the name over.
 _LAZY = {
-    "Calibration": "truedepth.calibration_run",
+    "Calibration": "truedepth.calibration_text",
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
     "load": "truedepth.loading",

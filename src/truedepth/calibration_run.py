@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from truedepth.calibration import Calibrator, Refit
-from truedepth.calibration_text import CalibrationText, calibration_text, mixed
+from truedepth.calibration_text import Calibration, calibration_windows
 from truedepth.converted import converted_config, converted_tensors
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
-from truedepth.generation import own_text
 from truedepth.layer_stack import LayerStack
-from truedepth.loading import default_device, fast_dtype, load
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source
@@ -34,98 +32,6 @@ from truedepth.text import DEFAULT_TEXT
 from truedepth.walk import Walk
 
 METHOD = 1  # raised when the same settings give other weights than before
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What to calibrate on, and how."""
-
-    text: Sequence[str | Path] = ()
-    """`.txt` or `.jsonl` files, each with the same share of the tokens while it lasts; by default
-    the documentation that Python carries."""
-
-    own_text: float | None = None
-    """Share of the tokens that the model writes itself: it knows what it was trained on. By default
-    half where no text is given, and nothing where some is."""
-
-    tokens: int = 1 << 16
-    window: int = 512
-    """Tokens a window."""
-
-    check: int = 16
-    """Windows beside these tokens that the calibrated model is compared with the original on."""
-
-    device: str | torch.device | None = None
-    dtype: torch.dtype | None = None
-    """In which layers compute; by default bfloat16 where that is fast."""
-
-    activation_dtype: torch.dtype = torch.float32
-    """Of the states that are kept for every token."""
-
-    batch_size: int = 8
-    """Windows a forward pass."""
-
-    workspace: Path | None = None
-    """A directory for memory-mapped states; by default they are in memory."""
-
-    @property
-    def own_share(self) -> float:
-        """`own_text`, or what it is by default."""
-        if self.own_text is None:
-            return 0.0 if self.text else 0.5
-        return self.own_text
-
-    def place(self, source: Source) -> tuple[torch.device, torch.dtype]:
-        """Where layers compute, and in what."""
-        device = torch.device(self.device or default_device())
-        return device, self.dtype or fast_dtype(source, device)
-
-
-def calibration_windows(
-    source: Source, options: Calibration, widest: int, measured: int = 0
-) -> CalibrationText:
-    """The text of a calibration, the model's own share of it included.
-
-    Args:
-        source: The original.
-        options: Text, tokens and share.
-        widest: Layers in the widest group.
-        measured: Windows to compare plans on.
-
-    Raises:
-        TruedepthError: Options do not fit, or the text is too short for so wide a layer.
-    """
-    text, own = given_text(source, options, widest, measured)
-    if not own:
-        return text
-    device, dtype = options.place(source)
-    loaded = load(source, device=device, dtype=dtype)
-    return replace(text, fitted=mixed([text.fitted, own_text(loaded, own, options.window)]))
-
-
-def given_text(
-    source: Source, options: Calibration, widest: int, measured: int = 0
-) -> tuple[CalibrationText, int]:
-    """`calibration_windows` without the model's own share, and how many windows that is.
-
-    Seconds where the other takes minutes: called alone, it says what is wrong before a search.
-    """
-    if not 0 <= options.own_share <= 1:
-        raise TruedepthError(
-            f"The model's own share of the text must be from 0 to 1, not {options.own_share}."
-        )
-    own = round(options.own_share * (options.tokens // options.window))
-    text = calibration_text(
-        source,
-        options.text,
-        tokens=options.tokens,
-        window=options.window,
-        own=own,
-        measured=measured,
-        check=options.check,
-        widest=widest,
-    )
-    return text, own
 
 
 @dataclass(frozen=True)

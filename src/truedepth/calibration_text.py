@@ -1,20 +1,67 @@
-"""The text of a calibration, cut into windows that it is fitted to, measured and checked on."""
+"""What to calibrate on: options, and text cut into windows to fit to, measure and check on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from truedepth.errors import TruedepthError
+from truedepth.generation import own_text
+from truedepth.loading import default_device, fast_dtype, load
 from truedepth.sources import Source
 from truedepth.text import check_window, default_text, read_text, token_windows
 
 RESERVED = 8  # one window in so many of a text is kept to measure on, and one for checks
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on, and how."""
+
+    text: Sequence[str | Path] = ()
+    """`.txt` or `.jsonl` files, each with the same share of the tokens while it lasts; by default
+    the documentation that Python carries."""
+
+    own_text: float | None = None
+    """Share of the tokens that the model writes itself: it knows what it was trained on. By default
+    half where no text is given, and nothing where some is."""
+
+    tokens: int = 1 << 16
+    window: int = 512
+    """Tokens a window."""
+
+    check: int = 16
+    """Windows beside these tokens that the calibrated model is compared with the original on."""
+
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    """In which layers compute; by default bfloat16 where that is fast."""
+
+    activation_dtype: torch.dtype = torch.float32
+    """Of the states that are kept for every token."""
+
+    batch_size: int = 8
+    """Windows a forward pass."""
+
+    workspace: Path | None = None
+    """A directory for memory-mapped states; by default they are in memory."""
+
+    @property
+    def own_share(self) -> float:
+        """`own_text`, or what it is by default."""
+        if self.own_text is None:
+            return 0.0 if self.text else 0.5
+        return self.own_text
+
+    def place(self, source: Source) -> tuple[torch.device, torch.dtype]:
+        """Where layers compute, and in what."""
+        device = torch.device(self.device or default_device())
+        return device, self.dtype or fast_dtype(source, device)
 
 
 @dataclass(frozen=True)
@@ -35,59 +82,68 @@ class CalibrationText:
     """Never looked at before the end."""
 
 
-def calibration_text(
-    source: Source,
-    paths: Sequence[str | Path],
-    *,
-    tokens: int,
-    window: int,
-    own: int,
-    measured: int,
-    check: int,
-    widest: int,
+def calibration_windows(
+    source: Source, options: Calibration, widest: int, measured: int = 0
 ) -> CalibrationText:
-    """Cut text for a calibration, each use spread evenly over every file.
+    """The text of a calibration, the model's own share of it included.
 
     Args:
-        source: Whose tokenizer it is for.
-        paths: `.txt` or `.jsonl` files, each with the same share while it lasts; by default the
-            documentation that Python carries.
-        tokens: To fit on, at most.
-        window: Tokens a window.
-        own: So many windows to fit on come from elsewhere.
-        measured: Windows to compare plans on, at most.
-        check: Windows to check on, at most.
+        source: The original.
+        options: Text, tokens and share.
         widest: Layers in the widest group.
+        measured: Windows to compare plans on, at most.
 
     Raises:
-        TruedepthError: The text is too short for the width of the widest layer.
+        TruedepthError: Options do not fit, or the text is too short for so wide a layer.
     """
-    if window < 2 or tokens < 2 * window:
+    text, own = given_text(source, options, widest, measured)
+    if not own:
+        return text
+    device, dtype = options.place(source)
+    loaded = load(source, device=device, dtype=dtype)
+    return replace(text, fitted=_mixed([text.fitted, own_text(loaded, own, options.window)]))
+
+
+def given_text(
+    source: Source, options: Calibration, widest: int, measured: int = 0
+) -> tuple[CalibrationText, int]:
+    """`calibration_windows` without the model's own share, and how many windows that is.
+
+    Each use is spread evenly over every file. Seconds where the other takes minutes: called alone,
+    it says what is wrong before a search.
+    """
+    if not 0 <= options.own_share <= 1:
         raise TruedepthError(
-            f"{tokens} calibration tokens are too few: two windows of {window} are the least, one"
-            " to fit on and one to choose penalties on."
+            f"The model's own share of the text must be from 0 to 1, not {options.own_share}."
         )
+    window = options.window
+    if window < 2 or options.tokens < 2 * window:
+        raise TruedepthError(
+            f"{options.tokens} calibration tokens are too few: two windows of {window} are the"
+            " least, one to fit on and one to choose penalties on."
+        )
+    own = round(options.own_share * (options.tokens // window))
     check_window(source, window)
-    texts = [read_text(path) for path in paths] or [default_text()]
+    texts = [read_text(path) for path in options.text] or [default_text()]
     parts = [token_windows(source.tokenizer, text, window) for text in texts]
     uses = [torch.arange(len(part)) % RESERVED for part in parts]
-    wanted = [(measured, RESERVED // 2 - 1), (check, RESERVED - 1)]
+    wanted = [(measured, RESERVED // 2 - 1), (options.check, RESERVED - 1)]
     held = [
-        mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], count)
+        _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], count)
         for count, rest in wanted
     ]
     left = [
         part[(use != RESERVED // 2 - 1) & (use != RESERVED - 1)]
         for part, use in zip(parts, uses, strict=True)
     ]
-    fitted = mixed(left, tokens // window - own)
+    fitted = _mixed(left, options.tokens // window - own)
     needed, given = tokens_needed(source, widest), fitted.numel() + own * window
     if given < needed:
         raise TruedepthError(
             f"{given} calibration tokens are too few: the widest map has {needed} inputs"
             f" and needs at least as many tokens; give more text or more --tokens."
         )
-    return CalibrationText(fitted, *held)
+    return CalibrationText(fitted, *held), own
 
 
 def tokens_needed(source: Source, widest: int) -> int:
@@ -99,7 +155,7 @@ def tokens_needed(source: Source, widest: int) -> int:
     return widest * max(columns for _, columns in shapes)
 
 
-def mixed(parts: Sequence[Tensor], count: int | None = None) -> Tensor:
+def _mixed(parts: Sequence[Tensor], count: int | None = None) -> Tensor:
     """`count` windows from all parts, or all of them, in an order that mixes them."""
     count = sum(map(len, parts)) if count is None else count
     shares = _shares([len(part) for part in parts], count)

@@ -16,6 +16,7 @@ from truedepth import __version__, cli_plan
 from truedepth.cli_options import (
     Device,
     DType,
+    Fast,
     Force,
     JsonPath,
     Model,
@@ -85,9 +86,7 @@ def study(
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Annotated[
-        DType, typer.Option(help="auto is bfloat16 on processors that are fast at it.")
-    ] = DType.auto,
+    dtype: Fast = DType.auto,
 ) -> None:
     """How deep a model really is: every span of layers transformed; report.html."""
     from truedepth.depth_study import study

@@ -59,6 +59,7 @@ Device = Annotated[
 Weights = Annotated[
     DType, typer.Option(help="Of weights; auto is float32 on a CPU, else the checkpoint's own.")
 ]
+Fast = Annotated[DType, typer.Option(help="auto is bfloat16 on processors that are fast at it.")]
 Text = Annotated[
     Path | None,
     typer.Option(help=".txt or .jsonl file.", show_default="Python's own documentation"),

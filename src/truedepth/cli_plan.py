@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from truedepth.cli_options import Device, DType, Force, JsonPath, Model, Seed, writable, write_json
+from truedepth.cli_options import (
+    Device,
+    DType,
+    Fast,
+    Force,
+    JsonPath,
+    Model,
+    Seed,
+    writable,
+    write_json,
+)
 from truedepth.errors import TruedepthError
 from truedepth.plan import Plan, parse_span
 
 if TYPE_CHECKING:
-    from truedepth.calibration_run import Calibration
+    from truedepth.calibration_text import Calibration
     from truedepth.plan_search import Search
 
 Pairs = Annotated[int | None, typer.Option(help="Find the best plan of so many pairs.")]
@@ -50,7 +60,6 @@ OwnText = Annotated[
         show_default="0.5 without --text, else 0",
     ),
 ]
-SEARCH_TOKENS, TOKENS = 1 << 14, 1 << 16
 
 
 def plan(
@@ -70,7 +79,7 @@ def plan(
     ] = False,
     budget: Budget = None,
     text: Texts = None,
-    tokens: Annotated[int, typer.Option(help="To refit on.")] = SEARCH_TOKENS,
+    tokens: Annotated[int | None, typer.Option(help="To refit on.", show_default="16384")] = None,
     own_text: OwnText = None,
     activation_dtype: Activations = DType.auto,
     workspace: Workspace = None,
@@ -81,9 +90,7 @@ def plan(
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Annotated[
-        DType, typer.Option(help="auto is bfloat16 on processors that are fast at it.")
-    ] = DType.auto,
+    dtype: Fast = DType.auto,
 ) -> None:
     """Find which layers of MODEL to pair: least loss at a depth, or least depth at a loss."""
     from truedepth.report.frontier import check_plot, plot_frontier
@@ -95,7 +102,7 @@ def plan(
         check_plot(plot)
     limit = parse_loss(max_loss) if max_loss is not None else None
 
-    from truedepth.plan_search import search
+    from truedepth.plan_search import SEARCH_TOKENS, search
     from truedepth.sources import open_source
 
     found = search(
@@ -106,7 +113,7 @@ def plan(
         max_group=max_group,
         calibrate=calibrate,
         calibration=_calibration(
-            text, tokens, own_text, device, activation_dtype, workspace, dtype
+            text, tokens or SEARCH_TOKENS, own_text, device, activation_dtype, workspace, dtype
         ),
         frontier=frontier,
         budget=budget,
@@ -145,7 +152,7 @@ def convert(
     budget: Budget = None,
     text: Texts = None,
     tokens: Annotated[
-        int | None, typer.Option(help="To calibrate on.", show_default=str(TOKENS))
+        int | None, typer.Option(help="To calibrate on.", show_default="65536")
     ] = None,
     own_text: OwnText = None,
     activation_dtype: Activations = DType.auto,
@@ -179,16 +186,16 @@ def convert(
     read = Plan.from_yaml(plan) if plan is not None else None
     span = parse_span(layers) if layers is not None else None
 
-    from truedepth.calibration_run import given_text
+    from truedepth.calibration_text import given_text
     from truedepth.conversion import check_conversion
     from truedepth.conversion import convert as convert_model
-    from truedepth.plan_search import search
+    from truedepth.plan_search import SEARCH_TOKENS, search
     from truedepth.report.pages import print_conversion
     from truedepth.sources import open_source
 
     source = open_source(model)
     check_conversion(source, out, force)
-    options = _calibration(text, tokens or TOKENS, own_text, device, activation_dtype, workspace)
+    options = _calibration(text, tokens, own_text, device, activation_dtype, workspace)
     if calibrate and searched:
         given_text(source, options, max_group)
     found: Search | None = None
@@ -228,18 +235,18 @@ def convert(
 
 def _calibration(
     text: list[Path] | None,
-    tokens: int,
+    tokens: int | None,
     own_text: float | None,
     device: str | None,
     activation_dtype: DType,
     workspace: Path | None,
     dtype: DType = DType.auto,
 ) -> Calibration:
-    from truedepth.calibration_run import Calibration
+    from truedepth.calibration_text import Calibration
 
     return Calibration(
         text=text or (),
-        tokens=tokens,
+        tokens=tokens or Calibration.tokens,
         own_text=own_text,
         device=device,
         dtype=dtype.torch(),

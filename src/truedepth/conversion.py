@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from truedepth import __version__, modeling
-from truedepth.calibration_run import Calibration, calibrated
+from truedepth.calibration_run import calibrated
+from truedepth.calibration_text import Calibration
 from truedepth.card import model_card
 from truedepth.checkpoint import atomic_directory, check_output, write_weights
 from truedepth.converted import check_loadable, converted_config, converted_tensors

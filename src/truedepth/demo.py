@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from truedepth.bench import DecodeSpeed, decode_speed
-from truedepth.calibration_run import Calibration
+from truedepth.calibration_text import Calibration
 from truedepth.conversion import Conversion, convert
 from truedepth.evaluate import Perplexity, perplexity
 from truedepth.generation import answer

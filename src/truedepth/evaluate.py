@@ -17,7 +17,7 @@ from truedepth.progress import progress_bar
 from truedepth.sources import Source
 from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
 
-CHUNK_TOKENS = 128  # positions whose log-probabilities are held at a time
+CHUNK_TOKENS = 128  # whose logits are held at a time, so that they stay in a processor's cache
 
 
 @dataclass(frozen=True)

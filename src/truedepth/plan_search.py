@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from truedepth.calibration import Calibrator
-from truedepth.calibration_run import Calibration, calibration_windows, walk_of
+from truedepth.calibration_run import walk_of
+from truedepth.calibration_text import Calibration, calibration_windows
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
 from truedepth.plan import Plan
@@ -28,6 +29,7 @@ from truedepth.plan_scores import cheapest_plans
 from truedepth.progress import progress_bar
 from truedepth.sources import Source, open_source
 
+SEARCH_TOKENS = 1 << 14
 MEASURED_WINDOWS = 16
 NEAR = 1.3  # a plan within so many times the limit is a reason to try the next best of its depth
 SCORING = 0.6  # of the time, at most, before plans are measured
@@ -145,7 +147,7 @@ def search(
             f"An effective depth of {depth} is out of reach: groups of up to {max_group} take"
             f" {source.num_layers} layers to {least} to {source.num_layers - 1}."
         )
-    options = calibration or Calibration(tokens=1 << 14)
+    options = calibration or Calibration(tokens=SEARCH_TOKENS)
     searcher = _Searcher(source, max_group, calibrate, options, budget)
     searcher.score(candidates)
     if depth is not None:

@@ -15,17 +15,17 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from truedepth.evaluate import window_measures
 from truedepth.layer_stack import run_branch
 from truedepth.loading import Loaded
 
 Form = Literal["lp", "par", "merge"]
-
-CHUNK_TOKENS = 128  # whose logits are held at a time, so that they stay in a processor's cache
 
 
 @dataclass(frozen=True, order=True)
@@ -189,18 +189,17 @@ class Runner:
         Returns:
             `[windows]` float64, nats a token.
         """
-        head = self._model.get_output_embeddings()
-        normed = self._model.base_model.norm(x.to(head.weight.dtype))[:, :-1]
-        sums = []
+        dtype = self._model.get_output_embeddings().weight.dtype
+        normed = self._model.base_model.norm(x.to(dtype))[:, :-1]
+        rows = []
         for hidden, targets in zip(normed, self._ids[:, 1:], strict=True):
-            total = torch.zeros((), dtype=torch.float64, device=x.device)
-            for start in range(0, len(targets), CHUNK_TOKENS):
-                chunk = slice(start, start + CHUNK_TOKENS)
-                logits = head(hidden[chunk]).float()
-                picked = logits.gather(-1, targets[chunk, None]).squeeze(-1)
-                total += (logits.logsumexp(-1) - picked).double().sum()
-            sums.append(total / len(targets))
-        return torch.stack(sums).cpu()
+            predictions = partial(self._logits, hidden)
+            rows.append(window_measures(targets, [predictions])[0, 0])
+        return torch.stack(rows)
+
+    def _logits(self, hidden: Tensor, positions: slice) -> Tensor:
+        logits: Tensor = self._model.get_output_embeddings()(hidden[positions])
+        return logits
 
     def branch(self, number: int, layer: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
         """`A_i(N_i x)` (number 0) or `F_i(N'_i x)` (number 1), in float32.

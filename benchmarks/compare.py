@@ -1,10 +1,12 @@
 """Ways to make a model shallower at equal effective depth, on the same text and tasks.
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
-        [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
+        --plans PATH --raw-plans PATH [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
 
-Rows that are in the JSON file already are not measured again, so a run that was stopped goes on.
-Rivals choose and fit on windows of the same calibration text as the calibration of this package.
+The plans are those of `truedepth plan MODEL --depth 23 --frontier --json PATH`, and of the same
+with `--no-calibrate`. Rows that are in the JSON file already are not measured again, so a run that
+was stopped goes on. Rivals choose and fit on windows of the same calibration text as the
+calibration of this package.
 """
 
 from __future__ import annotations
@@ -33,6 +35,13 @@ GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
 
+def plans_of(path: Path) -> dict[int, Plan]:
+    """By effective depth, the best plan that a search found."""
+    found = json.loads(path.read_text())
+    layers = found["plan"]["num_layers"]
+    return {point["effective_depth"]: Plan(layers, point["groups"]) for point in found["frontier"]}
+
+
 class Comparison:
     """One original, and the rows measured so far."""
 
@@ -41,6 +50,8 @@ class Comparison:
         self.source = td.open_source(arguments.model)
         self.dtype = fast_dtype(self.source, torch.device("cpu"))
         self.calibration = td.Calibration(text=arguments.calibration, tokens=arguments.tokens)
+        self.plans = plans_of(arguments.plans)
+        self.raw_plans = plans_of(arguments.raw_plans)
         self.rows: dict[str, Any] = {}
         if arguments.json.exists():
             self.rows = json.loads(arguments.json.read_text())
@@ -97,24 +108,6 @@ class Comparison:
             loaded.tokenizer  # noqa: B018  read before the directory goes
             return loaded, str(plan)
 
-    def searched(self, depth: int, calibrated: bool) -> tuple[Loaded, str]:
-        """The same, of the best plan found."""
-        return self.converted(self.best_plan(depth, calibrated), calibrated)
-
-    def best_plan(self, depth: int, calibrated: bool) -> Plan:
-        """That of the search, kept with the rows."""
-        key = f"plan, {'refitted' if calibrated else 'raw'} @ {depth}"
-        if key not in self.rows:
-            options = td.Calibration(text=self.arguments.calibration, tokens=SEARCH_TOKENS)
-            found = td.search(
-                self.source, depth=depth, calibrate=calibrated, calibration=options, frontier=True
-            )
-            for point in found.frontier:
-                name = f"plan, {'refitted' if calibrated else 'raw'} @ {point.plan.effective_depth}"
-                self.rows.setdefault(name, point.plan.to_dict())
-            self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
-        return Plan.from_dict(self.rows[key], key)
-
     def parallel(self, plan: Plan) -> tuple[Loaded, str]:
         """PAR on the same span as the paper's form."""
         loaded = self.load()
@@ -142,6 +135,8 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--plans", type=Path, required=True, help="JSON of a search")
+    parser.add_argument("--raw-plans", type=Path, required=True, help="JSON of an uncalibrated one")
     parser.add_argument("--task-dir", type=Path)
     parser.add_argument("--limit", type=int, default=200, help="items a task")
     parser.add_argument("--tokens", type=int, default=1 << 16, help="to calibrate on")
@@ -161,9 +156,13 @@ def main() -> None:
             "ReplaceMe": partial(comparison.rival, patch_linearly, count),
             "PAR, late span": partial(comparison.parallel, span),
             "LP, late span": partial(comparison.converted, span, calibrated=False),
-            "LP, plan": partial(comparison.searched, depth, calibrated=False),
+            "LP, plan": partial(
+                comparison.converted, comparison.raw_plans[depth], calibrated=False
+            ),
             "LP, late span, calibrated": partial(comparison.converted, span, calibrated=True),
-            "LP, plan, calibrated": partial(comparison.searched, depth, calibrated=True),
+            "LP, plan, calibrated": partial(
+                comparison.converted, comparison.plans[depth], calibrated=True
+            ),
         }
         for method, make in makers.items():
             comparison.row(method, depth, make)

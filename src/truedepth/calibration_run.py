@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from torch import Tensor
 from truedepth.calibration import Calibrator, Refit
 from truedepth.calibration_text import Calibration, calibration_windows
 from truedepth.converted import converted_config, converted_tensors
-from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
 from truedepth.layer_stack import LayerStack
 from truedepth.plan import Plan
@@ -29,6 +26,7 @@ from truedepth.progress import progress_bar
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, dtype_name, from_tensor
 from truedepth.text import DEFAULT_TEXT
+from truedepth.unfinished import unfinished
 from truedepth.walk import Walk
 
 METHOD = 1  # raised when the same settings give other weights than before
@@ -65,6 +63,7 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
         "tokens": text.fitted.numel(),
         "own_text": options.own_share,
         "window": options.window,
+        "seed": options.seed,
         "dtype": dtype_name(dtype),
         "activation_dtype": dtype_name(options.activation_dtype),
     }
@@ -76,7 +75,7 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
         "plan": plan.to_dict(),
         "batch_size": options.batch_size,
     }
-    with _kept_layers(directory, identity) as kept:
+    with unfinished(directory, identity, begin_again=True) as kept:
         walk = walk_of(source, plan.groups, text.fitted, text.check, options)
         calibrator = Calibrator(source.family, walk)
         gains: dict[str, Any] = {}
@@ -139,29 +138,6 @@ def calibration_words(record: Mapping[str, Any]) -> str:
     parts = [", ".join(record["text"])] if own < 1 else []
     parts += [f"{own:.0%} the model's own text" if own < 1 else "the model's own text"] * (own > 0)
     return f"{record['tokens']:,} tokens, " + " and ".join(parts)
-
-
-@contextmanager
-def _kept_layers(directory: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """The directory of this calibration's layers, locked and without those of another."""
-    text = json.dumps(identity, indent=1)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise TruedepthError(f"Cannot write to {directory}: {error.strerror}.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = directory / "calibration.json"
-        if not held.exists() or held.read_text(encoding="utf-8") != text:
-            for path in directory.glob("layer-*.safetensors*"):
-                path.unlink()
-            held.write_text(text, encoding="utf-8")
-        yield directory
-    except BlockingIOError as error:
-        raise TruedepthError(f"Another calibration is at work in {directory}.") from error
-    finally:
-        os.close(lock)
 
 
 def _save(refit: Refit, path: Path) -> None:

@@ -51,6 +51,9 @@ class Calibration:
     workspace: Path | None = None
     """A directory for memory-mapped states; by default they are in memory."""
 
+    seed: int = 0
+    """Of the order of windows, which decides which of them choose penalties, and of own text."""
+
     @property
     def own_share(self) -> float:
         """`own_text`, or what it is by default."""
@@ -101,7 +104,8 @@ def calibration_windows(
         return text
     device, dtype = options.place(source)
     loaded = load(source, device=device, dtype=dtype)
-    return replace(text, fitted=_mixed([text.fitted, own_text(loaded, own, options.window)]))
+    written = own_text(loaded, own, options.window, options.seed)
+    return replace(text, fitted=_mixed([text.fitted, written], options.seed))
 
 
 def given_text(
@@ -129,14 +133,14 @@ def given_text(
     uses = [torch.arange(len(part)) % RESERVED for part in parts]
     wanted = [(measured, RESERVED // 2 - 1), (options.check, RESERVED - 1)]
     held = [
-        _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], count)
+        _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], 0, count)
         for count, rest in wanted
     ]
     left = [
         part[(use != RESERVED // 2 - 1) & (use != RESERVED - 1)]
         for part, use in zip(parts, uses, strict=True)
     ]
-    fitted = _mixed(left, options.tokens // window - own)
+    fitted = _mixed(left, options.seed, options.tokens // window - own)
     needed, given = tokens_needed(source, widest), fitted.numel() + own * window
     if given < needed:
         raise TruedepthError(
@@ -155,12 +159,12 @@ def tokens_needed(source: Source, widest: int) -> int:
     return widest * max(columns for _, columns in shapes)
 
 
-def _mixed(parts: Sequence[Tensor], count: int | None = None) -> Tensor:
+def _mixed(parts: Sequence[Tensor], seed: int, count: int | None = None) -> Tensor:
     """`count` windows from all parts, or all of them, in an order that mixes them."""
     count = sum(map(len, parts)) if count is None else count
     shares = _shares([len(part) for part in parts], count)
     taken = torch.cat([_spread(part, share) for part, share in zip(parts, shares, strict=True)])
-    return taken[torch.randperm(len(taken), generator=torch.Generator().manual_seed(0))]
+    return taken[torch.randperm(len(taken), generator=torch.Generator().manual_seed(seed))]
 
 
 def _shares(available: Sequence[int], wanted: int) -> list[int]:

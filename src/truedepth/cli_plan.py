@@ -113,7 +113,14 @@ def plan(
         max_group=max_group,
         calibrate=calibrate,
         calibration=_calibration(
-            text, tokens or SEARCH_TOKENS, own_text, device, activation_dtype, workspace, dtype
+            text,
+            tokens or SEARCH_TOKENS,
+            own_text,
+            device,
+            activation_dtype,
+            workspace,
+            seed,
+            dtype,
         ),
         frontier=frontier,
         budget=budget,
@@ -195,7 +202,7 @@ def convert(
 
     source = open_source(model)
     check_conversion(source, out, force)
-    options = _calibration(text, tokens, own_text, device, activation_dtype, workspace)
+    options = _calibration(text, tokens, own_text, device, activation_dtype, workspace, seed)
     if calibrate and searched:
         given_text(source, options, max_group)
     found: Search | None = None
@@ -212,7 +219,7 @@ def convert(
             max_group=max_group,
             calibrate=calibrate,
             calibration=_calibration(
-                text, SEARCH_TOKENS, own_text, device, activation_dtype, workspace
+                text, SEARCH_TOKENS, own_text, device, activation_dtype, workspace, seed
             ),
             budget=budget,
         )
@@ -240,6 +247,7 @@ def _calibration(
     device: str | None,
     activation_dtype: DType,
     workspace: Path | None,
+    seed: int,
     dtype: DType = DType.auto,
 ) -> Calibration:
     from truedepth.calibration_text import Calibration
@@ -252,6 +260,7 @@ def _calibration(
         dtype=dtype.torch(),
         activation_dtype=activation_dtype.torch() or Calibration.activation_dtype,
         workspace=workspace,
+        seed=seed,
     )
 
 

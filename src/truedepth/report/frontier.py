@@ -7,6 +7,8 @@ from pathlib import Path
 from truedepth.errors import TruedepthError
 from truedepth.plan_search import Search
 
+TICKS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -52,7 +54,11 @@ def plot_frontier(found: Search, path: Path) -> None:
         xlabel="effective depth",
         ylabel="excess loss, nats a token",
     )
-    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_yscale("symlog", linthresh=TICKS[2])
+    lowest, highest = axes.get_ylim()
+    ticks = [tick for tick in TICKS if lowest <= tick <= highest]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,12 @@ def reference_logits(original: Any, ids: Tensor, groups: Sequence[Sequence[int]]
         for layer in layers:
             x += layer.mlp(layer.post_attention_layernorm(a))
     return original.lm_head(body.norm(x))
+
+
+def torchrun(processes: int) -> list[str]:
+    """A command line that begins so many processes, on a port of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, f"--nproc-per-node={processes}", f"--master-port={port}"]

@@ -100,7 +100,7 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, t
 def test_layers_of_another_calibration_are_not_used(make_model, options, tmp_path, monkeypatch):
     kept = tmp_path / ".out.calibration"
     kept.mkdir()
-    (kept / "calibration.json").write_text("{}")
+    (kept / "settings.json").write_text("{}")
     (kept / "layer-0001.safetensors").write_bytes(b"another's")
     td.calibrate(make_model(), tmp_path / "out", PLAN, options)
     td.calibrate(make_model(), tmp_path / "other", PLAN, options)

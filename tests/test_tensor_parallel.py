@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
 
 import torch
 
 import truedepth as td
-from conftest import random_ids
+from conftest import random_ids, torchrun
 
 RANK = """
 import sys, torch, truedepth
@@ -35,11 +33,7 @@ def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_
     expected = td.load(tmp_path / "out").model
     torch.save(random_ids(), tmp_path / "ids")
     (tmp_path / "rank.py").write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--master-port={port}", str(tmp_path / "rank.py")]
+    command = [*torchrun(2), str(tmp_path / "rank.py")]
     command += [str(tmp_path / name) for name in ("out", "ids", "logits")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     layer = td.open_source(make_model()).tensors

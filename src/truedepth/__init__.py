@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from truedepth.conversion import calibrate, convert
     from truedepth.depth_study import study
     from truedepth.evaluate import perplexity
+    from truedepth.heal_options import Healing
+    from truedepth.healing import heal
     from truedepth.loading import load
     from truedepth.plan_search import search
     from truedepth.sources import open_source
@@ -33,10 +35,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Healing",
     "Plan",
     "TruedepthError",
     "calibrate",
     "convert",
+    "heal",
     "load",
     "open_source",
     "perplexity",
@@ -49,8 +53,10 @@ __all__ = [
 # of these functions, for a submodule once imported would take the name over.
 _LAZY = {
     "Calibration": "truedepth.calibration_text",
+    "Healing": "truedepth.heal_options",
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
+    "heal": "truedepth.healing",
     "load": "truedepth.loading",
     "open_source": "truedepth.sources",
     "perplexity": "truedepth.evaluate",

@@ -10,9 +10,27 @@ from truedepth.calibration_run import calibration_words
 from truedepth.plan import Plan
 from truedepth.sources import Source
 
+TRAINED = {
+    "paired": "the wide layers were",
+    "all": "all weights were",
+    "lora": "low-rank additions to the wide layers were",
+}
 
-def model_card(source: Source, plan: Plan, calibration: Mapping[str, Any] | None) -> str:
-    """Markdown with the metadata that model hubs read."""
+
+def model_card(
+    source: Source,
+    plan: Plan,
+    calibration: Mapping[str, Any] | None,
+    healing: Mapping[str, Any] | None = None,
+) -> str:
+    """Markdown with the metadata that model hubs read.
+
+    Args:
+        source: The original.
+        plan: Of the checkpoint.
+        calibration: Its record in config.json, if it was calibrated.
+        healing: Likewise.
+    """
     base = f"base_model: {source.name}\n" if "/" in source.name else ""
     quantized = ""
     if source.quantization:
@@ -28,6 +46,16 @@ def model_card(source: Source, plan: Plan, calibration: Mapping[str, Any] | None
                 f"On {check['tokens']:,} other tokens of that text the loss is"
                 f" {check['excess']:.4f} nats a token above the original's.\n"
             )
+    if healing:
+        tokens = sum(healing["text"].values())
+        loss = healing["validation"]["after"]
+        repaired += (
+            f"\nThen {TRAINED[healing['train']]} trained toward the original on {tokens:,} tokens"
+            f" of {', '.join(healing['text'])}.\nOn tokens of that text that were not"
+            f" trained on the loss is {loss['excess']:.4f} nats a token above the original's, KL"
+            f" {loss['kl']:.4f}.\n"
+        )
+    without = "" if healing else " without training"
     before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
     return f"""---
 {base}library_name: transformers
@@ -38,7 +66,7 @@ tags: [truedepth, layer-parallelism]
 # {source.name.rpartition("/")[2]}, {plan.num_layers} layers at depth {plan.effective_depth}
 
 {source.name} with {plan.paired_layers} of its {plan.num_layers} layers running side by side in wide
-layers (Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__} without training.
+layers (Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__}{without}.
 
     {plan}
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from truedepth import __version__, cli_plan
+from truedepth import __version__, cli_heal, cli_plan
 from truedepth.cli_options import (
     Device,
     DType,
@@ -65,6 +65,7 @@ def info(
 
 app.command()(cli_plan.plan)
 app.command()(cli_plan.convert)
+app.command()(cli_heal.heal)
 
 
 @app.command()

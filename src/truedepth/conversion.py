@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from truedepth.errors import TruedepthError
 from truedepth.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources import Source, open_source
+from truedepth.tensors import LazyTensor
+from truedepth.unfinished import beside
 
 
 @dataclass(frozen=True)
@@ -99,25 +102,52 @@ def convert(
         "healing": None,
     }
     check_loadable(config, tensors, source.path)
-    kept = out.with_name(f".{out.name}.calibration")
+    kept = beside(out, "calibration")
     if calibration is not None and plan.paired_layers:
         refitted = calibrated(source, plan, kept, calibration)
         tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
         config["truedepth"]["calibration"] = refitted.record
+    card = model_card(source, plan, config["truedepth"]["calibration"])
+    size = write_converted(out, source, config, tensors, card, shard_size, force)
+    if calibration is not None:
+        shutil.rmtree(kept, ignore_errors=True)
+    record = config["truedepth"]["calibration"]
+    return Conversion(out, plan, source.name, source.origin, size, record)
+
+
+def write_converted(
+    out: Path,
+    source: Source,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    card: str,
+    shard_size: int | str,
+    force: bool,
+) -> int:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        out: Directory to write.
+        source: Gives tokenizer and generation config.
+        config: config.json.
+        tensors: By name.
+        card: README.md.
+        shard_size: Most bytes a file of weights holds.
+        force: Replace `out` if it exists.
+
+    Returns:
+        The bytes of all weights.
+    """
     with atomic_directory(out, force) as partial:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        with progress_bar("Converting", total, unit="bytes") as advance:
+        with progress_bar("Writing", total, unit="bytes") as advance:
             size = write_weights(partial, tensors, shard_size, advance)
         source.save_companions(partial)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
-        card = model_card(source, plan, config["truedepth"]["calibration"])
         (partial / "README.md").write_text(card, encoding="utf-8")
-    if calibration is not None:
-        shutil.rmtree(kept, ignore_errors=True)
-    record = config["truedepth"]["calibration"]
-    return Conversion(out, plan, source.name, source.origin, size, record)
+    return size
 
 
 def check_conversion(source: Source, out: str | Path, force: bool) -> None:
@@ -128,7 +158,7 @@ def check_conversion(source: Source, out: str | Path, force: bool) -> None:
     """
     out = Path(out).expanduser().resolve()
     source.family  # noqa: B018
-    _check_apart(source.path, out)
+    check_apart(source.path, out)
     check_output(out, force)
 
 
@@ -143,7 +173,7 @@ def calibrate(
     return convert(model, out, plan, calibration=calibration or Calibration(), **options)
 
 
-def _check_apart(source: Path, out: Path) -> None:
+def check_apart(source: Path, out: Path) -> None:
     """Neither may contain the other, also where the source is made of links."""
     links = list(source.iterdir()) if source.is_dir() else []
     for place in {source.resolve(), *(link.resolve() for link in links)}:

@@ -14,13 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from truedepth.families import Family
-from truedepth.loading import transformers_config
+from truedepth.loading import empty_model
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
 
@@ -52,10 +50,7 @@ class LayerStack:
         self._family = source.family
         self._tensors = source.tensors if tensors is None else tensors
         self.device, self._dtype = torch.device(device), dtype
-        with init_empty_weights(include_buffers=False):
-            self._model: Any = AutoModelForCausalLM.from_config(
-                transformers_config(config or source.config, source.path), dtype=dtype
-            ).eval()
+        self._model: Any = empty_model(config or source.config, source.path, dtype)
         names = [name for name, _ in self._model.named_parameters()]
         for name in names:
             if self._family.split(name)[0] is None and name in self._tensors:

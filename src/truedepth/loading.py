@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -19,7 +21,7 @@ from transformers import (
 from truedepth.errors import TruedepthError
 from truedepth.registration import register
 from truedepth.sources import Source, open_source
-from truedepth.tensors import common_dtype
+from truedepth.tensors import LazyTensor, common_dtype
 
 register()
 
@@ -114,20 +116,46 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
 
 
-def empty_model(config: Mapping[str, Any], where: Path) -> PreTrainedModel:
+def empty_model(
+    config: Mapping[str, Any], where: Path, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model that a config.json describes, without memory for its weights.
 
     Raises:
         TruedepthError: transformers cannot build it.
     """
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(transformers_config(config, where))
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                transformers_config(config, where), dtype=dtype
+            ).eval()
     except TruedepthError:
         raise
     except Exception as error:  # as above
         reason = _first_line(error)
         raise TruedepthError(f"transformers cannot build the model of {where}: {reason}") from error
+
+
+def filled_model(
+    source: Source, parameter: Callable[[str, LazyTensor], nn.Parameter]
+) -> PreTrainedModel:
+    """A model whose parameters are the caller's.
+
+    Args:
+        source: The model.
+        parameter: From a parameter's name and its tensor in the source.
+
+    Raises:
+        TruedepthError: transformers cannot build it, or it lacks weights.
+    """
+    model = empty_model(source.config, source.path)
+    for name, _ in list(model.named_parameters()):
+        if name not in source.tensors:
+            raise TruedepthError(f"{source.path} has no tensor for {name!r}.")
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, parameter(name, source.tensors[name]))
+    model.tie_weights()
+    return model
 
 
 def default_device() -> str:

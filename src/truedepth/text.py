@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from truedepth.sources import Source
+
+TEXT_SUFFIXES = (".txt", ".jsonl")
 
 DEFAULT_TEXT = "Python documentation topics (pydoc_data.topics)"
 
@@ -30,27 +33,38 @@ def default_text() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Running text from a `.txt` file, or the documents of a `.jsonl` file of `{"text": …}` lines.
+    """Running text: a file's `documents`, an empty line between them.
+
+    Raises:
+        TruedepthError: As `documents`.
+    """
+    return "\n\n".join(documents(path))
+
+
+def documents(path: str | Path) -> Iterator[str]:
+    """All of a `.txt` file, or what each `{"text": …}` line of a `.jsonl` file holds.
 
     Raises:
         TruedepthError: The file is missing, of another kind, malformed (with the line), or empty.
     """
     path = Path(path).expanduser()
+    if path.suffix not in TEXT_SUFFIXES:
+        raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file.")
+    empty = True
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            lines = enumerate(file, 1) if path.suffix == ".jsonl" else [(0, file.read())]
+            for number, line in lines:
+                if line.strip():
+                    document = _document(line, path, number) if number else line
+                    empty = empty and not document.strip()
+                    yield document
     except OSError as error:
         raise TruedepthError(f"Cannot read the text {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise TruedepthError(f"{path} is not UTF-8 text.") from error
-    if path.suffix == ".jsonl":
-        # Not splitlines(): text may hold other characters that it takes for line ends.
-        lines = enumerate(content.split("\n"), 1)
-        content = "\n\n".join(_document(line, path, n) for n, line in lines if line.strip())
-    elif path.suffix != ".txt":
-        raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file.")
-    if not content.strip():
+    if empty:
         raise TruedepthError(f"{path} is empty.")
-    return content
 
 
 def _document(line: str, path: Path, number: int) -> str:

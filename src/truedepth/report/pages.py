@@ -16,6 +16,7 @@ from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.depth_study import Study
 from truedepth.evaluate import Loss, perplexity_of
+from truedepth.healing import Healed
 from truedepth.inspection import Info
 from truedepth.plan import Plan
 from truedepth.plan_search import Search
@@ -150,6 +151,35 @@ def _calibration_rows(done: Conversion) -> list[tuple[str, str]]:
             ("held-out check", f"{_excess(loss)} nats a token on {loss.tokens:,} other tokens")
         )
     return rows
+
+
+def print_healing(done: Healed) -> None:
+    """What was trained on, and how far the checkpoint is from its original before and after."""
+    repeats = done.tokens / done.text_tokens
+    trained = f"{done.tokens:,} tokens" + (
+        f": the text has {done.text_tokens:,}, each was read {repeats:.1f} times"
+        if repeats > 1.01
+        else ""
+    )
+    before, after = (done.record["validation"][when] for when in ("before", "after"))
+    print_rows(
+        [
+            ("checkpoint", done.source),
+            ("original", done.original),
+            ("text", ", ".join(f"{name} ({n:,})" for name, n in done.record["text"].items())),
+            ("trained on", trained),
+            ("time", f"{done.seconds / 60:.1f} min"),
+            ("written", str(done.path)),
+        ]
+    )
+    print("\nOn windows that were not trained on, nats a token:\n")
+    print_rows(
+        [
+            (name, *(f"{row['excess']:.4f} ± {row['stderr']:.4f}", f"{row['kl']:.4f}"))
+            for name, row in (("before", before), ("after", after))
+        ],
+        header=("", "excess loss", "KL"),
+    )
 
 
 def print_demo(demo: Demo) -> None:

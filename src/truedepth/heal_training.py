@@ -1,0 +1,346 @@
+"""What a healing trains, and its training by transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from truedepth.distillation import Distillation
+from truedepth.errors import TruedepthError
+from truedepth.evaluate import Loss
+from truedepth.families import Family
+from truedepth.heal_options import Healing, Objective, Train
+from truedepth.loading import filled_model
+from truedepth.plan import Plan
+from truedepth.sources import Source
+from truedepth.tensors import LazyTensor
+
+
+def student_of(
+    source: Source, trained: Callable[[str], bool], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A checkpoint to train: what is trained is float32, the rest in `dtype` and frozen.
+
+    Args:
+        source: The checkpoint.
+        trained: Whether the parameter of that name is.
+        dtype: Of the others.
+    """
+
+    def parameter(name: str, tensor: LazyTensor) -> nn.Parameter:
+        if trained(name):
+            return nn.Parameter(tensor.read().float().clone())
+        return nn.Parameter(tensor.read().to(dtype), requires_grad=False)
+
+    return filled_model(source, parameter)
+
+
+def original_beside(
+    student: PreTrainedModel, source: Source, plan: Plan, dtype: torch.dtype, shared: bool = True
+) -> PreTrainedModel:
+    """The original, with the student's own parameters wherever these are frozen and the same.
+
+    Args:
+        student: What the plan made of the original.
+        source: The original.
+        plan: Which of the student's layers stand for which.
+        dtype: Of parameters that are not shared.
+        shared: False for a model of its own.
+    """
+    theirs: dict[str, nn.Parameter] = dict(student.named_parameters()) if shared else {}
+    places = {group[0]: index for index, group in enumerate(plan.groups) if len(group) == 1}
+
+    def parameter(name: str, tensor: LazyTensor) -> nn.Parameter:
+        layer, rest = source.family.split(name)
+        value = tensor.read()
+        if layer in places:
+            name = source.family.layer.format(places[layer]) + rest
+        twin = theirs.get(name) if layer is None or layer in places else None
+        if twin is not None and not twin.requires_grad and torch.equal(twin, value.to(twin.dtype)):
+            return twin
+        return nn.Parameter(value.to(dtype), requires_grad=False)
+
+    return filled_model(source, parameter)
+
+
+def is_trained(family: Family, plan: Plan, train: Train) -> Callable[[str], bool]:
+    """Whether the parameter of that name is trained; with LoRA none of the checkpoint's own is."""
+    wide = {index for index, group in enumerate(plan.groups) if len(group) > 1}
+    return lambda name: (
+        train is Train.all or (train is Train.paired and family.split(name)[0] in wide)
+    )
+
+
+def add_lora(student: PreTrainedModel, family: Family, plan: Plan, rank: int) -> Any:
+    """Low-rank additions to the linear maps of wide layers, in place.
+
+    Returns:
+        peft's configuration.
+
+    Raises:
+        TruedepthError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise TruedepthError("LoRA needs peft: `pip install truedepth[heal]`.") from error
+    maps = "|".join(map(re.escape, (*family.reads, *family.writes)))
+    layers = "|".join(
+        re.escape(family.layer.format(index))
+        for index, group in enumerate(plan.groups)
+        if len(group) > 1
+    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({layers})({maps})")
+    inject_adapter_in_model(config, student)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return config
+
+
+def trained_tensors(student: PreTrainedModel, source: Source) -> dict[str, Tensor]:
+    """The checkpoint's tensors that training has changed, by name, float32; LoRA is merged."""
+    found = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and name in source.tensors:
+            found[name] = parameter.detach().cpu()
+    for name, module in student.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            delta = module.get_delta_weight("default").detach().cpu().float()
+            found[f"{name}.weight"] = source.tensors[f"{name}.weight"].read().float() + delta
+    return found
+
+
+class Windows(Dataset[dict[str, Any]]):
+    """Windows of tokens, each with its number."""
+
+    def __init__(self, ids: Tensor) -> None:
+        """Of `[windows, length]`, of any integer type."""
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._ids[index].long(), "number": index}
+
+
+def run_training(
+    model: Distillation,
+    trained: Tensor,
+    validation: Tensor,
+    options: Healing,
+    processes: int,
+    checkpoints: Path,
+) -> list[dict[str, float]]:
+    """Train, or go on where a killed run was, and leave the model as it was at its best.
+
+    Args:
+        model: The student and its original.
+        trained: `[windows, length]` token ids.
+        validation: The same, never trained on.
+        options: Of the training.
+        processes: That train together.
+        checkpoints: A directory for them.
+
+    Returns:
+        What was measured on the validation windows, from before the first step on: `step`, `loss`
+        (the objective's, but for hidden states), `nll`, `excess`, `stderr`, `kl`; the last is of
+        the model as it is left.
+
+    Raises:
+        TruedepthError: The loss stopped being a number.
+    """
+    trainer = _Trainer(
+        model=model,
+        args=training_arguments(options, processes, checkpoints),
+        train_dataset=Windows(trained),
+        eval_dataset=Windows(validation),
+        compute_metrics=lambda found: _metrics(found.predictions, options.objective),
+        callbacks=_callbacks(options),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole(checkpoints))
+    trainer.evaluate()
+    rows = [row for row in trainer.state.log_history if "eval_kl" in row]
+    names = ("loss", "nll", "excess", "stderr", "kl")
+    return [{"step": row["step"], **{name: row[f"eval_{name}"] for name in names}} for row in rows]
+
+
+def passes_a_step(options: Healing, processes: int) -> int:
+    """Forward passes of each process.
+
+    Raises:
+        TruedepthError: The batch cannot be divided so.
+    """
+    passes, rest = divmod(options.batch_size, options.micro_batch_size * processes)
+    if rest:
+        each = f"{processes} processes with {options.micro_batch_size}"
+        raise TruedepthError(
+            f"{options.batch_size} windows a step are not a multiple of"
+            f" {each if processes > 1 else options.micro_batch_size} windows a pass; change"
+            " --batch-size or --micro-batch-size."
+        )
+    return passes
+
+
+def training_arguments(options: Healing, processes: int, directory: Path) -> TrainingArguments:
+    """Transformers' arguments."""
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.micro_batch_size,
+        per_device_eval_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=passes_a_step(options, processes),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule.value,
+        warmup_steps=math.ceil(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.dtype is torch.bfloat16,
+        use_cpu=options.device == "cpu",
+        seed=options.seed,
+        logging_steps=max(1, min(10, options.eval_every)),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=options.eval_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        report_to="none",
+        disable_tqdm=True,
+        label_names=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=options.device != "cpu",
+        ddp_find_unused_parameters=False,
+    )
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Keeps what is trained and nothing else, and stops where the loss is no number."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **_: Any) -> Tensor:
+        loss: Tensor = model(**inputs)
+        if not loss.isfinite():
+            raise TruedepthError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Try a smaller"
+                " --learning-rate, a longer --warmup, or --dtype float32; the same command goes on"
+                " from the last evaluation, --restart begins again.",
+                1,
+            )
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        with torch.no_grad():
+            rows = model(**self._prepare_inputs(inputs), measure=True)
+        return None, rows, rows
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """That all else is missing from a checkpoint is as it should be."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        state = self.model.state_dict() if state_dict is None else state_dict
+        held = {name: value.contiguous() for name, value in state.items() if name in trained}
+        save_file(held, directory / "model.safetensors")
+
+
+def _metrics(rows: Any, objective: Objective) -> dict[str, float]:
+    loss = Loss.of(torch.as_tensor(rows, dtype=torch.float64), 2)
+    nll = float(rows[:, 0].mean())
+    share = objective.next_token
+    return {
+        "loss": (1 - share) * loss.kl + share * nll,
+        "nll": nll,
+        "excess": loss.excess,
+        "stderr": loss.stderr or 0.0,
+        "kl": loss.kl,
+    }
+
+
+def last_whole(checkpoints: Path) -> str | None:
+    """The last checkpoint; its state is what is written last."""
+    whole = []
+    for state in checkpoints.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        whole.append(state.parent)
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
+def _callbacks(options: Healing) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_Lines(options)]
+    if options.logs is not None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise TruedepthError("--logs needs `pip install truedepth[heal]`.") from error
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(options.logs))))
+    return callbacks
+
+
+class _Lines(TrainerCallback):  # type: ignore[misc]
+    """A line on standard error now and then: step, loss, speed, time left; validation."""
+
+    def __init__(self, options: Healing) -> None:
+        self._step_tokens = options.batch_size * options.sequence_length
+        self._seconds: float = 0.0
+        self._steps = 0
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._seconds += time.monotonic() - self._began
+        self._steps += 1
+
+    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "eval_kl" in logs:
+            print(
+                f"validation: excess loss {logs['eval_excess']:.4f} ± {logs['eval_stderr']:.4f},"
+                f" KL {logs['eval_kl']:.4f} nats a token",
+                file=sys.stderr,
+            )
+        elif "loss" in logs and self._steps:
+            each = self._seconds / self._steps
+            left = each * (state.max_steps - state.global_step) / 60
+            print(
+                f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f},"
+                f" {self._step_tokens / each:,.0f} tokens/s, {left:.0f} min left",
+                file=sys.stderr,
+            )

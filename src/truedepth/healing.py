@@ -1,0 +1,315 @@
+"""Healing: the wide layers of a checkpoint are trained back toward the original.
+
+Calibration gives every linear map the best weights that sums over tokens can give it; what is left
+needs the layers to change together. The original's predictions are what is trained toward, and by
+default only the wide layers are trained. A run keeps its text and its state beside its output until
+it is done, and the same call goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from truedepth import __version__
+from truedepth.card import model_card
+from truedepth.checkpoint import check_output
+from truedepth.conversion import check_apart, write_converted
+from truedepth.converted import plan_of
+from truedepth.distillation import Distillation, KeptPredictions
+from truedepth.errors import TruedepthError
+from truedepth.heal_options import Healing, Train
+from truedepth.heal_training import (
+    add_lora,
+    is_trained,
+    last_whole,
+    original_beside,
+    passes_a_step,
+    run_training,
+    student_of,
+    trained_tensors,
+)
+from truedepth.loading import default_device, fast_dtype
+from truedepth.plan import Plan
+from truedepth.sources import Source, open_source
+from truedepth.tensors import dtype_name, from_tensor
+from truedepth.text import check_window
+from truedepth.training_text import training_text
+from truedepth.unfinished import beside, unfinished
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What `heal` did."""
+
+    path: Path
+    source: str
+    """The checkpoint that was healed, and where it was found."""
+
+    original: str
+    record: dict[str, Any]
+    """What config.json says of it: text, tokens, objective, and what was measured on validation
+    windows before and after."""
+
+    curve: list[dict[str, float]]
+    """What was measured on the way, by step."""
+
+    tokens: int
+    """Trained on, repetitions counted."""
+
+    text_tokens: int
+    """Different ones."""
+
+    seconds: float
+    """Since this call began; a run that was gone on with took longer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def heal(
+    checkpoint: str | Path | Source,
+    out: str | Path,
+    *,
+    teacher: str | Path | Source,
+    healing: Healing | None = None,
+    keep_adapter: str | Path | None = None,
+    shard_size: int | str = "5GB",
+    force: bool = False,
+    restart: bool = False,
+) -> Healed:
+    """Train a converted checkpoint back toward its original, and write it as another.
+
+    Under torchrun or `accelerate launch` every process calls this, and the first one writes.
+
+    Args:
+        checkpoint: A converted checkpoint, calibrated or not.
+        out: Directory to write; appears when it is complete. A run that was stopped before that is
+            gone on with by the same call.
+        teacher: The original.
+        healing: What to train, on what, and how.
+        keep_adapter: A directory for the LoRA adapter, for peft; it is merged in `out` either way.
+        shard_size: Most bytes a file of weights holds, as a number or such as `"5GB"`.
+        force: Replace `out` if it exists.
+        restart: Give up an unfinished run.
+
+    Raises:
+        TruedepthError: Models, text or options do not fit, or the loss stopped being a number.
+    """
+    start = time.monotonic()
+    options = healing or Healing()
+    source, original = open_source(checkpoint), open_source(teacher)
+    out = Path(out).expanduser().resolve()
+    adapter = Path(keep_adapter).expanduser().resolve() if keep_adapter is not None else None
+    plan = _check(source, original, options, adapter)
+    for each in (source, original):
+        check_apart(each.path, out)
+    check_output(out, force)
+    if adapter is not None:
+        check_output(adapter, force)
+    options = _placed(options, original)
+    state = PartialState(cpu=options.device == "cpu")
+    passes_a_step(options, state.num_processes)
+    settings = _settings(source, original, options)
+    kept = beside(out, "healing")
+    with _directory(state, kept, settings, restart):
+        with state.main_process_first():
+            text = training_text(
+                options.text,
+                source.tokenizer,
+                kept,
+                length=options.sequence_length,
+                windows=options.steps * options.batch_size,
+                validation=options.validation,
+                seed=options.seed,
+            )
+        assert options.dtype is not None
+        student = student_of(
+            source, is_trained(original.family, plan, options.train), options.dtype
+        )
+        model = original_beside(student, original, plan, options.dtype)
+        lora = (
+            add_lora(student, original.family, plan, options.rank)
+            if options.train is Train.lora
+            else None
+        )
+        if options.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to(state.device)
+        predictions = None
+        if options.keep_predictions:
+            predictions = KeptPredictions(
+                kept / "predictions",
+                len(text.trained),
+                options.sequence_length,
+                options.keep_predictions,
+            )
+        both = Distillation(student, model, plan, options.objective, predictions)
+        curve = run_training(
+            both, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
+        )
+        record = {
+            **_recorded(original, options),
+            "text": text.tokens,
+            "validation": {"windows": len(text.validation), "before": curve[0], "after": curve[-1]},
+        }
+        if state.is_main_process:
+            _write(source, original, plan, student, record, out, shard_size, force)
+            if lora is not None and adapter is not None:
+                _save_adapter(student, lora, adapter)
+    if state.is_main_process:
+        shutil.rmtree(kept, ignore_errors=True)
+    state.wait_for_everyone()
+    return Healed(
+        path=out,
+        source=source.label,
+        original=original.label,
+        record=record,
+        curve=curve,
+        tokens=options.steps * options.batch_size * options.sequence_length,
+        text_tokens=sum(text.tokens.values()),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _check(source: Source, original: Source, options: Healing, adapter: Path | None) -> Plan:
+    """What can be refused is refused before anything is read. Gives the checkpoint's plan."""
+    plan = plan_of(source.config)
+    if plan is None:
+        raise TruedepthError(
+            f"{source.path} is not a checkpoint that truedepth has made; convert a model first."
+        )
+    if not plan.paired_layers:
+        raise TruedepthError(f"No layers of {source.path} are paired: there is nothing to heal.")
+    if plan_of(original.config) is not None or original.num_layers != plan.num_layers:
+        raise TruedepthError(
+            f"{original.name} is not the original of {source.path}, which was made from a model of"
+            f" {plan.num_layers} layers."
+        )
+    for name in ("vocab_size", "hidden_size"):
+        if original.config[name] != source.config[name]:
+            raise TruedepthError(
+                f"{original.name} is not the original of {source.path}: {name} differs,"
+                f" {original.config[name]} and {source.config[name]}."
+            )
+    objective = options.objective
+    for name, value, least, most in (
+        ("next_token", objective.next_token, 0, 1),
+        ("hidden", objective.hidden, 0, float("inf")),
+        ("warmup", options.warmup, 0, 1),
+        ("learning_rate", options.learning_rate, 0, 1),
+    ):
+        if not least <= value <= most:
+            raise TruedepthError(f"{name} must be from {least} to {most}, not {value}.")
+    if not objective.temperature > 0:
+        raise TruedepthError(f"temperature must be above 0, not {objective.temperature}.")
+    for name in ("batch_size", "micro_batch_size", "validation", "eval_every", "rank"):
+        if getattr(options, name) < 1:
+            raise TruedepthError(f"{name} must be at least 1, not {getattr(options, name)}.")
+    if options.sequence_length < 2:
+        raise TruedepthError(
+            f"A window needs at least 2 tokens to predict one, not {options.sequence_length}."
+        )
+    check_window(source, options.sequence_length)
+    if options.steps < 1:
+        raise TruedepthError(
+            f"{options.tokens} tokens are less than one step of {options.batch_size} windows of"
+            f" {options.sequence_length}."
+        )
+    if adapter is not None and options.train is not Train.lora:
+        raise TruedepthError("There is an adapter to keep only where LoRA is trained.")
+    return plan
+
+
+def _placed(options: Healing, original: Source) -> Healing:
+    """With device and dtype chosen."""
+    device = options.device or default_device()
+    dtype = options.dtype
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else fast_dtype(original, torch.device(device))
+        dtype = torch.bfloat16 if dtype is torch.float16 else dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TruedepthError(f"Models are trained in float32 or bfloat16, not {dtype_name(dtype)}.")
+    return replace(options, device=device, dtype=dtype)
+
+
+def _recorded(original: Source, options: Healing) -> dict[str, Any]:
+    """What makes the run again, but for the text."""
+    fields = asdict(options)
+    for name in ("text", "device", "logs", "micro_batch_size", "eval_every", "validation"):
+        del fields[name]
+    assert options.dtype is not None
+    return {
+        **fields,
+        "objective": asdict(options.objective),
+        "dtype": dtype_name(options.dtype),
+        "original": original.name,
+        "version": __version__,
+    }
+
+
+def _settings(source: Source, original: Source, options: Healing) -> dict[str, Any]:
+    return {
+        **_recorded(original, options),
+        "text": [[part.name, part.weight] for part in options.text],
+        "micro_batch_size": options.micro_batch_size,
+        "eval_every": options.eval_every,
+        "validation": options.validation,
+        "checkpoint": source.fingerprint,
+        "original": original.fingerprint,
+    }
+
+
+@contextlib.contextmanager
+def _directory(
+    state: PartialState, directory: Path, settings: Mapping[str, Any], restart: bool
+) -> Iterator[None]:
+    """The run's directory; locked by the first process, which the others wait for."""
+    with contextlib.ExitStack() as stack:
+        if state.is_main_process:
+            nothing_lost = restart or last_whole(directory / CHECKPOINTS) is None
+            stack.enter_context(unfinished(directory, settings, begin_again=nothing_lost))
+        state.wait_for_everyone()
+        yield
+
+
+def _write(
+    source: Source,
+    original: Source,
+    plan: Plan,
+    student: Any,
+    record: dict[str, Any],
+    out: Path,
+    shard_size: int | str,
+    force: bool,
+) -> None:
+    tensors = dict(source.tensors)
+    for name, value in trained_tensors(student, source).items():
+        tensors[name] = from_tensor(value).to(tensors[name].dtype)
+    config = dict(source.config)
+    made = dict(config.get("truedepth") or {})
+    config["truedepth"] = made | {"healing": record, "version": __version__}
+    card = model_card(original, plan, made.get("calibration"), record)
+    write_converted(out, source, config, tensors, card, shard_size, force)
+
+
+def _save_adapter(student: Any, lora: Any, directory: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(student, adapter_name="default")
+    held = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(held, directory / "adapter_model.safetensors")
+    lora.save_pretrained(str(directory))

@@ -1,0 +1,337 @@
+"""Healing: what is trained, what it is trained toward, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import truedepth as td
+from conftest import torchrun
+from truedepth.distillation import Distillation, KeptPredictions
+from truedepth.heal_options import Healing, Objective, TextPart, Train
+from truedepth.heal_training import is_trained, original_beside, student_of
+
+PLAN = td.Plan(6, [[1, 2], [4, 5]])
+
+
+@pytest.fixture(scope="module")
+def converted(make_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("healing") / "converted"
+    td.convert(make_model(), out, PLAN)
+    return out
+
+
+@pytest.fixture
+def options(prose):
+    return Healing(
+        text=[TextPart(str(prose))],
+        tokens=32 * 4 * 12,
+        sequence_length=32,
+        validation=8,
+        batch_size=4,
+        micro_batch_size=2,
+        learning_rate=1e-3,
+        eval_every=4,
+        device="cpu",
+    )
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def changed(before, after):
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {
+        k: (v.shape, v.dtype) for k, v in after.items()
+    }
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_only_the_wide_layers_change_and_the_loss_falls(make_model, converted, options, tmp_path):
+    done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=options)
+    names = changed(weights(converted), weights(tmp_path / "out"))
+    assert names == {
+        name
+        for name in weights(converted)
+        if name.startswith(("model.layers.1.", "model.layers.3."))
+    }
+    before, after = done.curve[0], done.curve[-1]
+    assert [row["step"] for row in done.curve] == [0, 4, 8, 12, 12]
+    assert after["kl"] < 0.9 * before["kl"]
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["truedepth"]["healing"]
+    assert record["text"] == {"text.txt": done.text_tokens}
+    assert record["validation"]["after"] == after
+    assert "trained toward the original" in (tmp_path / "out" / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    measured = td.perplexity(tmp_path / "out", against=make_model(), window=32, windows=4)
+    assert measured.kl > 0
+
+
+def test_all_weights_can_be_trained(make_model, converted, options, tmp_path):
+    everything = replace(options, train=Train.all)
+    td.heal(converted, tmp_path / "out", teacher=make_model(), healing=everything)
+    assert changed(weights(converted), weights(tmp_path / "out")) == set(weights(converted))
+
+
+def test_lora_is_merged_and_can_be_kept(make_model, converted, options, tmp_path):
+    from peft import PeftModel
+
+    lora = replace(options, train=Train.lora, rank=4, learning_rate=1e-2)
+    done = td.heal(
+        converted,
+        tmp_path / "out",
+        teacher=make_model(),
+        healing=lora,
+        keep_adapter=tmp_path / "adapter",
+    )
+    names = changed(weights(converted), weights(tmp_path / "out"))
+    assert names == {
+        f"model.layers.{layer}.{name}.weight"
+        for layer in (1, 3)
+        for name in (
+            *(f"self_attn.{x}_proj" for x in "qkvo"),
+            *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+        )
+    }
+    assert done.curve[-1]["kl"] < 0.9 * done.curve[0]["kl"]
+    base = td.load(converted).model
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    merged = td.load(tmp_path / "out").model
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
+    source = td.open_source(make_model())
+    plan = td.Plan(6)
+    student = student_of(source, lambda name: True, torch.float32)
+    original = original_beside(student, source, plan, torch.float32, shared=False)
+    both = Distillation(student, original, plan, Objective(hidden=1.0))
+    both._alike = [(i, i) for i in range(7)]
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    loss = both(ids, torch.arange(2))
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    largest = max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None)
+    assert largest < 1e-6
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(0.3, 2.0, 0.5), Objective(1.0)])
+def test_the_loss_is_as_written_down(make_model, converted, objective):
+    source, original = td.open_source(converted), td.open_source(make_model())
+    student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
+    teacher = original_beside(student, original, PLAN, torch.float32)
+    ids = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(0))
+    found = Distillation(student, teacher, PLAN, objective)(ids, torch.arange(3))
+    ours, theirs = (
+        each(ids, output_hidden_states=True) for each in (td.load(converted).model, teacher)
+    )
+    t = objective.temperature
+    p, q = ((x.logits[:, :-1] / t).log_softmax(-1) for x in (theirs, ours))
+    kl = t**2 * (p.exp() * (p - q)).sum(-1).mean()
+    nll = torch.nn.functional.cross_entropy(ours.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    pairs = [(2, 3), (4, 6)]  # behind layers 1 and 3 of the student, 2 and 5 of the original
+    errors = [
+        (
+            (ours.hidden_states[i] - theirs.hidden_states[j]).pow(2).sum(-1)
+            / theirs.hidden_states[j].pow(2).sum(-1)
+        ).mean()
+        for i, j in pairs
+    ]
+    a, b = objective.next_token, objective.hidden
+    expected = (1 - a) * kl + a * nll + b * sum(errors) / 2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_frozen_and_the_same_is_in_memory_once(make_model, converted):
+    source, original = td.open_source(converted), td.open_source(make_model())
+    student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
+    teacher = original_beside(student, original, PLAN, torch.float32)
+    ours = {id(parameter) for parameter in student.parameters()}
+    own = {n for n, parameter in teacher.named_parameters() if id(parameter) not in ours}
+    paired = tuple(f"model.layers.{layer}." for layer in (1, 2, 4, 5))
+    assert own == {n for n, _ in teacher.named_parameters() if n.startswith(paired)}
+    everything = student_of(source, is_trained(original.family, PLAN, Train.all), torch.float32)
+    teacher = original_beside(everything, original, PLAN, torch.float32)
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in everything.parameters()}
+
+
+def test_predictions_that_are_kept_are_computed_once(make_model, converted, tmp_path, monkeypatch):
+    source, original = td.open_source(converted), td.open_source(make_model())
+    student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
+    teacher = original_beside(student, original, PLAN, torch.float32)
+    ids = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(0))
+    numbers = torch.tensor([4, 0, 2])
+    exact = Distillation(student, teacher, PLAN, Objective())(ids, numbers)
+    losses = []
+    for count in (20, 320):
+        kept = KeptPredictions(tmp_path / str(count), 5, 16, count)
+        both = Distillation(student, teacher, PLAN, Objective(), kept)
+        first = both(ids, numbers)
+        with monkeypatch.context() as without:
+            without.setattr(teacher.base_model, "forward", None)
+            again = both(ids[[2, 0]], numbers[[2, 0]])
+        one = Distillation(student, teacher, PLAN, Objective(), kept)(ids[[0, 2]], numbers[[0, 2]])
+        torch.testing.assert_close(again, one)
+        losses.append(first.item())
+    assert losses[0] < exact.item()  # tokens that are not told apart
+    assert losses[1] == pytest.approx(exact.item(), rel=0.02)
+
+
+KILLED = """
+import os, sys
+from truedepth import cli
+from truedepth.heal_training import _Trainer
+step = _Trainer.training_step
+def once(self, *inputs):
+    if self.state.global_step == 6: os.kill(os.getpid(), 9)
+    return step(self, *inputs)
+_Trainer.training_step = once
+cli.main()
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(make_model, converted, prose, tmp_path):
+    def command(out, seed="0"):
+        return [
+            "heal",
+            str(converted),
+            str(tmp_path / out),
+            "--teacher",
+            str(make_model()),
+            "--text",
+            str(prose),
+            "--tokens",
+            "1536",
+            "--sequence-length",
+            "32",
+            "--batch-size",
+            "4",
+            "--micro-batch-size",
+            "2",
+            "--eval-every",
+            "4",
+            "--device",
+            "cpu",
+            "--validation",
+            "8",
+            "--seed",
+            seed,
+        ]
+
+    def run(code, out, seed="0"):
+        return subprocess.run(
+            [sys.executable, *code, *command(out, seed)], capture_output=True, text=True
+        )
+
+    assert run(["-m", "truedepth"], "whole").returncode == 0
+    assert run(["-c", KILLED], "killed").returncode == -9
+    assert not (tmp_path / "killed").exists()
+    assert (tmp_path / ".killed.healing" / "checkpoints" / "checkpoint-4").is_dir()
+    other = run(["-m", "truedepth"], "killed", seed="1")
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
+    assert "seed 0" in other.stderr
+    done = run(["-m", "truedepth"], "killed")
+    assert done.returncode == 0, done.stderr
+    assert "step 8 of 12" in done.stderr
+    assert "step 4 of 12" not in done.stderr
+    assert not changed(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert not (tmp_path / ".killed.healing").exists()
+
+
+def test_two_processes_take_the_same_steps(make_model, converted, prose, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [
+        "-m",
+        "truedepth",
+        "heal",
+        str(converted),
+        "OUT",
+        "--teacher",
+        str(make_model()),
+        "--text",
+        str(prose),
+        "--tokens",
+        "512",
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--validation",
+        "6",
+        "--eval-every",
+        "2",
+    ]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun(2))):
+        line = [str(tmp_path / name) if word == "OUT" else word for word in command]
+        done = subprocess.run([*launcher, *line], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("excess loss") == 1
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    start = weights(converted)
+    for name in changed(start, one):
+        torch.testing.assert_close(
+            one[name] - start[name], two[name] - start[name], atol=2e-6, rtol=1e-2
+        )
+    assert changed(start, one) == changed(start, two)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make_model, converted, options, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(converted, broken)
+    held = weights(broken)
+    held["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(held, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(td.TruedepthError, match=r"The loss is nan at step 1\..*--learning-rate"):
+        td.heal(broken, tmp_path / "out", teacher=make_model(), healing=options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"tokens": 100}, "100 tokens are less than one step of 4 windows of 32"),
+        ({"sequence_length": 1024}, "longer than the 512 positions"),
+        ({"batch_size": 3}, "3 windows a step are not a multiple of 2 windows a pass"),
+        ({"objective": Objective(next_token=2.0)}, "next_token must be from 0 to 1"),
+        ({"objective": Objective(temperature=0.0)}, "temperature must be above 0"),
+        ({"dtype": torch.float16}, "float32 or bfloat16, not float16"),
+        ({"validation": 0}, "validation must be at least 1"),
+        ({"text": [TextPart("nowhere.txt")]}, "Cannot read the text nowhere.txt"),
+    ],
+)
+def test_options_that_do_not_fit(make_model, converted, options, tmp_path, wrong, words):
+    with pytest.raises(td.TruedepthError, match=words):
+        td.heal(
+            converted, tmp_path / "out", teacher=make_model(), healing=replace(options, **wrong)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_belong_together(make_model, converted, options, tmp_path):
+    def heal(checkpoint, teacher):
+        td.heal(checkpoint, tmp_path / "out", teacher=teacher, healing=options)
+
+    with pytest.raises(td.TruedepthError, match="not a checkpoint that truedepth has made"):
+        heal(make_model(), make_model())
+    with pytest.raises(td.TruedepthError, match=r"not the original of .* a model of 6 layers"):
+        heal(converted, make_model(num_hidden_layers=4))
+    with pytest.raises(td.TruedepthError, match="hidden_size differs, 32 and 64"):
+        heal(converted, make_model(hidden_size=32))
+    td.convert(make_model(), tmp_path / "unpaired", td.Plan(6))
+    with pytest.raises(td.TruedepthError, match="nothing to heal"):
+        heal(tmp_path / "unpaired", make_model())

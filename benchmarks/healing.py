@@ -1,0 +1,125 @@
+"""What healing repairs: excess loss against tokens, by plan, start, objective and what is trained.
+
+    python benchmarks/healing.py --plan FILE [--plan FILE…] --calibration FILE [--calibration FILE…]
+        --train-text FILE --text FILE [--text FILE…] --directory DIR --json PATH
+        [--tokens 204800] [--runs kl,next-token,raw,lora] [--dtype bfloat16]
+
+Every run heals the calibrated conversion of a plan by distillation but for what its name says:
+`next-token` (the paper's objective), `raw` (not calibrated before), `lora`, `all`, `hidden`. Rows
+that are in the JSON file already are not measured again, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import truedepth as td
+from truedepth.heal_options import Healing, Objective, TextPart, Train
+from truedepth.loading import default_device, fast_dtype
+from truedepth.plan import Plan
+
+WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
+PARTS = ("excess", "excess_stderr", "kl", "tokens")
+STARTS = ("raw", "calibrated")
+
+
+def variant(name: str, healing: Healing) -> Healing:
+    """The options of a run, which is `NAME` or `NAME:LEARNING-RATE`."""
+    name, _, rate = name.partition(":")
+    changes: dict[str, Any] = {"learning_rate": float(rate)} if rate else {}
+    if name == "next-token":
+        changes["objective"] = Objective(next_token=1.0)
+    elif name == "hidden":
+        changes["objective"] = Objective(hidden=1.0)
+    elif name in ("lora", "all"):
+        changes["train"] = Train(name)
+    elif name not in ("kl", "raw"):
+        raise SystemExit(f"There is no run {name!r}.")
+    return replace(healing, **changes)
+
+
+def main() -> None:
+    """Heal and measure, row after row; the first rows of a plan are those it begins from."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--plan", type=Path, action="append", required=True)
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
+    parser.add_argument("--calibration-tokens", type=int, default=1 << 16)
+    parser.add_argument("--train-text", action="append", required=True)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--tokens", type=int, default=204800)
+    parser.add_argument("--batch-size", type=int, default=Healing.batch_size)
+    parser.add_argument("--micro-batch-size", type=int, default=Healing.micro_batch_size)
+    parser.add_argument("--eval-every", type=int, default=5)
+    parser.add_argument("--runs", default="kl")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--directory", type=Path, required=True, help="for checkpoints")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    source = td.open_source(arguments.model)
+    device = default_device()
+    dtype = fast_dtype(source, torch.device(device))
+    original = td.load(source, device=device, dtype=dtype)
+    rows: dict[str, Any] = {}
+    if arguments.json.exists():
+        rows = json.loads(arguments.json.read_text())
+
+    def measure(key: str, path: Path, more: dict[str, Any]) -> None:
+        loaded = td.load(path, device=device, dtype=dtype)
+        losses = {
+            text.name: td.perplexity(loaded, against=original, text=text, windows=WINDOWS)
+            for text in arguments.text
+        }
+        rows[key] = more | {
+            "losses": {
+                name: {part: getattr(loss, part) for part in PARTS} for name, loss in losses.items()
+            },
+        }
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print(key, json.dumps(rows[key]["losses"]), flush=True)
+
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    healing = Healing(
+        text=tuple(map(TextPart.parse, arguments.train_text)),
+        tokens=arguments.tokens,
+        batch_size=arguments.batch_size,
+        micro_batch_size=arguments.micro_batch_size,
+        eval_every=arguments.eval_every,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    for path in arguments.plan:
+        plan = Plan.from_yaml(path)
+        starts = {name: arguments.directory / f"{plan.effective_depth}-{name}" for name in STARTS}
+        for name, start in starts.items():
+            calibration = td.Calibration(
+                text=arguments.calibration, tokens=arguments.calibration_tokens
+            )
+            if not start.exists():
+                options = calibration if name == "calibrated" else None
+                td.convert(source, start, plan, calibration=options)
+            if (key := f"{plan.effective_depth}, {name}") not in rows:
+                measure(key, start, {"plan": plan.to_dict()})
+        for run in arguments.runs.split(","):
+            key = f"{plan.effective_depth}, {run}, {arguments.tokens} tokens"
+            if key in rows:
+                continue
+            start = starts["raw" if run.partition(":")[0] == "raw" else "calibrated"]
+            out = arguments.directory / key.replace(", ", "-").replace(" ", "-").replace(":", "-")
+            options = variant(run, healing)
+            done = td.heal(start, out, teacher=source, healing=options, force=True)
+            measure(
+                key,
+                out,
+                {"on": processor, "seconds": done.seconds, "curve": done.curve, **done.record},
+            )
+
+
+if __name__ == "__main__":
+    main()

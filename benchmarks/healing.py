@@ -102,8 +102,8 @@ def main() -> None:
                 text=arguments.calibration, tokens=arguments.calibration_tokens
             )
             if not start.exists():
-                options = calibration if name == "calibrated" else None
-                td.convert(source, start, plan, calibration=options)
+                repair = calibration if name == "calibrated" else None
+                td.convert(source, start, plan, calibration=repair)
             if (key := f"{plan.effective_depth}, {name}") not in rows:
                 measure(key, start, {"plan": plan.to_dict()})
         for run in arguments.runs.split(","):

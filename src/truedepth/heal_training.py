@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from truedepth.loading import filled_model
 from truedepth.plan import Plan
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
+
+LORA_DOWN, LORA_UP = "lora_A", "lora_B"  # peft's names
 
 
 def student_of(
@@ -111,20 +113,31 @@ def add_lora(student: PreTrainedModel, family: Family, plan: Plan, rank: int) ->
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({layers})({maps})")
     inject_adapter_in_model(config, student)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        added = LORA_DOWN in name or LORA_UP in name
+        parameter.requires_grad_(added)
+        if added:
+            parameter.data = parameter.data.float()
     return config
 
 
-def trained_tensors(student: PreTrainedModel, source: Source) -> dict[str, Tensor]:
-    """The checkpoint's tensors that training has changed, by name, float32; LoRA is merged."""
+def merged_tensors(
+    trained: Mapping[str, Tensor], source: Source, lora: Any = None
+) -> dict[str, Tensor]:
+    """The checkpoint's tensors that training has changed, by name, float32.
+
+    Args:
+        trained: The trained parameters by name.
+        source: The checkpoint that training began from.
+        lora: peft's configuration, where low-rank additions were trained.
+    """
+    if lora is None:
+        return dict(trained)
     found = {}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad and name in source.tensors:
-            found[name] = parameter.detach().cpu()
-    for name, module in student.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            delta = module.get_delta_weight("default").detach().cpu().float()
-            found[f"{name}.weight"] = source.tensors[f"{name}.weight"].read().float() + delta
+    for name, down in trained.items():
+        if LORA_DOWN in name:
+            up = trained[name.replace(LORA_DOWN, LORA_UP)]
+            name = name.partition(f".{LORA_DOWN}")[0] + ".weight"
+            found[name] = source.tensors[name].read().float() + lora.lora_alpha / lora.r * up @ down
     return found
 
 
@@ -149,8 +162,8 @@ def run_training(
     options: Healing,
     processes: int,
     checkpoints: Path,
-) -> list[dict[str, float]]:
-    """Train, or go on where a killed run was, and leave the model as it was at its best.
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Train, or go on where a killed run was.
 
     Args:
         model: The student and its original.
@@ -161,9 +174,10 @@ def run_training(
         checkpoints: A directory for them.
 
     Returns:
-        What was measured on the validation windows, from before the first step on: `step`, `loss`
-        (the objective's, but for hidden states), `nll`, `excess`, `stderr`, `kl`; the last is of
-        the model as it is left.
+        The student's trained parameters where they were best, by name, on the CPU and complete in
+        the first process; and what was measured on the validation windows, from before the first
+        step on: `step`, `loss` (the objective's, but for hidden states), `nll`, `excess`, `stderr`,
+        `kl`; the last is of these parameters.
 
     Raises:
         TruedepthError: The loss stopped being a number.
@@ -179,9 +193,12 @@ def run_training(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole(checkpoints))
     trainer.evaluate()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    best = {name: state[name].detach().cpu() for name in trainer.trained if name in state}
     rows = [row for row in trainer.state.log_history if "eval_kl" in row]
     names = ("loss", "nll", "excess", "stderr", "kl")
-    return [{"step": row["step"], **{name: row[f"eval_{name}"] for name in names}} for row in rows]
+    curve = [{"step": row["step"], **{name: row[f"eval_{name}"] for name in names}} for row in rows]
+    return {name.removeprefix("student."): value for name, value in best.items()}, curve
 
 
 def passes_a_step(options: Healing, processes: int) -> int:
@@ -240,6 +257,10 @@ def training_arguments(options: Healing, processes: int, directory: Path) -> Tra
 class _Trainer(Trainer):  # type: ignore[misc]
     """Keeps what is trained and nothing else, and stops where the loss is no number."""
 
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model=model, **options)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **_: Any) -> Tensor:
         loss: Tensor = model(**inputs)
         if not loss.isfinite():
@@ -266,9 +287,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         state = self.model.state_dict() if state_dict is None else state_dict
-        held = {name: value.contiguous() for name, value in state.items() if name in trained}
+        held = {name: value.contiguous() for name, value in state.items() if name in self.trained}
         save_file(held, directory / "model.safetensors")
 
 

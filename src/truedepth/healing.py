@@ -9,6 +9,7 @@ it is done, and the same call goes on with it.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import Tensor
 
 from truedepth import __version__
 from truedepth.card import model_card
@@ -31,11 +34,11 @@ from truedepth.heal_training import (
     add_lora,
     is_trained,
     last_whole,
+    merged_tensors,
     original_beside,
     passes_a_step,
     run_training,
     student_of,
-    trained_tensors,
 )
 from truedepth.loading import default_device, fast_dtype
 from truedepth.plan import Plan
@@ -138,7 +141,8 @@ def heal(
         student = student_of(
             source, is_trained(original.family, plan, options.train), options.dtype
         )
-        model = original_beside(student, original, plan, options.dtype)
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
+        model = original_beside(student, original, plan, options.dtype, shared=not sharded)
         lora = (
             add_lora(student, original.family, plan, options.rank)
             if options.train is Train.lora
@@ -156,7 +160,7 @@ def heal(
                 options.keep_predictions,
             )
         both = Distillation(student, model, plan, options.objective, predictions)
-        curve = run_training(
+        trained, curve = run_training(
             both, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
         )
         record = {
@@ -165,9 +169,10 @@ def heal(
             "validation": {"windows": len(text.validation), "before": curve[0], "after": curve[-1]},
         }
         if state.is_main_process:
-            _write(source, original, plan, student, record, out, shard_size, force)
-            if lora is not None and adapter is not None:
-                _save_adapter(student, lora, adapter)
+            values = merged_tensors(trained, source, lora)
+            _write(source, original, plan, values, record, out, shard_size, force)
+            if adapter is not None:
+                _save_adapter(trained, lora, adapter)
     if state.is_main_process:
         shutil.rmtree(kept, ignore_errors=True)
     state.wait_for_everyone()
@@ -288,14 +293,14 @@ def _write(
     source: Source,
     original: Source,
     plan: Plan,
-    student: Any,
+    values: Mapping[str, Tensor],
     record: dict[str, Any],
     out: Path,
     shard_size: int | str,
     force: bool,
 ) -> None:
     tensors = dict(source.tensors)
-    for name, value in trained_tensors(student, source).items():
+    for name, value in values.items():
         tensors[name] = from_tensor(value).to(tensors[name].dtype)
     config = dict(source.config)
     made = dict(config.get("truedepth") or {})
@@ -304,12 +309,12 @@ def _write(
     write_converted(out, source, config, tensors, card, shard_size, force)
 
 
-def _save_adapter(student: Any, lora: Any, directory: Path) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
+def _save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:
+    """As peft's own `save_pretrained` names it."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(student, adapter_name="default")
-    held = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
+    held = {
+        f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
+        for name, value in trained.items()
+    }
     save_file(held, directory / "adapter_model.safetensors")
     lora.save_pretrained(str(directory))

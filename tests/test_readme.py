@@ -39,8 +39,10 @@ def test_the_commands(model, prose, tmp_path):
             command += ["--stride", "14", "--permutations", "1"]
         if command[1] == "convert":
             command += ["--force", *(["--tokens", "4096"] if "--layers" not in command else [])]
+        if command[1] == "heal":
+            command += ["--tokens", "1024", "--sequence-length", "64", "--batch-size", "4"]
         subprocess.run([TRUEDEPTH, *command[1:]], cwd=tmp_path, check=True)
-    assert set(names) == {"convert", "eval", "generate", "info", "plan", "study"}
+    assert set(names) == {"convert", "eval", "generate", "heal", "info", "plan", "study"}
 
 
 def test_the_python(model, tmp_path):

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import truedepth as td
 from conftest import torchrun
-from truedepth.distillation import Distillation, KeptPredictions
+from truedepth.distillation import Distillation
+from truedepth.evaluate import window_measures
 from truedepth.heal_options import Healing, Objective, TextPart, Train
 from truedepth.heal_training import is_trained, original_beside, student_of
+from truedepth.teacher import KeptPredictions, Original
+from truedepth.training_text import packed, part_documents
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
 
@@ -114,8 +117,8 @@ def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
     source = td.open_source(make_model())
     plan = td.Plan(6)
     student = student_of(source, lambda name: True, torch.float32)
-    original = original_beside(student, source, plan, torch.float32, shared=False)
-    both = Distillation(student, original, plan, Objective(hidden=1.0))
+    itself = Original(original_beside(student, source, plan, torch.float32, shared=False))
+    both = Distillation(student, itself, itself, plan, Objective(hidden=1.0))
     both._alike = [(i, i) for i in range(7)]
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     loss = both(ids, torch.arange(2))
@@ -129,11 +132,12 @@ def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
 def test_the_loss_is_as_written_down(make_model, converted, objective):
     source, original = td.open_source(converted), td.open_source(make_model())
     student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
-    teacher = original_beside(student, original, PLAN, torch.float32)
+    model = original_beside(student, original, PLAN, torch.float32)
     ids = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(0))
-    found = Distillation(student, teacher, PLAN, objective)(ids, torch.arange(3))
+    teacher = Original(model)
+    found = Distillation(student, teacher, teacher, PLAN, objective)(ids, torch.arange(3))
     ours, theirs = (
-        each(ids, output_hidden_states=True) for each in (td.load(converted).model, teacher)
+        each(ids, output_hidden_states=True) for each in (td.load(converted).model, model)
     )
     t = objective.temperature
     p, q = ((x.logits[:, :-1] / t).log_softmax(-1) for x in (theirs, ours))
@@ -165,26 +169,61 @@ def test_what_is_frozen_and_the_same_is_in_memory_once(make_model, converted):
     assert not {id(p) for p in teacher.parameters()} & {id(p) for p in everything.parameters()}
 
 
-def test_predictions_that_are_kept_are_computed_once(make_model, converted, tmp_path, monkeypatch):
+def test_kept_predictions_say_what_the_original_says(make_model, converted, tmp_path):
     source, original = td.open_source(converted), td.open_source(make_model())
     student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
-    teacher = original_beside(student, original, PLAN, torch.float32)
-    ids = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(0))
+    model = original_beside(student, original, PLAN, torch.float32)
+    ids = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(0))
     numbers = torch.tensor([4, 0, 2])
-    exact = Distillation(student, teacher, PLAN, Objective())(ids, numbers)
-    losses = []
+    objective = Objective(0.3, 2.0)
+
+    def loss_and_measures(teacher, validation):
+        both = Distillation(student, teacher, validation, PLAN, objective)
+        with torch.no_grad():
+            return both(ids[numbers], numbers), both(ids[numbers], numbers, measure=True)
+
+    exact, measured = loss_and_measures(Original(model), Original(model))
     for count in (20, 320):
-        kept = KeptPredictions(tmp_path / str(count), 5, 16, count)
-        both = Distillation(student, teacher, PLAN, Objective(), kept)
-        first = both(ids, numbers)
-        with monkeypatch.context() as without:
-            without.setattr(teacher.base_model, "forward", None)
-            again = both(ids[[2, 0]], numbers[[2, 0]])
-        one = Distillation(student, teacher, PLAN, Objective(), kept)(ids[[0, 2]], numbers[[0, 2]])
-        torch.testing.assert_close(again, one)
-        losses.append(first.item())
-    assert losses[0] < exact.item()  # tokens that are not told apart
-    assert losses[1] == pytest.approx(exact.item(), rel=0.02)
+        kept = [KeptPredictions(tmp_path / f"{count} at {t}", 5, 16, count, t) for t in (2.0, 1.0)]
+        for each in kept:
+            each.fill(model, ids, 0, 2)
+            each.fill(model, ids, 1, 2)
+        loss, rows = loss_and_measures(*kept)
+        torch.testing.assert_close(rows[:, [0, 1, 3]], measured[:, [0, 1, 3]])
+        if count == 320:
+            torch.testing.assert_close(loss, exact, atol=0, rtol=0.02)
+            torch.testing.assert_close(rows[:, 2], measured[:, 2], atol=0, rtol=0.02)
+        else:  # tokens that are not told apart
+            assert loss < exact
+            assert (rows[:, 2] < measured[:, 2]).all()
+
+
+def test_healing_by_kept_predictions(make_model, converted, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("truedepth.healing.original_beside", None)
+    kept = replace(options, keep_predictions=320)
+    done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=kept)
+    assert done.curve[-1]["kl"] < 0.9 * done.curve[0]["kl"]
+
+
+def test_validation_measures_are_those_of_eval(make_model, converted, options, tmp_path):
+    done = td.heal(
+        converted, tmp_path / "out", teacher=make_model(), healing=replace(options, tokens=128)
+    )
+    ours, theirs = td.load(converted).model, td.load(make_model()).model
+    tokenizer = td.open_source(converted).tokenizer
+    windows = list(packed(part_documents(options.text[0].name), tokenizer, 32))
+    aside = torch.tensor(windows[4:12])  # behind the four that are trained on
+    assert done.record["validation"]["windows"] == len(aside)
+    rows = []
+    with torch.no_grad():
+        for ids in aside:
+            a, b = (model(ids[None]).logits[0, :-1] for model in (ours, theirs))
+            rows.append(window_measures(ids[1:], [a.__getitem__], b.__getitem__)[0])
+    expected = torch.stack(rows).mean(0)
+    before = done.curve[0]
+    assert before["nll"] == pytest.approx(expected[0].item(), abs=1e-4)
+    assert before["excess"] == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
+    assert before["kl"] == pytest.approx(expected[2].item(), abs=1e-4)
 
 
 KILLED = """

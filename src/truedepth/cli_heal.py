@@ -69,8 +69,8 @@ def heal(
     keep_predictions: Annotated[
         int,
         typer.Option(
-            help="Most likely tokens of the original's predictions to keep on disk, for text that"
-            " is read several times; 0 keeps none."
+            help="Most likely tokens of the original's predictions to keep on disk instead of the"
+            " original in memory; 0 runs the original beside the student."
         ),
     ] = 0,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,

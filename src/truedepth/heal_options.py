@@ -103,8 +103,9 @@ class Healing:
 
     objective: Objective = field(default_factory=Objective)
     keep_predictions: int = 0
-    """Most likely tokens of the original's predictions to keep on disk, so that a text that is read
-    several times is predicted once; 0 computes all of them each time."""
+    """Most likely tokens of the original's predictions to compute before training and keep on disk:
+    the original is then in no memory during it, and text that is read several times is predicted
+    once. 0 runs the original beside the student, on all tokens."""
 
     learning_rate: float = 2e-4
     schedule: Schedule = Schedule.cosine

@@ -27,7 +27,7 @@ from truedepth.card import model_card
 from truedepth.checkpoint import check_output
 from truedepth.conversion import check_apart, write_converted
 from truedepth.converted import plan_of
-from truedepth.distillation import Distillation, KeptPredictions
+from truedepth.distillation import Distillation
 from truedepth.errors import TruedepthError
 from truedepth.heal_options import Healing, Train
 from truedepth.heal_training import (
@@ -40,12 +40,13 @@ from truedepth.heal_training import (
     run_training,
     student_of,
 )
-from truedepth.loading import default_device, fast_dtype
+from truedepth.loading import default_device, fast_dtype, load
 from truedepth.plan import Plan
 from truedepth.sources import Source, open_source
+from truedepth.teacher import KeptPredictions, Original, Teacher
 from truedepth.tensors import dtype_name, from_tensor
 from truedepth.text import check_window
-from truedepth.training_text import training_text
+from truedepth.training_text import TrainingText, training_text
 from truedepth.unfinished import beside, unfinished
 
 CHECKPOINTS = "checkpoints"
@@ -121,7 +122,7 @@ def heal(
     check_output(out, force)
     if adapter is not None:
         check_output(adapter, force)
-    options = _placed(options, original)
+    options, dtype = _placed(options, original)
     state = PartialState(cpu=options.device == "cpu")
     passes_a_step(options, state.num_processes)
     settings = _settings(source, original, options)
@@ -137,29 +138,7 @@ def heal(
                 validation=options.validation,
                 seed=options.seed,
             )
-        assert options.dtype is not None
-        student = student_of(
-            source, is_trained(original.family, plan, options.train), options.dtype
-        )
-        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
-        model = original_beside(student, original, plan, options.dtype, shared=not sharded)
-        lora = (
-            add_lora(student, original.family, plan, options.rank)
-            if options.train is Train.lora
-            else None
-        )
-        if options.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-        model.to(state.device)
-        predictions = None
-        if options.keep_predictions:
-            predictions = KeptPredictions(
-                kept / "predictions",
-                len(text.trained),
-                options.sequence_length,
-                options.keep_predictions,
-            )
-        both = Distillation(student, model, plan, options.objective, predictions)
+        both, lora = _both(source, original, plan, text, options, dtype, state, kept)
         trained, curve = run_training(
             both, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
         )
@@ -232,13 +211,15 @@ def _check(source: Source, original: Source, options: Healing, adapter: Path | N
             f"{options.tokens} tokens are less than one step of {options.batch_size} windows of"
             f" {options.sequence_length}."
         )
+    if options.keep_predictions and objective.hidden:
+        raise TruedepthError("What wide layers give is compared only without --keep-predictions.")
     if adapter is not None and options.train is not Train.lora:
         raise TruedepthError("There is an adapter to keep only where LoRA is trained.")
     return plan
 
 
-def _placed(options: Healing, original: Source) -> Healing:
-    """With device and dtype chosen."""
+def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
+    """With device and dtype chosen; and that dtype."""
     device = options.device or default_device()
     dtype = options.dtype
     if dtype is None:
@@ -246,7 +227,7 @@ def _placed(options: Healing, original: Source) -> Healing:
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise TruedepthError(f"Models are trained in float32 or bfloat16, not {dtype_name(dtype)}.")
-    return replace(options, device=device, dtype=dtype)
+    return replace(options, device=device, dtype=dtype), dtype
 
 
 def _recorded(original: Source, options: Healing) -> dict[str, Any]:
@@ -287,6 +268,62 @@ def _directory(
             stack.enter_context(unfinished(directory, settings, begin_again=nothing_lost))
         state.wait_for_everyone()
         yield
+
+
+def _both(
+    source: Source,
+    original: Source,
+    plan: Plan,
+    text: TrainingText,
+    options: Healing,
+    dtype: torch.dtype,
+    state: PartialState,
+    directory: Path,
+) -> tuple[Distillation, Any]:
+    """The student with its teachers, and peft's configuration where there is one."""
+    teachers: tuple[Teacher, Teacher]
+    if options.keep_predictions:
+        teachers = _kept_predictions(original, text, options, dtype, state, directory)
+    student = student_of(source, is_trained(original.family, plan, options.train), dtype)
+    if not options.keep_predictions:
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
+        model = original_beside(student, original, plan, dtype, shared=not sharded)
+        teacher = Original(model.to(state.device))
+        teachers = teacher, teacher
+    lora = None
+    if options.train is Train.lora:
+        lora = add_lora(student, original.family, plan, options.rank)
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return Distillation(student, *teachers, plan, options.objective), lora
+
+
+def _kept_predictions(
+    original: Source,
+    text: TrainingText,
+    options: Healing,
+    dtype: torch.dtype,
+    state: PartialState,
+    directory: Path,
+) -> tuple[Teacher, Teacher]:
+    """For the windows of both uses; the original is in memory only here."""
+    model = load(original, device=state.device, dtype=dtype).model
+
+    def kept(name: str, ids: Tensor, temperature: float) -> Teacher:
+        predictions = KeptPredictions(
+            directory / "predictions" / name,
+            len(ids),
+            options.sequence_length,
+            min(options.keep_predictions, original.config["vocab_size"]),
+            temperature,
+        )
+        predictions.fill(model, ids, state.process_index, state.num_processes)
+        return predictions
+
+    trained = kept("trained", text.trained, options.objective.temperature)
+    validation = kept("validation", text.validation, 1.0)
+    state.wait_for_everyone()
+    return trained, validation
 
 
 def _write(

@@ -1,0 +1,91 @@
+"""Memory of healing: with the original as a second model, sharing what is frozen, and kept on disk.
+
+    python benchmarks/healing_memory.py [--model default] [--layers 14-27] --train-text FILE
+        [--runs 3] [--json PATH]
+
+Every run is a process of its own that takes three steps; the peak is of the GPU's allocated memory
+where there is one, else of the process's anonymous resident memory. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import truedepth as td
+from conversion import anonymous_memory
+from truedepth.plan import Plan, parse_span
+
+WAYS = ("a second model", "shared", "kept on disk")
+
+HEAL = """
+import sys, functools, json, torch, truedepth as td
+from truedepth import healing
+from truedepth.heal_options import Healing, TextPart
+checkpoint, out, teacher, text, way = sys.argv[1:]
+if way == "a second model":
+    healing.original_beside = functools.partial(healing.original_beside, shared=False)
+options = Healing(
+    text=(TextPart(text),), tokens=3 * 8 * 512, batch_size=8, micro_batch_size=1, validation=4,
+    keep_predictions=64 * (way == "kept on disk"),
+)
+td.heal(checkpoint, out, teacher=teacher, healing=options)
+if torch.cuda.is_available():
+    print(json.dumps(torch.cuda.max_memory_allocated()))
+"""
+
+
+def main() -> None:
+    """Heal in every way, interleaved; print and write the peaks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--layers", default="14-27")
+    parser.add_argument("--train-text", required=True)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    peaks: dict[str, list[int]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = Path(directory) / "converted"
+        source = td.open_source(arguments.model)
+        plan = Plan.span(source.num_layers, *parse_span(arguments.layers))
+        td.convert(source, checkpoint, plan)
+        for run in range(arguments.runs):
+            for way in WAYS:
+                out = Path(directory) / f"{way}-{run}"
+                command = [sys.executable, "-c", HEAL, str(checkpoint), str(out)]
+                command += [arguments.model, arguments.train_text, way]
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                peak = 0
+                while process.poll() is None:
+                    peak = max(peak, anonymous_memory(process))
+                    time.sleep(0.02)
+                if process.returncode:
+                    raise SystemExit(process.returncode)
+                if torch.cuda.is_available():
+                    assert process.stdout is not None
+                    peak = json.loads(process.stdout.read().splitlines()[-1])
+                peaks[way].append(peak)
+    gpu = torch.cuda.is_available()
+    result = {
+        "on": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "what": "allocated on the GPU" if gpu else "anonymous resident memory",
+        "peak_bytes": peaks,
+        "median_bytes": {way: median(values) for way, values in peaks.items()},
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -64,7 +64,7 @@ def main() -> None:
                 out = Path(directory) / f"{way}-{run}"
                 command = [sys.executable, "-c", HEAL, str(checkpoint), str(out)]
                 command += [arguments.model, arguments.train_text, way]
-                process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                process = subprocess.Popen(command, stdout=subprocess.PIPE)
                 peak = 0
                 while process.poll() is None:
                     peak = max(peak, anonymous_memory(process))

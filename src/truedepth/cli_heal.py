@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from truedepth.cli_options import DType, Force, JsonPath, Seed, write_json
+from truedepth.cli_options import Force, JsonPath, Seed, write_json
 from truedepth.errors import TruedepthError
 from truedepth.heal_options import Healing, Objective, Schedule, TextPart, Train
 
@@ -18,6 +18,14 @@ class Recipe(StrEnum):
 
     distil = "distil"
     paper = "paper"
+
+
+class Precision(StrEnum):
+    """Of a training's arithmetic."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 class Device(StrEnum):
@@ -39,67 +47,125 @@ def heal(
         list[str] | None,
         typer.Option(
             help="To train on: .txt or .jsonl file, directory of such, or data set of the hub;"
-            " NAME=2 weighs it twice; repeat to mix.",
-            show_default="RedPajama-Data-1T-Sample",
+            " NAME=2 weighs it twice; repeat to mix. By default RedPajama's sample from the hub.",
+            show_default=False,
+            rich_help_panel="Text",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="To train on.")] = 2_000_000,
+    tokens: Annotated[
+        int, typer.Option(help="To train on.", rich_help_panel="Text")
+    ] = Healing.tokens,
     recipe: Annotated[
         Recipe,
         typer.Option(
             help="paper: next-token loss, 32 windows a step, learning rate 1e-4 falling linearly."
-            " Options given beside it override it."
+            " Options given beside it override it.",
+            rich_help_panel="What is trained",
         ),
     ] = Recipe.distil,
     train: Annotated[
-        Train, typer.Option(help="Wide layers, all weights, or LoRA on wide layers.")
+        Train,
+        typer.Option(
+            help="Wide layers, all weights, or LoRA on wide layers.",
+            rich_help_panel="What is trained",
+        ),
     ] = Train.paired,
-    rank: Annotated[int | None, typer.Option(help="Of LoRA.", show_default="16")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of LoRA.", show_default="16", rich_help_panel="What is trained"),
+    ] = None,
     next_token: Annotated[
         float | None,
         typer.Option(
             help="Share of the next-token loss; the rest is KL from the original.",
             show_default="0",
+            rich_help_panel="What is trained",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the KL.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Of the KL.", rich_help_panel="What is trained")
+    ] = Objective.temperature,
     hidden: Annotated[
-        float, typer.Option(help="Weight of the error of what wide layers give.")
-    ] = 0.0,
+        float,
+        typer.Option(
+            help="Weight of the error of what wide layers give.", rich_help_panel="What is trained"
+        ),
+    ] = Objective.hidden,
     keep_predictions: Annotated[
         int,
         typer.Option(
             help="Most likely tokens of the original's predictions to keep on disk instead of the"
-            " original in memory; 0 runs the original beside the student."
+            " original in memory; 0 runs the original beside the student.",
+            rich_help_panel="Memory",
         ),
-    ] = 0,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    ] = Healing.keep_predictions,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens a window.", rich_help_panel="Text")
+    ] = Healing.sequence_length,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest.", show_default="2e-4")
+        float | None,
+        typer.Option(
+            help="At its highest.",
+            show_default=f"{Healing.learning_rate:g}",
+            rich_help_panel="Steps",
+        ),
     ] = None,
     schedule: Annotated[
-        Schedule | None, typer.Option(help="How it falls.", show_default="cosine")
+        Schedule | None,
+        typer.Option(help="How it falls.", show_default=Healing.schedule, rich_help_panel="Steps"),
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps in which it rises.", rich_help_panel="Steps")
+    ] = Healing.warmup,
     batch_size: Annotated[
-        int | None, typer.Option(help="Windows a step, on all devices.", show_default="16")
+        int | None,
+        typer.Option(
+            help="Windows a step, on all devices.",
+            show_default=str(Healing.batch_size),
+            rich_help_panel="Steps",
+        ),
     ] = None,
-    micro_batch_size: Annotated[int, typer.Option(help="Windows a pass, on one.")] = 4,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = 1.0,
+    micro_batch_size: Annotated[
+        int, typer.Option(help="Windows a pass, on one.", rich_help_panel="Memory")
+    ] = Healing.micro_batch_size,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's.", rich_help_panel="Steps")
+    ] = Healing.weight_decay,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Gradients are clipped to it.", rich_help_panel="Steps")
+    ] = Healing.max_grad_norm,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Less memory, more time.", rich_help_panel="Memory"
+        ),
     ] = False,
     eval_every: Annotated[
-        int, typer.Option(help="Steps between validations, each with a checkpoint.")
-    ] = 50,
-    validation: Annotated[int, typer.Option(help="Windows to validate on.")] = 64,
-    logs: Annotated[Path | None, typer.Option(help="Directory for TensorBoard.")] = None,
+        int,
+        typer.Option(
+            help="Steps between validations, each with a checkpoint.", rich_help_panel="The run"
+        ),
+    ] = Healing.eval_every,
+    validation: Annotated[
+        int, typer.Option(help="Windows to validate on.", rich_help_panel="Text")
+    ] = Healing.validation,
+    logs: Annotated[
+        Path | None, typer.Option(help="Directory for TensorBoard.", rich_help_panel="The run")
+    ] = None,
     keep_adapter: Annotated[
-        Path | None, typer.Option(help="Directory for the LoRA adapter, which is also merged.")
+        Path | None,
+        typer.Option(
+            help="Directory for the LoRA adapter, which is also merged.",
+            rich_help_panel="What is trained",
+        ),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Give up an unfinished run of other settings.")
+        bool,
+        typer.Option(
+            "--restart",
+            help="Give up an unfinished run of other settings.",
+            rich_help_panel="The run",
+        ),
     ] = False,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
     force: Force = False,
@@ -109,11 +175,11 @@ def heal(
         Device | None, typer.Option(help="Where to train.", show_default="a GPU if any")
     ] = None,
     dtype: Annotated[
-        DType,
+        Precision,
         typer.Option(
-            help="Of the arithmetic; trained weights are float32. auto is float32 on a CPU."
+            help="Of the arithmetic; trained weights are float32. auto is float32 on a CPU.",
         ),
-    ] = DType.auto,
+    ] = Precision.auto,
 ) -> None:
     """Train the wide layers of CKPT toward the original; an interrupted run is gone on with."""
     if rank is not None and train is not Train.lora:
@@ -121,6 +187,7 @@ def heal(
     if keep_adapter is not None and train is not Train.lora:
         raise TruedepthError("--keep-adapter goes with --train lora.")
 
+    import torch
     from accelerate import PartialState
 
     from truedepth.healing import heal as heal_checkpoint
@@ -154,7 +221,7 @@ def heal(
         eval_every=eval_every,
         seed=seed,
         device=device.value if device else None,
-        dtype=dtype.torch(),
+        dtype=None if dtype is Precision.auto else getattr(torch, dtype.value),
         logs=logs,
     )
     done = heal_checkpoint(

@@ -157,17 +157,17 @@ class Windows(Dataset[dict[str, Any]]):
 
 def run_training(
     model: Distillation,
-    trained: Tensor,
+    windows: Tensor,
     validation: Tensor,
     options: Healing,
     processes: int,
     checkpoints: Path,
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+) -> tuple[dict[str, Tensor], list[dict[str, float]], int]:
     """Train, or go on where a killed run was.
 
     Args:
         model: The student and its original.
-        trained: `[windows, length]` token ids.
+        windows: `[windows, length]` token ids, to train on.
         validation: The same, never trained on.
         options: Of the training.
         processes: That train together.
@@ -175,9 +175,9 @@ def run_training(
 
     Returns:
         The student's trained parameters where they were best, by name, on the CPU and complete in
-        the first process; and what was measured on the validation windows, from before the first
-        step on: `step`, `loss` (the objective's, but for hidden states), `nll`, `excess`, `stderr`,
-        `kl`; the last is of these parameters.
+        the first process; what was measured on the validation windows, from before the first step
+        on: `step`, `loss` (the objective's, but for hidden states), `nll`, `excess`, `stderr`,
+        `kl`; and the step of these parameters.
 
     Raises:
         TruedepthError: The loss stopped being a number.
@@ -185,20 +185,22 @@ def run_training(
     trainer = _Trainer(
         model=model,
         args=training_arguments(options, processes, checkpoints),
-        train_dataset=Windows(trained),
+        train_dataset=Windows(windows),
         eval_dataset=Windows(validation),
         compute_metrics=lambda found: _metrics(found.predictions, options.objective),
         callbacks=_callbacks(options),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole(checkpoints))
-    trainer.evaluate()
+    resumed = last_whole(checkpoints)
+    trainer.args.eval_on_start = resumed is None
+    trainer.train(resume_from_checkpoint=resumed)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     best = {name: state[name].detach().cpu() for name in trainer.trained if name in state}
     rows = [row for row in trainer.state.log_history if "eval_kl" in row]
     names = ("loss", "nll", "excess", "stderr", "kl")
     curve = [{"step": row["step"], **{name: row[f"eval_{name}"] for name in names}} for row in rows]
-    return {name.removeprefix("student."): value for name, value in best.items()}, curve
+    trained = {name.removeprefix("student."): value for name, value in best.items()}
+    return trained, curve, trainer.state.best_global_step
 
 
 def passes_a_step(options: Healing, processes: int) -> int:
@@ -238,7 +240,6 @@ def training_arguments(options: Healing, processes: int, directory: Path) -> Tra
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=options.eval_every,
-        eval_on_start=True,
         save_strategy="steps",
         save_steps=options.eval_every,
         save_total_limit=2,

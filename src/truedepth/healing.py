@@ -139,13 +139,17 @@ def heal(
                 seed=options.seed,
             )
         both, lora = _both(source, original, plan, text, options, dtype, state, kept)
-        trained, curve = run_training(
+        trained, curve, best = run_training(
             both, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
         )
         record = {
             **_recorded(original, options),
             "text": text.tokens,
-            "validation": {"windows": len(text.validation), "before": curve[0], "after": curve[-1]},
+            "validation": {
+                "windows": len(text.validation),
+                "before": curve[0],
+                "after": next(row for row in curve if row["step"] == best),
+            },
         }
         if state.is_main_process:
             values = merged_tensors(trained, source, lora)

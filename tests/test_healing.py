@@ -114,6 +114,16 @@ def test_lora_is_merged_and_can_be_kept(make_model, converted, options, tmp_path
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_tied_embeddings_stay_tied(make_model, options, tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    td.convert(model, tmp_path / "converted", PLAN)
+    assert "lm_head.weight" not in weights(tmp_path / "converted")
+    everything = replace(options, train=Train.all, tokens=256)
+    done = td.heal(tmp_path / "converted", tmp_path / "out", teacher=model, healing=everything)
+    assert weights(tmp_path / "out").keys() == weights(tmp_path / "converted").keys()
+    assert done.curve[-1]["kl"] < done.curve[0]["kl"]
+
+
 def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
     source = td.open_source(make_model())
     plan = td.Plan(6)

@@ -68,7 +68,7 @@ class Distillation(nn.Module):
             checkpoint(
                 self._chunk, chunk, states[chunk], targets[chunk], reference, use_reentrant=False
             )
-            for chunk in chunks(len(targets))
+            for chunk in chunks(targets)
         ]
         loss: Tensor = torch.stack(sums).sum() / len(targets)
         if hidden:
@@ -100,7 +100,7 @@ class Distillation(nn.Module):
         reference, _ = self._validation.look(ids, number, 1.0, False)
         targets = ids[:, 1:].flatten()
         rows = []
-        for chunk in chunks(len(targets)):
+        for chunk in chunks(targets):
             logits, wanted = self._logits(states[chunk]), targets[chunk]
             measures = (
                 cross_entropy(logits, wanted, reduction="none"),

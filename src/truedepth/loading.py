@@ -149,12 +149,14 @@ def filled_model(
         TruedepthError: transformers cannot build it, or it lacks weights.
     """
     model = empty_model(source.config, source.path)
-    for name, _ in list(model.named_parameters()):
-        if name not in source.tensors:
-            raise TruedepthError(f"{source.path} has no tensor for {name!r}.")
+    missing = {name for name, _ in model.named_parameters()} - source.tensors.keys()
+    if lacking := missing - model.all_tied_weights_keys.keys():
+        raise TruedepthError(f"{source.path} has no tensor for {min(lacking)!r}.")
+    for name in [name for name, _ in model.named_parameters() if name not in missing]:
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, parameter(name, source.tensors[name]))
-    model.tie_weights()
+    if missing:  # transformers, too, keeps apart what a file holds twice
+        model.tie_weights()
     return model
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from truedepth.progress import progress_bar
 
-CHUNK_TOKENS = 512  # whose logits are in memory at a time
+CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}  # whose logits are in memory at a time
 
 Outputs = tuple[Tensor, ...]
 """`[windows, length, hidden]`: the embedding, then what every layer gives."""
@@ -141,7 +141,7 @@ class KeptPredictions:
                 window = ids[number : number + 1].to(model.device, torch.int64)
                 states, _ = run(model, window, False)
                 whole, targets = _Whole(model, states, 1.0), window[0, 1:]
-                for chunk in chunks(len(targets)):
+                for chunk in chunks(targets):
                     logits = whole.logits(chunk) / self._temperature
                     values, tokens = logits.log_softmax(-1).topk(count)
                     self._values[number, chunk] = values.half().cpu()
@@ -190,6 +190,7 @@ def run(model: PreTrainedModel, ids: Tensor, hidden: bool) -> tuple[Tensor, Outp
     return output.last_hidden_state[:, :-1].flatten(0, 1), output.hidden_states or ()
 
 
-def chunks(positions: int) -> list[slice]:
+def chunks(targets: Tensor) -> list[slice]:
     """Of positions whose logits are in memory together."""
-    return [slice(start, start + CHUNK_TOKENS) for start in range(0, positions, CHUNK_TOKENS)]
+    size = CHUNK_TOKENS.get(targets.device.type, CHUNK_TOKENS["cuda"])
+    return [slice(start, start + size) for start in range(0, len(targets), size)]

@@ -166,6 +166,35 @@ def main() -> None:
         }
         for method, make in makers.items():
             comparison.row(method, depth, make)
+    print_tables([row for row in comparison.rows.values() if "method" in row])
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Markdown: excess loss on every text, and mean accuracy, by method and depth."""
+    original = rows[0]
+    depths = list(dict.fromkeys(row["depth"] for row in rows[1:]))
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows[1:]:
+        by_method.setdefault(row["method"], {})[row["depth"]] = row
+
+    def table(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        print(f"\n{title}\n\n| | {' | '.join(map(str, depths))} |\n|---|{'---|' * len(depths)}")
+        for method, found in by_method.items():
+            cells = [cell(found[depth]) if depth in found else "-" for depth in depths]
+            print(f"| {method} | {' | '.join(cells)} |")
+
+    texts = list(original["nll"])
+    table(
+        f"Excess loss, {' / '.join(texts)}",
+        lambda row: " / ".join(f"{row['nll'][x] - original['nll'][x]:.3f}" for x in texts),
+    )
+    if "tasks" in original:
+        names = [f"{task} {'acc' if task == 'winogrande' else 'acc_norm'}" for task in TASKS]
+        mean = {id(row): sum(row["tasks"][name] for name in names) / len(names) for row in rows}
+        table(
+            f"Mean of {', '.join(names)}; {mean[id(original)]:.1%}",
+            lambda row: f"{mean[id(row)]:.1%}",
+        )
 
 
 if __name__ == "__main__":

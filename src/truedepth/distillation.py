@@ -9,10 +9,12 @@ memory for all tokens at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from truedepth.heal_options import Objective
@@ -64,24 +66,25 @@ class Distillation(nn.Module):
         if objective.next_token < 1 or hidden:
             reference, wanted = self._teacher.look(input_ids, number, objective.temperature, hidden)
         targets = input_ids[:, 1:].flatten()
-        sums = [
-            checkpoint(
-                self._chunk, chunk, states[chunk], targets[chunk], reference, use_reentrant=False
-            )
-            for chunk in chunks(targets)
-        ]
-        loss: Tensor = torch.stack(sums).sum() / len(targets)
+
+        def loss_of(chunk: slice, logits: Tensor) -> Tensor:
+            return self._predicted(logits, targets[chunk], chunk, reference)
+
+        head = self.student.get_output_embeddings()
+        summed: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+            states, head, loss_of, targets, *head.parameters()
+        )
+        loss = summed / len(targets)
         if hidden:
             errors = [_relative_error(outputs[i], wanted[j]) for i, j in self._alike]
             loss = loss + objective.hidden * torch.stack(errors).mean()
         return loss
 
-    def _chunk(
-        self, chunk: slice, states: Tensor, targets: Tensor, reference: Reference | None
+    def _predicted(
+        self, logits: Tensor, targets: Tensor, chunk: slice, reference: Reference | None
     ) -> Tensor:
-        """Sum of the loss over some positions, without that of hidden states."""
+        """Sum over some positions of the loss of what is predicted there."""
         share = self._objective.next_token
-        logits = self._logits(states)
         loss: Tensor = logits.new_zeros(())
         if share < 1:
             assert reference is not None
@@ -90,18 +93,14 @@ class Distillation(nn.Module):
             loss = loss + share * cross_entropy(logits, targets, reduction="sum")
         return loss
 
-    def _logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self.student.get_output_embeddings()(states).float()
-        return logits
-
     @torch.no_grad()
     def _measures(self, ids: Tensor, number: Tensor) -> Tensor:
         states, _ = run(self.student, ids, False)
         reference, _ = self._validation.look(ids, number, 1.0, False)
-        targets = ids[:, 1:].flatten()
+        targets, head = ids[:, 1:].flatten(), self.student.get_output_embeddings()
         rows = []
         for chunk in chunks(targets):
-            logits, wanted = self._logits(states[chunk]), targets[chunk]
+            logits, wanted = head(states[chunk]).float(), targets[chunk]
             measures = (
                 cross_entropy(logits, wanted, reduction="none"),
                 reference.nll(chunk, wanted),
@@ -110,6 +109,59 @@ class Distillation(nn.Module):
             )
             rows.append(torch.stack([each.float() for each in measures], -1))
         return torch.cat(rows).view(len(ids), -1, 4).mean(1)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """A loss of the logits that an output head gives, summed over chunks of positions.
+
+    Gradients are taken chunk by chunk on the way forward, so no logits are kept or computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        head: nn.Module,
+        loss: Callable[[slice, Tensor], Tensor],
+        targets: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        """The sum.
+
+        Args:
+            ctx: autograd's.
+            states: `[positions, hidden]`.
+            head: Gives `[positions, vocabulary]`.
+            loss: Of some positions, from their logits in float32.
+            targets: `[positions]`.
+            parameters: The head's.
+        """
+        total = states.new_zeros((), dtype=torch.float32)
+        slopes = torch.empty_like(states)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        sums = [torch.zeros_like(parameter) for parameter in trained]
+        for chunk in chunks(targets):
+            with torch.enable_grad():
+                inputs = states[chunk].detach().requires_grad_()
+                logits = head(inputs)
+                leaf = logits.detach().float().requires_grad_()
+                value = loss(chunk, leaf)
+            (slope,) = torch.autograd.grad(value, leaf)
+            found = torch.autograd.grad(logits, (inputs, *trained), slope.to(logits.dtype))
+            slopes[chunk] = found[0]
+            for each, more in zip(sums, found[1:], strict=True):
+                each += more
+            total += value.detach()
+        ctx.save_for_backward(slopes, *sums)
+        ctx.trained = [parameter.requires_grad for parameter in parameters]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that were taken."""
+        slopes, *sums = (outer[0] * each for each in ctx.saved_tensors)
+        rest = iter(sums)
+        return (slopes, None, None, None, *(next(rest) if had else None for had in ctx.trained))
 
 
 def _relative_error(states: Tensor, wanted: Tensor) -> Tensor:

@@ -80,9 +80,10 @@ class _Whole:
         return self._last[1]
 
     def kl(self, chunk: slice, logits: Tensor) -> Tensor:
-        reference = (self.logits(chunk) / self._temperature).log_softmax(-1)
-        ours = (logits / self._temperature).log_softmax(-1)
-        kl: Tensor = (reference.exp() * (reference - ours)).sum(-1)
+        reference = _log_probabilities(self.logits(chunk), self._temperature)
+        ours = _log_probabilities(logits, self._temperature)
+        share = reference.exp()
+        kl: Tensor = torch.linalg.vecdot(share, reference) - torch.linalg.vecdot(share, ours)
         return self._temperature**2 * kl
 
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
@@ -142,8 +143,8 @@ class KeptPredictions:
                 states, _ = run(model, window, False)
                 whole, targets = _Whole(model, states, 1.0), window[0, 1:]
                 for chunk in chunks(targets):
-                    logits = whole.logits(chunk) / self._temperature
-                    values, tokens = logits.log_softmax(-1).topk(count)
+                    logp = _log_probabilities(whole.logits(chunk), self._temperature)
+                    values, tokens = logp.topk(count)
                     self._values[number, chunk] = values.half().cpu()
                     self._tokens[number, chunk] = tokens.int().cpu()
                     self._nll[number, chunk] = whole.nll(chunk, targets[chunk]).cpu()
@@ -167,7 +168,7 @@ class _Likeliest:
 
     def kl(self, chunk: slice, logits: Tensor) -> Tensor:
         reference = _with_rest(self._values[chunk])
-        ours = (logits / self._temperature).log_softmax(-1).gather(-1, self._tokens[chunk])
+        ours = _log_probabilities(logits, self._temperature).gather(-1, self._tokens[chunk])
         kl = (reference.exp() * (reference - _with_rest(ours))).sum(-1)
         return self._temperature**2 * kl
 
@@ -176,6 +177,10 @@ class _Likeliest:
 
     def best(self, chunk: slice) -> Tensor:
         return self._tokens[chunk, 0]
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def _with_rest(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import truedepth as td
 from conftest import torchrun
@@ -112,6 +113,28 @@ def test_lora_is_merged_and_can_be_kept(make_model, converted, options, tmp_path
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_takes_the_same_steps(
+    make_model, converted, options, tmp_path, monkeypatch
+):
+    calls = {"plain": 0, "saving": 0}
+    forward = LlamaAttention.forward
+
+    for name, saving in (("plain", False), ("saving", True)):
+
+        def counted(self, *inputs, name=name, **more):
+            calls[name] += torch.is_grad_enabled()
+            return forward(self, *inputs, **more)
+
+        monkeypatch.setattr(LlamaAttention, "forward", counted)
+        changes = replace(options, tokens=256, gradient_checkpointing=saving)
+        td.heal(converted, tmp_path / name, teacher=make_model(), healing=changes)
+    assert calls["saving"] > 1.4 * calls["plain"] > 0
+    plain, saving = weights(tmp_path / "plain"), weights(tmp_path / "saving")
+    assert changed(weights(converted), plain)
+    for name in plain:
+        torch.testing.assert_close(plain[name], saving[name], atol=1e-6, rtol=1e-4)
 
 
 def test_tied_embeddings_stay_tied(make_model, options, tmp_path):

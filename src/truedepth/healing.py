@@ -298,7 +298,7 @@ def _both(
     if options.train is Train.lora:
         lora = add_lora(student, original.family, plan, options.rank)
     if options.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     return Distillation(student, *teachers, plan, options.objective), lora
 
 

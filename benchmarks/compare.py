@@ -98,6 +98,11 @@ class Comparison:
         self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
         print(json.dumps(row), flush=True)
 
+    def repeat(self, method: str, other: str, depth: int) -> None:
+        """A row that is another's: the model is the same."""
+        self.rows[f"{method} @ {depth}"] = self.rows[f"{other} @ {depth}"] | {"method": method}
+        self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
+
     def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
         """A checkpoint of this package."""
         with tempfile.TemporaryDirectory() as directory:
@@ -164,8 +169,16 @@ def main() -> None:
                 comparison.converted, comparison.plans[depth], calibrated=True
             ),
         }
+        same = {
+            "LP, plan": ("LP, late span", comparison.raw_plans[depth]),
+            "LP, plan, calibrated": ("LP, late span, calibrated", comparison.plans[depth]),
+        }
         for method, make in makers.items():
-            comparison.row(method, depth, make)
+            other, plan = same.get(method, ("", None))
+            if plan is not None and plan.groups == span.groups:
+                comparison.repeat(method, other, depth)
+            else:
+                comparison.row(method, depth, make)
     print_tables([row for row in comparison.rows.values() if "method" in row])
 
 

@@ -32,6 +32,7 @@ from truedepth.plan_search import SEARCH_TOKENS
 
 WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
+SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
 
@@ -202,12 +203,9 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         lambda row: " / ".join(f"{row['nll'][x] - original['nll'][x]:.3f}" for x in texts),
     )
     if "tasks" in original:
-        names = [f"{task} {'acc' if task == 'winogrande' else 'acc_norm'}" for task in TASKS]
-        mean = {id(row): sum(row["tasks"][name] for name in names) / len(names) for row in rows}
-        table(
-            f"Mean of {', '.join(names)}; {mean[id(original)]:.1%}",
-            lambda row: f"{mean[id(row)]:.1%}",
-        )
+        mean = {id(row): sum(row["tasks"][name] for name in SHOWN) / len(SHOWN) for row in rows}
+        title = f"Mean of {', '.join(SHOWN)}; the original has {mean[id(original)]:.1%}"
+        table(title, lambda row: f"{mean[id(row)]:.1%}")
 
 
 if __name__ == "__main__":

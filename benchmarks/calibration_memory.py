@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from conversion import anonymous_memory, write_model
+from conversion import peak_memory, write_model
 
 LAYERS = 3
 
@@ -52,13 +51,7 @@ def main() -> None:
         write_model(Path(directory), LAYERS)
         start = time.perf_counter()
         options = [str(arguments.tokens), arguments.activation_dtype]
-        process = subprocess.Popen([sys.executable, "-c", CALIBRATE, directory, *options])
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, anonymous_memory(process))
-            time.sleep(0.05)
-        if process.returncode:
-            raise SystemExit(process.returncode)
+        peak, _ = peak_memory([sys.executable, "-c", CALIBRATE, directory, *options])
     result = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "tokens": arguments.tokens,

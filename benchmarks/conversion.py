@@ -74,6 +74,20 @@ def write_model(directory: Path, layers: int) -> int:
     return write_weights(directory, {name: lazy(shape) for name, shape in shapes.items()})
 
 
+def peak_memory(command: list[str]) -> tuple[int, bytes]:
+    """Peak of a command's anonymous resident memory, in bytes, and what it printed."""
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(command, stdout=printed)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, anonymous_memory(process))
+            time.sleep(0.02)
+        if process.returncode:
+            raise SystemExit(process.returncode)
+        printed.seek(0)
+        return peak, printed.read()
+
+
 def anonymous_memory(process: subprocess.Popen[bytes]) -> int:
     """Resident bytes that no file backs, of a running process; 0 once it has ended."""
     try:
@@ -98,14 +112,9 @@ def timed_copy(source: Path, target: Path) -> float:
 def timed_conversion(source: Path, target: Path, layers: int) -> tuple[float, int]:
     """Seconds of a conversion, start of Python included, and its peak of anonymous memory."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", CONVERT, source, target, str(layers)])
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous_memory(process))
-        time.sleep(0.02)
+    command = [sys.executable, "-c", CONVERT, str(source), str(target), str(layers)]
+    peak, _ = peak_memory(command)
     elapsed = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(process.returncode)
     shutil.rmtree(target)
     return elapsed, peak
 

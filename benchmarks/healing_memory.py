@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 
 import truedepth as td
-from conversion import anonymous_memory
+from conversion import peak_memory
 from truedepth.plan import Plan, parse_span
 
 WAYS = ("a second model", "shared", "kept on disk")
@@ -64,16 +62,9 @@ def main() -> None:
                 out = Path(directory) / f"{way}-{run}"
                 command = [sys.executable, "-c", HEAL, str(checkpoint), str(out)]
                 command += [arguments.model, arguments.train_text, way]
-                process = subprocess.Popen(command, stdout=subprocess.PIPE)
-                peak = 0
-                while process.poll() is None:
-                    peak = max(peak, anonymous_memory(process))
-                    time.sleep(0.02)
-                if process.returncode:
-                    raise SystemExit(process.returncode)
+                peak, printed = peak_memory(command)
                 if torch.cuda.is_available():
-                    assert process.stdout is not None
-                    peak = json.loads(process.stdout.read().splitlines()[-1])
+                    peak = json.loads(printed.splitlines()[-1])
                 peaks[way].append(peak)
     gpu = torch.cuda.is_available()
     result = {

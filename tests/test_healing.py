@@ -273,33 +273,16 @@ cli.main()
 """
 
 
+def command_line(converted, out, model, prose, tokens, eval_every):
+    words = f"heal {converted} {out} --teacher {model} --text {prose} --tokens {tokens}"
+    words += f" --sequence-length 32 --batch-size 4 --micro-batch-size 2 --eval-every {eval_every}"
+    return (words + " --validation 8 --device cpu").split()
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(make_model, converted, prose, tmp_path):
-    def command(out, seed="0"):
-        return [
-            "heal",
-            str(converted),
-            str(tmp_path / out),
-            "--teacher",
-            str(make_model()),
-            "--text",
-            str(prose),
-            "--tokens",
-            "1536",
-            "--sequence-length",
-            "32",
-            "--batch-size",
-            "4",
-            "--micro-batch-size",
-            "2",
-            "--eval-every",
-            "4",
-            "--device",
-            "cpu",
-            "--validation",
-            "8",
-            "--seed",
-            seed,
-        ]
+    def command(out, seed):
+        words = command_line(converted, tmp_path / out, make_model(), prose, 1536, 4)
+        return [*words, "--seed", seed]
 
     def run(code, out, seed="0"):
         return subprocess.run(
@@ -324,33 +307,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(make_model, converted, prose, 
 
 def test_two_processes_take_the_same_steps(make_model, converted, prose, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        "-m",
-        "truedepth",
-        "heal",
-        str(converted),
-        "OUT",
-        "--teacher",
-        str(make_model()),
-        "--text",
-        str(prose),
-        "--tokens",
-        "512",
-        "--sequence-length",
-        "32",
-        "--batch-size",
-        "4",
-        "--micro-batch-size",
-        "2",
-        "--device",
-        "cpu",
-        "--validation",
-        "6",
-        "--eval-every",
-        "2",
-    ]
     for name, launcher in (("one", [sys.executable]), ("two", torchrun(2))):
-        line = [str(tmp_path / name) if word == "OUT" else word for word in command]
+        words = command_line(converted, tmp_path / name, make_model(), prose, 512, 2)
+        line = ["-m", "truedepth", *words]
         done = subprocess.run([*launcher, *line], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("excess loss") == 1

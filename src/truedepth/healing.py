@@ -138,9 +138,11 @@ def heal(
                 validation=options.validation,
                 seed=options.seed,
             )
-        both, lora = _both(source, original, plan, text, options, dtype, state, kept)
+        model, lora = _student_with_teachers(
+            source, original, plan, text, options, dtype, state, kept
+        )
         trained, curve, best = run_training(
-            both, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
+            model, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
         )
         record = {
             **_recorded(original, options),
@@ -274,7 +276,7 @@ def _directory(
         yield
 
 
-def _both(
+def _student_with_teachers(
     source: Source,
     original: Source,
     plan: Plan,

@@ -69,7 +69,15 @@ def training_text(
     index = directory / "tokens.json"
     if not index.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        counts = _write(parts, tokenizer, directory, length, windows, validation, seed)
+        sources = [packed(part_documents(part.name, seed), tokenizer, length) for part in parts]
+        counts = _write(sources, [part.weight for part in parts], directory, windows, validation)
+        if not counts["held"] or not sum(counts["trained"]):
+            count = counts["held"] + sum(counts["trained"])
+            raise TruedepthError(
+                f"The text has {count * length} tokens in whole windows of {length}: too few to"
+                f" train on, as one window in {HELD_OUT} is set aside for validation. Give more"
+                " text or a smaller --sequence-length."
+            )
         index.write_text(json.dumps(counts), encoding="utf-8")
     counts = json.loads(index.read_text(encoding="utf-8"))
     trained, held = (
@@ -83,25 +91,22 @@ def training_text(
 
 
 def _write(
-    parts: Sequence[TextPart],
-    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Iterator[list[int]]],
+    weights: Sequence[float],
     directory: Path,
-    length: int,
     windows: int,
     validation: int,
-    seed: int,
 ) -> dict[str, Any]:
-    """Take windows from whichever part is furthest behind its share, until there are enough."""
-    sources = [packed(part_documents(part.name, seed), tokenizer, length) for part in parts]
-    seen, trained, held = [0] * len(parts), [0] * len(parts), 0
-    left = set(range(len(parts)))
+    """Take windows from whichever source is furthest behind its share, until there are enough."""
+    seen, trained, held = [0] * len(sources), [0] * len(sources), 0
+    left = set(range(len(sources)))
     with (
         (directory / FILES[0]).open("wb") as train,
         (directory / FILES[1]).open("wb") as validate,
         progress_bar("Reading text", windows + validation) as advance,
     ):
         while left and sum(trained) + held < windows + validation:
-            part = min(left, key=lambda index: (seen[index] / parts[index].weight, index))
+            part = min(left, key=lambda index: (seen[index] / weights[index], index))
             window = next(sources[part], None)
             if window is None:
                 left.remove(part)
@@ -113,12 +118,6 @@ def _write(
             held += aside
             trained[part] += not aside
             advance(1)
-    if not held or not sum(trained):
-        raise TruedepthError(
-            f"The text has {sum(seen) * length} tokens in whole windows of {length}: too few to"
-            f" train on, as one window in {HELD_OUT} is set aside for validation. Give more text or"
-            " a smaller --sequence-length."
-        )
     return {"trained": trained, "held": held}
 
 

@@ -18,13 +18,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from truedepth import modeling
 from truedepth.errors import TruedepthError
+from truedepth.progress import progress_bar
+from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
 
 BLOCK_BYTES = 1 << 20  # small enough to stay in cache and to be reused by the allocator
@@ -114,6 +117,41 @@ def _locked_directory(partial: Path, out: Path) -> int:
         raise TruedepthError(f"{out} is being written by another run.") from error
     except OSError as error:
         raise TruedepthError(f"Cannot write to {out}: {error.strerror}.") from error
+
+
+def write_checkpoint(
+    out: Path,
+    source: Source,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    card: str,
+    shard_size: int | str,
+    force: bool,
+) -> int:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        out: Directory to write.
+        source: Gives tokenizer and generation config.
+        config: config.json.
+        tensors: By name.
+        card: README.md.
+        shard_size: Most bytes a file of weights holds.
+        force: Replace `out` if it exists.
+
+    Returns:
+        The bytes of all weights.
+    """
+    with atomic_directory(out, force) as partial:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        with progress_bar("Writing", total, unit="bytes") as advance:
+            size = write_weights(partial, tensors, shard_size, advance)
+        source.save_companions(partial)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return size
 
 
 def write_weights(

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from truedepth import __version__, modeling
+from truedepth import __version__
 from truedepth.calibration_run import calibrated
 from truedepth.calibration_text import Calibration
 from truedepth.card import model_card
-from truedepth.checkpoint import atomic_directory, check_output, write_weights
+from truedepth.checkpoint import check_output, write_checkpoint
 from truedepth.converted import check_loadable, converted_config, converted_tensors
 from truedepth.errors import TruedepthError
 from truedepth.plan import Plan
-from truedepth.progress import progress_bar
 from truedepth.sources import Source, open_source
-from truedepth.tensors import LazyTensor
 from truedepth.unfinished import beside
 
 
@@ -108,46 +104,11 @@ def convert(
         tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
         config["truedepth"]["calibration"] = refitted.record
     card = model_card(source, plan, config["truedepth"]["calibration"])
-    size = write_converted(out, source, config, tensors, card, shard_size, force)
+    size = write_checkpoint(out, source, config, tensors, card, shard_size, force)
     if calibration is not None:
         shutil.rmtree(kept, ignore_errors=True)
     record = config["truedepth"]["calibration"]
     return Conversion(out, plan, source.name, source.origin, size, record)
-
-
-def write_converted(
-    out: Path,
-    source: Source,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, LazyTensor],
-    card: str,
-    shard_size: int | str,
-    force: bool,
-) -> int:
-    """Write a checkpoint whole or not at all.
-
-    Args:
-        out: Directory to write.
-        source: Gives tokenizer and generation config.
-        config: config.json.
-        tensors: By name.
-        card: README.md.
-        shard_size: Most bytes a file of weights holds.
-        force: Replace `out` if it exists.
-
-    Returns:
-        The bytes of all weights.
-    """
-    with atomic_directory(out, force) as partial:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        with progress_bar("Writing", total, unit="bytes") as advance:
-            size = write_weights(partial, tensors, shard_size, advance)
-        source.save_companions(partial)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    return size
 
 
 def check_conversion(source: Source, out: str | Path, force: bool) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from truedepth import __version__
 from truedepth.card import model_card
-from truedepth.checkpoint import check_output
-from truedepth.conversion import check_apart, write_converted
+from truedepth.checkpoint import check_output, write_checkpoint
+from truedepth.conversion import check_apart
 from truedepth.converted import plan_of
 from truedepth.distillation import Distillation
 from truedepth.errors import TruedepthError
@@ -349,7 +349,7 @@ def _write(
     made = dict(config.get("truedepth") or {})
     config["truedepth"] = made | {"healing": record, "version": __version__}
     card = model_card(original, plan, made.get("calibration"), record)
-    write_converted(out, source, config, tensors, card, shard_size, force)
+    write_checkpoint(out, source, config, tensors, card, shard_size, force)
 
 
 def _save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:

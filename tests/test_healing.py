@@ -309,10 +309,11 @@ def test_two_processes_take_the_same_steps(make_model, converted, prose, tmp_pat
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, launcher in (("one", [sys.executable]), ("two", torchrun(2))):
         words = command_line(converted, tmp_path / name, make_model(), prose, 512, 2)
-        line = ["-m", "truedepth", *words]
+        line = ["-m", "truedepth", *words, "--tensorboard", str(tmp_path / f"{name}-logs")]
         done = subprocess.run([*launcher, *line], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("excess loss") == 1
+        assert len(list((tmp_path / f"{name}-logs").rglob("events.*"))) == 1
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     start = weights(converted)
     for name in changed(start, one):
@@ -408,7 +409,7 @@ def test_what_goes_with_lora_only(monkeypatch, capsys):
 def test_logs_for_tensorboard(make_model, converted, options, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logged = replace(options, logs=tmp_path / "logs")
+    logged = replace(options, tensorboard=tmp_path / "logs")
     done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=logged)
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()

@@ -149,7 +149,7 @@ def heal(
     validation: Annotated[
         int, typer.Option(help="Windows to validate on.", rich_help_panel="Text")
     ] = Healing.validation,
-    logs: Annotated[
+    tensorboard: Annotated[
         Path | None, typer.Option(help="Directory for TensorBoard.", rich_help_panel="The run")
     ] = None,
     keep_adapter: Annotated[
@@ -222,7 +222,7 @@ def heal(
         seed=seed,
         device=device.value if device else None,
         dtype=None if dtype is Precision.auto else getattr(torch, dtype.value),
-        logs=logs,
+        tensorboard=tensorboard,
     )
     done = heal_checkpoint(
         checkpoint,

@@ -130,8 +130,8 @@ class Healing:
     """In which the models compute: bfloat16, the trained weights and the optimizer staying float32,
     or float32; by default float32 on a CPU and bfloat16 elsewhere."""
 
-    logs: Path | None = None
-    """A directory for TensorBoard."""
+    tensorboard: Path | None = None
+    """A directory for its logs."""
 
     @property
     def steps(self) -> int:

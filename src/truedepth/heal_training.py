@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -188,7 +189,7 @@ def run_training(
         train_dataset=Windows(windows),
         eval_dataset=Windows(validation),
         compute_metrics=lambda found: _metrics(found.predictions, options.objective),
-        callbacks=_callbacks(options),
+        callbacks=_callbacks(options, PartialState().is_main_process),
     )
     trainer.remove_callback(PrinterCallback)
     resumed = last_whole(checkpoints)
@@ -319,16 +320,16 @@ def last_whole(checkpoints: Path) -> str | None:
     return str(newest) if newest else None
 
 
-def _callbacks(options: Healing) -> list[TrainerCallback]:
+def _callbacks(options: Healing, first: bool) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [_Lines(options)]
-    if options.logs is not None:
+    if options.tensorboard is not None and first:  # opening a log makes a file
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise TruedepthError("--logs needs `pip install truedepth[heal]`.") from error
+            raise TruedepthError("--tensorboard needs `pip install truedepth[heal]`.") from error
         from transformers.integrations import TensorBoardCallback
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(options.logs))))
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(options.tensorboard))))
     return callbacks
 
 

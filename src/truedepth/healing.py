@@ -239,7 +239,7 @@ def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
 def _recorded(original: Source, options: Healing) -> dict[str, Any]:
     """What makes the run again, but for the text."""
     fields = asdict(options)
-    for name in ("text", "device", "logs", "micro_batch_size", "eval_every", "validation"):
+    for name in ("text", "device", "tensorboard", "micro_batch_size", "eval_every", "validation"):
         del fields[name]
     assert options.dtype is not None
     return {

@@ -56,6 +56,27 @@ def test_every_variant_is_exact(make_model, options, tmp_path):
     convert_and_compare(make_model(**options), GROUPINGS["mixed sizes"], tmp_path)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_padded_heads_change_nothing(make_model, options, ranks, tmp_path):
+    source = make_model(**options | {"intermediate_size": 96})
+    plan = td.Plan(6, GROUPINGS["mixed sizes"])
+    td.convert(source, tmp_path / "as it is", plan)
+    td.convert(source, tmp_path / "padded", plan, pad_heads=ranks)
+    expected, model = (td.load(tmp_path / name).model for name in ("as it is", "padded"))
+    assert model.config.num_key_value_heads % ranks == 0
+    assert model.config.num_attention_heads % ranks == 0
+    logits = model(random_ids()).logits
+    torch.testing.assert_close(logits, expected(random_ids()).logits, atol=1e-5, rtol=0)
+
+
+def test_padding_needs_a_width_that_divides(make_model, tmp_path):
+    with pytest.raises(td.TruedepthError, match=r"FFN's width \d+ does not divide by 7 ranks"):
+        td.convert(make_model(), tmp_path / "out", td.Plan(6), pad_heads=7)
+    with pytest.raises(td.TruedepthError, match="at least 1 rank, not 0"):
+        td.convert(make_model(), tmp_path / "out", td.Plan(6), pad_heads=0)
+
+
 @pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
 def test_singles_are_copied_bit_for_bit(make_model, tmp_path, shard_size):
     source = make_model(dtype=torch.bfloat16)

@@ -164,6 +164,12 @@ def convert(
     own_text: OwnText = None,
     activation_dtype: Activations = DType.auto,
     workspace: Workspace = None,
+    pad_heads: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Add heads of zeros until the head counts divide by N, for N ranks."
+        ),
+    ] = 1,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
     force: Force = False,
     json_path: JsonPath = None,
@@ -201,7 +207,7 @@ def convert(
     from truedepth.sources import open_source
 
     source = open_source(model)
-    check_conversion(source, out, force)
+    check_conversion(source, out, force, pad_heads)
     options = _calibration(text, tokens, own_text, device, activation_dtype, workspace, seed)
     if calibrate and searched:
         given_text(source, options, max_group)
@@ -233,6 +239,7 @@ def convert(
         read,
         calibration=options if calibrate else None,
         dtype=dtype.torch(),
+        pad_heads=pad_heads,
         shard_size=shard_size,
         force=force,
     )

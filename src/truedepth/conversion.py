@@ -16,6 +16,7 @@ from truedepth.card import model_card
 from truedepth.checkpoint import check_output, write_checkpoint
 from truedepth.converted import check_loadable, converted_config, converted_tensors
 from truedepth.errors import TruedepthError
+from truedepth.padding import head_padding, padded_tensors
 from truedepth.plan import Plan
 from truedepth.sources import Source, open_source
 from truedepth.unfinished import beside
@@ -60,6 +61,7 @@ def convert(
     *,
     calibration: Calibration | None = None,
     dtype: torch.dtype | None = None,
+    pad_heads: int = 1,
     shard_size: int | str = "5GB",
     force: bool = False,
 ) -> Conversion:
@@ -75,6 +77,7 @@ def convert(
         plan: Which layers run together; for a model of this depth.
         calibration: Refit the wide layers on this text; by default they are exact.
         dtype: Of the weights; by default as in the source, float32 for quantized GGUF files.
+        pad_heads: Ranks that head counts shall divide by; heads of zeros are added until they do.
         shard_size: Most bytes a file of weights holds, as a number or such as `"5GB"`.
         force: Replace `out` if it exists.
 
@@ -88,6 +91,7 @@ def convert(
         raise TruedepthError(
             f"The plan is for {plan.num_layers} layers, but {source.name} has {source.num_layers}."
         )
+    padding = head_padding(source.config, pad_heads)
     tensors = converted_tensors(source, plan.groups, dtype)
     config = converted_config(source, plan.groups, tensors)
     config["truedepth"] = {
@@ -103,6 +107,12 @@ def convert(
         refitted = calibrated(source, plan, kept, calibration)
         tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
         config["truedepth"]["calibration"] = refitted.record
+    if padding:
+        tensors = padded_tensors(
+            source.family, tensors, config["layer_widths"], source.config, padding
+        )
+        config |= padding
+        check_loadable(config, tensors, source.path)
     card = model_card(source, plan, config["truedepth"]["calibration"])
     size = write_checkpoint(out, source, config, tensors, card, shard_size, force)
     if calibration is not None:
@@ -111,14 +121,16 @@ def convert(
     return Conversion(out, plan, source.name, source.origin, size, record)
 
 
-def check_conversion(source: Source, out: str | Path, force: bool) -> None:
+def check_conversion(source: Source, out: str | Path, force: bool, pad_heads: int = 1) -> None:
     """What can be refused is refused before weights are downloaded or a plan is searched.
 
     Raises:
-        TruedepthError: The family is not supported, or `out` cannot be written to.
+        TruedepthError: The family is not supported, the model cannot be padded so, or `out` cannot
+            be written to.
     """
     out = Path(out).expanduser().resolve()
     source.family  # noqa: B018
+    head_padding(source.config, pad_heads)
     check_apart(source.path, out)
     check_output(out, force)
 

@@ -300,7 +300,8 @@ def _student_with_teachers(
     if options.train is Train.lora:
         lora = add_lora(student, original.family, plan, options.rank)
     if options.gradient_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        older = student.gradient_checkpointing_enable
+        getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
     return Distillation(student, *teachers, plan, options.objective), lora
 
 

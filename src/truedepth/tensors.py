@@ -46,6 +46,13 @@ class LazyTensor:
             return self
         return LazyTensor(self.shape, dtype, lambda start, stop: self.rows(start, stop).to(dtype))
 
+    def range(self, first: int, last: int) -> LazyTensor:
+        """Rows first to last - 1 as a tensor of their own."""
+        shape = (last - first, *self.shape[1:])
+        return LazyTensor(
+            shape, self.dtype, lambda start, stop: self.rows(first + start, first + stop)
+        )
+
 
 def from_tensor(tensor: Tensor) -> LazyTensor:
     """A tensor that is in memory (or mapped into it) already."""
@@ -59,6 +66,13 @@ def from_tensor(tensor: Tensor) -> LazyTensor:
 def ones(size: int, dtype: torch.dtype) -> LazyTensor:
     """`[size]` ones."""
     return LazyTensor((size,), dtype, lambda start, stop: torch.ones(stop - start, dtype=dtype))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """Of that shape."""
+    return LazyTensor(
+        shape, dtype, lambda start, stop: torch.zeros(stop - start, *shape[1:], dtype=dtype)
+    )
 
 
 def stack_rows(parts: Sequence[LazyTensor]) -> LazyTensor:

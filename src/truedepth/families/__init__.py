@@ -30,6 +30,10 @@ class Family:
     writes: tuple[str, ...]
     """Linear maps whose output is added to the residual stream."""
 
+    heads: Mapping[str, str]
+    """Linear maps whose rows (or columns, where they write) are heads -> what config.json calls the
+    number of these."""
+
     obsolete: tuple[str, ...] = ()
     """Tensors of a layer that old checkpoints carry and no current model class reads."""
 

@@ -13,5 +13,11 @@ LLAMA = Family(
         "mlp.up_proj": "post_attention_layernorm",
     },
     writes=("self_attn.o_proj", "mlp.down_proj"),
+    heads={
+        "self_attn.q_proj": "num_attention_heads",
+        "self_attn.k_proj": "num_key_value_heads",
+        "self_attn.v_proj": "num_key_value_heads",
+        "self_attn.o_proj": "num_attention_heads",
+    },
     obsolete=("self_attn.rotary_emb.inv_freq",),
 )

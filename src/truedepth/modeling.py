@@ -59,6 +59,9 @@ class LayerWidthsConfig:
         if len(widths) != depth:
             raise ValueError(f"layer_widths has {len(widths)} entries for {depth} hidden layers")
 
+    def validate_architecture(self) -> None:
+        """Heads need not divide the hidden size: `head_dim` is given, and heads may be padded."""
+
     @property
     def per_layer_config(self) -> list[Any]:
         """One config a layer; what transformers' caches size themselves by (since 5.20)."""

@@ -5,8 +5,16 @@ The entry point `vllm.general_plugins` has vLLM call `register` in each of its p
 
 from __future__ import annotations
 
+import os
+
+from truedepth.errors import TruedepthError
 from truedepth.families import all_families
 from truedepth.modeling import PREFIX
+
+TESTED = ("0.32",)
+"""Versions of vLLM, by their first two numbers; model classes change between such versions."""
+
+ANY_VERSION = "TRUEDEPTH_ANY_VLLM"
 
 MODELS = "truedepth.engines.vllm_models"
 
@@ -18,3 +26,16 @@ def register() -> None:
     for family in all_families():
         name = f"{PREFIX}{family.class_prefix}ForCausalLM"
         ModelRegistry.register_model(name, f"{MODELS}:{name}")
+
+
+def check_version(version: str) -> None:
+    """Refuse versions that were not tested, when a checkpoint of ours is loaded and not before.
+
+    Raises:
+        TruedepthError: This is one, and the environment variable TRUEDEPTH_ANY_VLLM is not set.
+    """
+    if ".".join(version.split(".")[:2]) not in TESTED and not os.environ.get(ANY_VERSION):
+        raise TruedepthError(
+            f"This is vLLM {version}; truedepth was tested with {', '.join(TESTED)}. Install one of"
+            f" these, or set {ANY_VERSION}=1 to try this one."
+        )

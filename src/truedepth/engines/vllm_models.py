@@ -1,12 +1,17 @@
-"""vLLM's own model classes with layers of different width."""
+"""vLLM's own model classes with layers of different width. Imported where vLLM is, by vLLM."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+
+from truedepth.engines.vllm import check_version
+
+check_version(vllm.__version__)
 
 
 class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]

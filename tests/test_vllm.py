@@ -1,0 +1,144 @@
+"""Checkpoints served by vLLM, against transformers. `make test-vllm` runs these where vLLM is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import truedepth as td
+
+pytestmark = pytest.mark.vllm
+
+SHAPES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 320}
+PLAN = td.Plan(6, [[0, 1], [3, 4]])  # the first layer in a group; wide and narrow mixed
+LENGTH = 12
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    options, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    llm = LLM(**options, skip_tokenizer_init=True)
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1,
+                              detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    found = []
+    for output in outputs:
+        tokens = list(output.outputs[0].token_ids)
+        each = output.outputs[0].logprobs
+        found.append([tokens, [row[token].logprob for row, token in zip(each, tokens)]])
+    print("FOUND " + json.dumps(found))
+"""
+
+
+def served(path, prompts, tmp_path, **options):
+    """What vLLM continues prompts with, and each token's log probability."""
+    options = {
+        "model": str(path),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        **options,
+    }
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE)
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, str(script), json.dumps(options), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+def expected(path, prompts):
+    """The same, by transformers."""
+    model = td.load(path, device="cpu", dtype=torch.float32).model
+    found = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=LENGTH,
+            min_new_tokens=LENGTH,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        logp = torch.cat(out.logits).log_softmax(-1)
+        found.append([tokens, logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()])
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randint(1, 320, (4, 150), generator=generator).tolist()
+    return [draw[0][:1], draw[1][:7], draw[2], draw[2][:140] + draw[3][:5]]  # two share a prefix
+
+
+@pytest.fixture(scope="module")
+def converted(make_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vllm") / "out"
+    td.convert(make_model(**SHAPES), out, PLAN)
+    return out
+
+
+def check(path, prompts, tmp_path, **options):
+    wanted = expected(path, prompts)
+    for (tokens, logp), (wanted_tokens, wanted_logp) in zip(
+        served(path, prompts, tmp_path, **options), wanted, strict=True
+    ):
+        assert tokens == wanted_tokens
+        assert logp == pytest.approx(wanted_logp, abs=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, ranks):
+    check(converted, prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+def test_prefill_in_chunks_and_cached_prefixes(converted, prompts, tmp_path):
+    options = {"enable_chunked_prefill": True, "enable_prefix_caching": True}
+    check(converted, prompts * 2, tmp_path, max_num_batched_tokens=64, max_num_seqs=4, **options)
+
+
+def test_compiled(converted, prompts, tmp_path):
+    check(converted, prompts, tmp_path, enforce_eager=False)
+
+
+def test_weights_quantized_on_loading(converted, prompts, tmp_path):
+    options = {"quantization": "int8_per_channel_weight_only", "dtype": "bfloat16"}
+    found = served(converted, prompts, tmp_path, **options)
+    for (_, logp), (_, wanted) in zip(found, expected(converted, prompts), strict=True):
+        assert logp[0] == pytest.approx(wanted[0], abs=0.05)  # of the likeliest token
+        assert logp[0] != wanted[0]
+
+
+def test_heads_that_do_not_divide(make_model, prompts, tmp_path):
+    source = make_model(
+        **SHAPES | {"hidden_size": 144}, num_attention_heads=9, num_key_value_heads=3
+    )
+    td.convert(source, tmp_path / "odd", PLAN)
+    with pytest.raises(AssertionError, match=r"heads \(9\) must be divisible"):
+        served(tmp_path / "odd", prompts, tmp_path, tensor_parallel_size=2)
+    td.convert(source, tmp_path / "padded", PLAN, pad_heads=2)
+    wanted = expected(tmp_path / "odd", prompts)
+    found = served(tmp_path / "padded", prompts, tmp_path, tensor_parallel_size=2)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+
+
+def test_versions_that_were_not_tested(monkeypatch):
+    from truedepth.engines.vllm import check_version
+
+    monkeypatch.delenv("TRUEDEPTH_ANY_VLLM", raising=False)
+    check_version("0.32.0")
+    with pytest.raises(td.TruedepthError, match=r"This is vLLM 9\.1\.0; .* tested with 0\.32"):
+        check_version("9.1.0")
+    monkeypatch.setenv("TRUEDEPTH_ANY_VLLM", "1")
+    check_version("9.1.0")

@@ -14,15 +14,22 @@ RANK = """
 import sys, torch, truedepth
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from truedepth.collectives import watched
 checkpoint, ids, logits = sys.argv[1:]
 ranks = DistributedConfig(tp_size=2)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=ranks)
 wide = model.model.layers[1]
 shard = wide.self_attn.q_proj.weight.to_local()
-with torch.no_grad():
+with torch.no_grad(), watched() as traffic:
     output = model(torch.load(ids)).logits
+with torch.no_grad(), torch.profiler.profile() as profile:
+    model(torch.load(ids))
+sent = {e.key: e.count for e in profile.key_averages() if e.key.startswith("gloo:")}
+with torch.no_grad(), watched(delay=0.01) as slow:
+    model(torch.load(ids))
 rank = torch.distributed.get_rank()
-torch.save((shard, output), f"{logits}.{rank}")
+embeddings = hasattr(model.model.embed_tokens.weight, "to_local")
+torch.save((shard, output, traffic, sent, embeddings, slow.seconds), f"{logits}.{rank}")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -38,7 +45,15 @@ def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     layer = td.open_source(make_model()).tensors
     for rank in (0, 1):
-        shard, logits = torch.load(tmp_path / f"logits.{rank}")
+        shard, logits, traffic, sent, embeddings, slow = torch.load(
+            tmp_path / f"logits.{rank}", weights_only=False
+        )
+        reduces = 2 * 4 + embeddings  # of 4 layers
+        assert traffic.calls == {"all_reduce": reduces, "all_gather": 1}  # the head's
+        assert sent == {f"gloo:{kind}": count for kind, count in traffic.calls.items()}
+        states, head = random_ids().numel() * 64 * 4, random_ids().numel() * 320 // 2 * 4
+        assert traffic.bytes == reduces * states + head
+        assert slow >= (reduces + 1) * 0.01
         torch.testing.assert_close(logits, expected(random_ids()).logits, atol=1e-4, rtol=0)
         original = layer[f"model.layers.{1 + rank}.self_attn.q_proj.weight"].read()
         gain = layer[f"model.layers.{1 + rank}.input_layernorm.weight"].read()

@@ -1,68 +1,140 @@
-"""Speed, always as an interleaved comparison: these are ratios first and tokens a second after."""
+"""Speed, always as an interleaved comparison: these are ratios first and seconds after.
+
+The paper's three tasks: prefill, generation with a KV cache, and one token with a full cache.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from statistics import median
+from typing import Any, Protocol
 
-import torch
+REPETITIONS, WARMUPS = 5, 1
 
-from truedepth.loading import Loaded
+
+class Task(StrEnum):
+    """What is timed."""
+
+    prefill = "prefill"
+    """One pass over prompts of so many tokens."""
+
+    generate = "generate"
+    """So many tokens one after another, from prompts of one token."""
+
+    decode = "decode"
+    """One token more, with so many in the KV cache."""
 
 
 @dataclass(frozen=True)
-class DecodeSpeed:
-    """Tokens a second of one model over several runs, batch 1, dynamic KV cache."""
+class Case:
+    """A task at a size."""
 
-    median: float
-    lowest: float
-    highest: float
+    task: Task
+    length: int
+    batch: int = 1
 
 
-@torch.inference_mode()
-def decode_speed(
-    models: Sequence[Loaded], *, prompt_tokens: int = 32, new_tokens: int = 32, runs: int = 5
-) -> list[DecodeSpeed]:
-    """Greedy decoding of several models in turn (A B A B …), so that noise falls on all alike.
+@dataclass(frozen=True)
+class Collectives:
+    """Of one run of a case, in one rank."""
+
+    calls: dict[str, int]
+    """By kind."""
+
+    bytes: int
+    share: float
+    """Of the run's time, waiting for the other ranks included."""
+
+
+class Runner(Protocol):
+    """A model on an engine."""
+
+    def seconds(self, case: Case) -> float:
+        """One run; of decoding, a token's."""
+
+    def collectives(self, case: Case) -> Collectives | None:
+        """One more run, watched; None where the engine does not let itself be."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every run of a case, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Of the runs."""
+        return median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, measured."""
+
+    case: Case
+    model: Timing
+    base: Timing | None
+    """Run i of it was next to run i of the model."""
+
+    model_collectives: Collectives | None = None
+    base_collectives: Collectives | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """The base's median over the model's."""
+        return self.base.median / self.model.median if self.base else None
+
+    @property
+    def speedups(self) -> tuple[float, ...]:
+        """Of neighbouring runs."""
+        if self.base is None:
+            return ()
+        pairs = zip(self.base.seconds, self.model.seconds, strict=True)
+        return tuple(base / model for base, model in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "speedup": self.speedup, "speedups": self.speedups}
+
+
+def interleaved(
+    model: Runner,
+    base: Runner | None,
+    cases: Sequence[Case],
+    repetitions: int = REPETITIONS,
+    warmups: int = WARMUPS,
+) -> list[Row]:
+    """Time both in turn (A B A B …), so that the machine's noise falls on both alike.
 
     Args:
-        models: What to measure.
-        prompt_tokens: Length of the prompt, which is not timed.
-        new_tokens: Tokens decoded one by one in a run.
-        runs: Timed runs of each model; one more before them is not counted.
+        model: What is measured.
+        base: What it is compared with.
+        cases: One after another.
+        repetitions: Timed runs of each.
+        warmups: Runs before them that are not counted.
     """
-    seconds: list[list[float]] = [[] for _ in models]
-    for run in range(runs + 1):
-        for loaded, taken in zip(models, seconds, strict=True):
-            elapsed = _decode(loaded, prompt_tokens, new_tokens)
-            if run:
-                taken.append(elapsed)
-    return [
-        DecodeSpeed(
-            median=new_tokens / statistics.median(taken),
-            lowest=new_tokens / max(taken),
-            highest=new_tokens / min(taken),
+    runners = [model] if base is None else [base, model]
+    rows = []
+    for case in cases:
+        taken: list[list[float]] = [[] for _ in runners]
+        for run in range(warmups + repetitions):
+            for runner, seconds in zip(runners, taken, strict=True):
+                elapsed = runner.seconds(case)
+                if run >= warmups:
+                    seconds.append(elapsed)
+        timings = [Timing(tuple(seconds)) for seconds in taken]
+        watched = [runner.collectives(case) for runner in runners]
+        both = base is not None
+        rows.append(
+            Row(
+                case,
+                timings[-1],
+                timings[0] if both else None,
+                watched[-1],
+                watched[0] if both else None,
+            )
         )
-        for taken in seconds
-    ]
-
-
-def _decode(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> float:
-    """Seconds that `new_tokens` decoding steps take after a prompt."""
-    model = loaded.model
-    ids = torch.arange(prompt_tokens, device=model.device)[None] % model.config.vocab_size
-    output = model(ids, use_cache=True)
-    _synchronize(model.device)
-    start = time.perf_counter()
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
-    _synchronize(model.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return rows

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from truedepth.bench import DecodeSpeed, decode_speed
+from truedepth.bench import Case, Row, Task, interleaved
 from truedepth.calibration_text import Calibration
 from truedepth.conversion import Conversion, convert
+from truedepth.engines.transformers import TransformersRunner
 from truedepth.evaluate import Perplexity, perplexity
 from truedepth.generation import answer
 from truedepth.loading import default_device, load
@@ -25,6 +26,7 @@ from truedepth.sources import open_source
 PLAN = Path(__file__).with_name("demo_plan.yaml")
 TOKENS = 1 << 14  # to calibrate on, all the model's own: the text that is measured on stays unseen
 WINDOWS = 16
+DECODING = Case(Task.decode, length=32)
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 
@@ -34,8 +36,7 @@ class Demo:
 
     conversion: Conversion
     perplexity: Perplexity
-    speed_before: DecodeSpeed
-    speed_after: DecodeSpeed
+    speed: Row
     prompt: str
     answer_before: str
     answer_after: str
@@ -48,6 +49,7 @@ class Demo:
         return asdict(self) | {
             "conversion": self.conversion.to_dict(),
             "perplexity": self.perplexity.to_dict(),
+            "speed": self.speed.to_dict(),
         }
 
 
@@ -77,13 +79,13 @@ def run_demo(
             after = load(directory, device=device, dtype=dtype)
         measured = perplexity(after, against=before, windows=WINDOWS)
         with working("Decoding"):
-            speed_before, speed_after = decode_speed([before, after])
+            ours, theirs = (TransformersRunner(each.model) for each in (after, before))
+            (speed,) = interleaved(ours, theirs, [DECODING], repetitions=11)
             answers = [answer(each, PROMPT, max_new_tokens=64) for each in (before, after)]
         return Demo(
             conversion=conversion,
             perplexity=measured,
-            speed_before=speed_before,
-            speed_after=speed_after,
+            speed=speed,
             prompt=PROMPT,
             answer_before=answers[0],
             answer_after=answers[1],

@@ -11,6 +11,7 @@ from rich.columns import Columns
 from rich.filesize import decimal
 from rich.panel import Panel
 
+from truedepth.bench import Timing
 from truedepth.calibration_run import calibration_words
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
@@ -194,7 +195,7 @@ def print_demo(demo: Demo) -> None:
         ]
     )
     print()
-    before, after = demo.speed_before, demo.speed_after
+    assert demo.speed.base is not None
     print_rows(
         [
             ("effective depth", str(plan.num_layers), str(plan.effective_depth)),
@@ -209,8 +210,8 @@ def print_demo(demo: Demo) -> None:
             ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
             (
                 f"decode on this {demo.device}, tokens/s",
-                f"{before.median:.1f} ({before.lowest:.1f}-{before.highest:.1f})",
-                f"{after.median:.1f} ({after.lowest:.1f}-{after.highest:.1f})",
+                _rate(demo.speed.base),
+                _rate(demo.speed.model),
             ),
         ],
         header=("", "original", "layer-parallel"),
@@ -227,6 +228,12 @@ def print_demo(demo: Demo) -> None:
             ]
         )
     )
+
+
+def _rate(timing: Timing) -> str:
+    """Of single tokens."""
+    fastest, slowest = 1 / min(timing.seconds), 1 / max(timing.seconds)
+    return f"{1 / timing.median:.1f} ({slowest:.1f}-{fastest:.1f})"
 
 
 def print_study(study: Study, written: Sequence[Path]) -> None:

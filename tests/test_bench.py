@@ -42,7 +42,7 @@ def test_one_process(make_model, tmp_path):
     assert [row.case for row in rows] == CASES
     for row in rows:
         assert len(row.model.seconds) == len(row.base.seconds) == 2
-        assert row.model_collectives is None
+        assert row.model.collectives is None
 
 
 def test_two_ranks(make_model, tmp_path):
@@ -50,7 +50,7 @@ def test_two_ranks(make_model, tmp_path):
     rows = measure(str(tmp_path / "out"), str(make_model()), CASES, 2, 2, "cpu", None)
     for row in rows:
         passes = row.case.length if row.case.task is Task.generate else 1
-        before, after = row.base_collectives, row.model_collectives
+        before, after = row.base.collectives, row.model.collectives
         saved = before.calls["all_reduce"] - after.calls["all_reduce"]
         assert saved == passes * 2 * (6 - PLAN.effective_depth)
         assert before.calls["all_gather"] == after.calls["all_gather"] == passes

@@ -23,9 +23,9 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    options, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    options, prompts, length = map(json.loads, sys.argv[1:])
     llm = LLM(**options, skip_tokenizer_init=True)
-    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1,
+    sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=1,
                               detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     found = []
@@ -49,7 +49,7 @@ def served(path, prompts, tmp_path, **options):
     script = tmp_path / "serve.py"
     script.write_text(SERVE)
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, str(script), json.dumps(options), json.dumps(prompts)]
+    command = [sys.executable, str(script), *map(json.dumps, (options, prompts, LENGTH))]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stdout[-4000:] + done.stderr[-4000:]

@@ -60,9 +60,12 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every run of a case, in order."""
+    """A model's runs of a case."""
 
     seconds: tuple[float, ...]
+    """Of every run, in order."""
+
+    collectives: Collectives | None = None
 
     @property
     def median(self) -> float:
@@ -78,9 +81,6 @@ class Row:
     model: Timing
     base: Timing | None
     """Run i of it was next to run i of the model."""
-
-    model_collectives: Collectives | None = None
-    base_collectives: Collectives | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -125,16 +125,9 @@ def interleaved(
                 elapsed = runner.seconds(case)
                 if run >= warmups:
                     seconds.append(elapsed)
-        timings = [Timing(tuple(seconds)) for seconds in taken]
-        watched = [runner.collectives(case) for runner in runners]
-        both = base is not None
-        rows.append(
-            Row(
-                case,
-                timings[-1],
-                timings[0] if both else None,
-                watched[-1],
-                watched[0] if both else None,
-            )
+        *before, after = (
+            Timing(tuple(seconds), runner.collectives(case))
+            for runner, seconds in zip(runners, taken, strict=True)
         )
+        rows.append(Row(case, after, before[0] if before else None))
     return rows

@@ -21,7 +21,7 @@ from torch.distributed import _functional_collectives as functional
 IN_PLACE = ("all_reduce",)
 """Of torch.distributed, the sent tensor first."""
 
-FUNCTIONAL = ("all_reduce", "all_gather_single", "all_gather_tensor", "reduce_scatter_single")
+FUNCTIONAL = ("all_reduce", "all_gather_single", "reduce_scatter_single")
 """Of its functional collectives, likewise."""
 
 
@@ -47,23 +47,15 @@ def watched(delay: float = 0.0) -> Iterator[Traffic]:
         delay: Seconds that every one of them takes longer.
     """
     traffic = Traffic()
-    nested = False  # some are made of others
 
     def watch(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        kind = name.removesuffix("_single").removesuffix("_tensor")
+        kind = name.removesuffix("_single")
 
         def watching(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-            nonlocal nested
-            if nested:
-                return call(tensor, *arguments, **options)
-            nested = True
             start = time.perf_counter()
-            try:
-                result = call(tensor, *arguments, **options)
-                if isinstance(result, functional.AsyncCollectiveTensor):
-                    result = result.wait()
-            finally:
-                nested = False
+            result = call(tensor, *arguments, **options)
+            if isinstance(result, functional.AsyncCollectiveTensor):
+                result = result.wait()
             if tensor.is_cuda:
                 torch.cuda.synchronize(tensor.device)
             end = time.perf_counter() + delay
@@ -77,7 +69,7 @@ def watched(delay: float = 0.0) -> Iterator[Traffic]:
         return watching
 
     places = [(dist, name) for name in IN_PLACE] + [(functional, name) for name in FUNCTIONAL]
-    kept = [(place, name, getattr(place, name)) for place, name in places if hasattr(place, name)]
+    kept = [(place, name, getattr(place, name)) for place, name in places]
     try:
         for place, name, call in kept:
             setattr(place, name, watch(name, call))

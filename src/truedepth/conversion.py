@@ -108,9 +108,7 @@ def convert(
         tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
         config["truedepth"]["calibration"] = refitted.record
     if padding:
-        tensors = padded_tensors(
-            source.family, tensors, config["layer_widths"], source.config, padding
-        )
+        tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
         config |= padding
         check_loadable(config, tensors, source.path)
     card = model_card(source, plan, config["truedepth"]["calibration"])

@@ -300,7 +300,7 @@ def _student_with_teachers(
     if options.train is Train.lora:
         lora = add_lora(student, original.family, plan, options.rank)
     if options.gradient_checkpointing:
-        older = student.gradient_checkpointing_enable
+        older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
         getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
     return Distillation(student, *teachers, plan, options.objective), lora
 

@@ -51,7 +51,6 @@ def padded_tensors(
     family: Family,
     tensors: Mapping[str, LazyTensor],
     widths: list[int],
-    config: Mapping[str, Any],
     padding: Mapping[str, int],
 ) -> dict[str, LazyTensor]:
     """The tensors of the padded model.
@@ -60,8 +59,7 @@ def padded_tensors(
         family: Which maps have heads.
         tensors: Of a converted model, by name.
         widths: Original layers in each of its layers.
-        config: Of the original.
-        padding: What `head_padding` says of it.
+        padding: What `head_padding` says of the original.
     """
 
     def padded(name: str, tensor: LazyTensor) -> LazyTensor:
@@ -69,31 +67,30 @@ def padded_tensors(
         module, _, kind = rest.rpartition(".")
         if layer is None or module not in family.heads:
             return tensor
-        count = family.heads[module]
-        more = (padding[count] - (config.get(count) or config[QUERY])) * padding["head_dim"]
+        size = padding[family.heads[module]] * padding["head_dim"]
         if module not in family.writes:
-            return _pad_rows(tensor, widths[layer], more)
-        return _pad_columns(tensor, widths[layer], more) if kind == "weight" else tensor
+            return _pad_rows(tensor, widths[layer], size)
+        return _pad_columns(tensor, widths[layer], size) if kind == "weight" else tensor
 
     return {name: padded(name, tensor) for name, tensor in tensors.items()}
 
 
-def _pad_rows(tensor: LazyTensor, parts: int, more: int) -> LazyTensor:
-    """`more` rows of zeros behind each of so many equal parts."""
-    size = tensor.shape[0] // parts
+def _pad_rows(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
+    """Each of so many equal parts with rows of zeros behind it, `size` rows together."""
+    before = tensor.shape[0] // parts
+    pad = zeros((size - before, *tensor.shape[1:]), tensor.dtype)
     pieces = []
     for part in range(parts):
-        pieces += [tensor.range(part * size, (part + 1) * size)]
-        pieces += [zeros((more, *tensor.shape[1:]), tensor.dtype)]
+        pieces += [tensor.row_range(part * before, (part + 1) * before), pad]
     return stack_rows(pieces)
 
 
-def _pad_columns(tensor: LazyTensor, parts: int, more: int) -> LazyTensor:
-    """`more` columns of zeros behind each of so many equal parts."""
+def _pad_columns(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
+    """Each of so many equal parts with columns of zeros behind it, `size` columns together."""
+    before = tensor.shape[1] // parts
 
     def rows(start: int, stop: int) -> Tensor:
-        split = tensor.rows(start, stop).reshape(stop - start, parts, -1)
-        return torch.nn.functional.pad(split, (0, more)).flatten(1)
+        split = tensor.rows(start, stop).reshape(stop - start, parts, before)
+        return torch.nn.functional.pad(split, (0, size - before)).flatten(1)
 
-    shape = (tensor.shape[0], tensor.shape[1] + parts * more)
-    return LazyTensor(shape, tensor.dtype, rows)
+    return LazyTensor((tensor.shape[0], parts * size), tensor.dtype, rows)

@@ -46,7 +46,7 @@ class LazyTensor:
             return self
         return LazyTensor(self.shape, dtype, lambda start, stop: self.rows(start, stop).to(dtype))
 
-    def range(self, first: int, last: int) -> LazyTensor:
+    def row_range(self, first: int, last: int) -> LazyTensor:
         """Rows first to last - 1 as a tensor of their own."""
         shape = (last - first, *self.shape[1:])
         return LazyTensor(

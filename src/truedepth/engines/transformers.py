@@ -15,14 +15,9 @@ from truedepth.bench import Case, Collectives, Row, Task, interleaved
 from truedepth.collectives import watched
 from truedepth.errors import TruedepthError
 from truedepth.loading import load
+from truedepth.padding import KEY_VALUE, QUERY, head_padding
 from truedepth.ranks import run_ranks
 from truedepth.sources import Source, open_source
-
-SHARDED = {
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "KV heads",
-    "intermediate_size": "columns in its FFN",
-}
 
 DECODED = 8  # tokens of a decoding run; a single one is too short to time
 
@@ -124,48 +119,39 @@ def measure(
     Raises:
         TruedepthError: A model cannot be loaded so.
     """
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
     if ranks == 1:
-        return _measured(model, base, cases, repetitions, ranks, device, dtype)
+        return _measured(model, base, cases, repetitions, options)
     for each in filter(None, (model, base)):
         check_shards(open_source(each), ranks)
-    rows: list[Row] = run_ranks(
-        ranks, _measured, model, base, cases, repetitions, ranks, device, dtype
-    )
+    options |= {"distributed_config": DistributedConfig(tp_size=ranks), "device_map": None}
+    rows: list[Row] = run_ranks(ranks, _measured, model, base, cases, repetitions, options)
     return rows
 
 
 def _measured(
-    model: str,
-    base: str | None,
-    cases: list[Case],
-    repetitions: int,
-    ranks: int,
-    device: str | None,
-    dtype: torch.dtype | None,
+    model: str, base: str | None, cases: list[Case], repetitions: int, options: dict[str, Any]
 ) -> list[Row]:
-    def runner(name: str) -> TransformersRunner:
-        options: dict[str, Any] = {}
-        if ranks > 1:
-            options = {"distributed_config": DistributedConfig(tp_size=ranks), "device_map": None}
-        return TransformersRunner(load(name, device=device, dtype=dtype, **options).model)
-
-    against = runner(base) if base else None
-    return interleaved(runner(model), against, cases, repetitions)
+    """In this process; `options` are those of `load`."""
+    against = TransformersRunner(load(base, **options).model) if base else None
+    return interleaved(
+        TransformersRunner(load(model, **options).model), against, cases, repetitions
+    )
 
 
 def check_shards(source: Source, ranks: int) -> None:
     """Over ranks a model's heads and FFN width must divide, and it must be a directory.
 
     Raises:
-        TruedepthError: They do not.
+        TruedepthError: They do not, or it is not.
     """
-    config = source.config
-    for name, words in SHARDED.items():
-        if (count := config.get(name)) and count % ranks:
-            raise TruedepthError(
-                f"{source.path} has {count} {words}, which do not divide by {ranks} ranks; convert"
-                f" it with --pad-heads {ranks} (--pairs 0 for the original as it is)."
-            )
+    if head_padding(source.config, ranks):
+        heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
+        raise TruedepthError(
+            f"{source.path} has {heads} heads and {kv_heads or heads} KV heads, which do not divide"
+            f" by {ranks} ranks; convert it with --pad-heads {ranks} (--pairs 0 for the original as"
+            " it is)."
+        )
     if not source.path.is_dir():
         raise TruedepthError(
             f"transformers shards no GGUF files; convert {source.name} (--pairs 0 as it is)."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import truedepth as td
-from truedepth.bench import Case, Task, interleaved
-from truedepth.engines.transformers import measure
+from truedepth.engines.transformers import TransformersRunner
 from truedepth.ranks import run_ranks
+from truedepth.timing import Case, Task, interleaved
 
 CASES = [Case(task, length=12, batch=2) for task in Task]
 PLAN = td.Plan(6, [[1, 2], [3, 4]])
@@ -36,19 +37,31 @@ def test_runs_alternate_and_ratios_are_of_medians():
     assert row.speedups == (2, 2, 8)
 
 
+def bench(model, base=None, ranks=1, **options):
+    found = td.bench(
+        model,
+        against=base,
+        lengths=[12],
+        batches=[2],
+        ranks=ranks,
+        repetitions=2,
+        device="cpu",
+        **options,
+    )
+    assert [row.case for row in found.rows] == CASES
+    return found.rows
+
+
 def test_one_process(make_model, tmp_path):
     td.convert(make_model(), tmp_path / "out", PLAN)
-    rows = measure(str(tmp_path / "out"), str(make_model()), CASES, 2, 1, "cpu", None)
-    assert [row.case for row in rows] == CASES
-    for row in rows:
+    for row in bench(tmp_path / "out", make_model()):
         assert len(row.model.seconds) == len(row.base.seconds) == 2
         assert row.model.collectives is None
 
 
 def test_two_ranks(make_model, tmp_path):
     td.convert(make_model(), tmp_path / "out", PLAN)
-    rows = measure(str(tmp_path / "out"), str(make_model()), CASES, 2, 2, "cpu", None)
-    for row in rows:
+    for row in bench(tmp_path / "out", make_model(), ranks=2):
         passes = row.case.length if row.case.task is Task.generate else 1
         before, after = row.base.collectives, row.model.collectives
         saved = before.calls["all_reduce"] - after.calls["all_reduce"]
@@ -59,10 +72,33 @@ def test_two_ranks(make_model, tmp_path):
         assert 0 < after.share < 1
 
 
+@pytest.mark.slow  # compiling takes a minute
+def test_compiled_steps_give_the_tokens_of_eager_ones(make_model, tmp_path):
+    td.convert(make_model(), tmp_path / "out", PLAN)
+    model = td.load(tmp_path / "out").model
+    fed = []
+    for compiled in (False, True):
+        tokens = []
+        runner = TransformersRunner(model, compiled)
+        step = runner._step
+        runner._step = lambda token, step=step, tokens=tokens, **options: (
+            tokens.append(token.clone()) or step(token, **options)
+        )
+        for case in [CASES[1], CASES[2], CASES[2], CASES[1]]:
+            runner.seconds(case)
+        fed.append(torch.cat(tokens, 1))
+    assert torch.equal(*fed)
+
+
 def test_heads_that_do_not_divide(make_model):
-    odd = str(make_model(num_attention_heads=4, num_key_value_heads=1))
+    odd = make_model(num_attention_heads=4, num_key_value_heads=1)
     with pytest.raises(td.TruedepthError, match=r"1 KV heads, .* by 2 ranks; .* --pad-heads 2"):
-        measure(odd, None, CASES, 1, 2, "cpu", None)
+        bench(odd, ranks=2)
+
+
+def test_lengths_of_nothing(make_model):
+    with pytest.raises(td.TruedepthError, match="A length must be at least 1"):
+        td.bench(make_model(), lengths=[0])
 
 
 def fail_in_one(word):

@@ -21,6 +21,7 @@ from truedepth.registration import register
 
 if TYPE_CHECKING:
     from truedepth.accuracy import task_scores
+    from truedepth.benchmark import bench
     from truedepth.calibration_text import Calibration
     from truedepth.conversion import calibrate, convert
     from truedepth.depth_study import study
@@ -38,6 +39,7 @@ __all__ = [
     "Healing",
     "Plan",
     "TruedepthError",
+    "bench",
     "calibrate",
     "convert",
     "heal",
@@ -54,6 +56,7 @@ __all__ = [
 _LAZY = {
     "Calibration": "truedepth.calibration_text",
     "Healing": "truedepth.heal_options",
+    "bench": "truedepth.benchmark",
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
     "heal": "truedepth.healing",

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from truedepth import __version__, cli_heal, cli_plan
+from truedepth import __version__, cli_heal, cli_plan, cli_speed
 from truedepth.cli_options import (
     Device,
     DType,
@@ -188,6 +188,9 @@ def evaluate(
     )
     write_json(json_path, measured.to_dict())
     print_rows(perplexity_rows(measured))
+
+
+app.command()(cli_speed.bench)
 
 
 @app.command()

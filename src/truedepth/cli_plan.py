@@ -93,8 +93,8 @@ def plan(
     dtype: Fast = DType.auto,
 ) -> None:
     """Find which layers of MODEL to pair: least loss at a depth, or least depth at a loss."""
-    from truedepth.report.frontier import check_plot, plot_frontier
     from truedepth.report.pages import print_search
+    from truedepth.report.plots import check_plot, plot_frontier
 
     if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of --max-loss, --depth, --pairs.")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from truedepth.bench import Case, Row, Task, interleaved
 from truedepth.calibration_text import Calibration
 from truedepth.conversion import Conversion, convert
 from truedepth.engines.transformers import TransformersRunner
@@ -20,6 +19,7 @@ from truedepth.loading import default_device, load
 from truedepth.plan import Plan
 from truedepth.progress import working
 from truedepth.sources import open_source
+from truedepth.timing import Case, Row, Task, interleaved
 
 # 30 -> 23 layers, the paper's -22 % of depth; made by
 # truedepth plan default -o demo_plan.yaml --depth 23 (minutes; docs/results.md has the options)

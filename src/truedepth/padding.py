@@ -16,6 +16,7 @@ from torch import Tensor
 
 from truedepth.errors import TruedepthError
 from truedepth.families import Family
+from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, stack_rows, zeros
 
 QUERY, KEY_VALUE = "num_attention_heads", "num_key_value_heads"
@@ -45,6 +46,21 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     padded = -(-key_value // ranks) * ranks
     size = config.get("head_dim") or config["hidden_size"] // query
     return {QUERY: padded * (query // key_value), KEY_VALUE: padded, "head_dim": size}
+
+
+def check_heads(source: Source, ranks: int) -> None:
+    """Over ranks a model's heads and FFN width must divide.
+
+    Raises:
+        TruedepthError: They do not.
+    """
+    if head_padding(source.config, ranks):
+        heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
+        raise TruedepthError(
+            f"{source.path} has {heads} heads and {kv_heads or heads} KV heads, which do not divide"
+            f" by {ranks} ranks; convert it with --pad-heads {ranks} (--pairs 0 for the original as"
+            " it is)."
+        )
 
 
 def padded_tensors(

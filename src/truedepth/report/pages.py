@@ -11,7 +11,6 @@ from rich.columns import Columns
 from rich.filesize import decimal
 from rich.panel import Panel
 
-from truedepth.bench import Timing
 from truedepth.calibration_run import calibration_words
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
@@ -23,6 +22,7 @@ from truedepth.plan import Plan
 from truedepth.plan_search import Search
 from truedepth.report.tables import console, excess_text, print_rows
 from truedepth.tensors import dtype_name
+from truedepth.timing import Timing
 
 
 def print_info(info: Info, dtype: torch.dtype | None) -> None:

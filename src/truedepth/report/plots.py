@@ -1,11 +1,13 @@
-"""The frontier of a search as a picture: loss against effective depth."""
+"""Pictures: the frontier of a search, and speed-ups."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from truedepth.benchmark import Benchmark
 from truedepth.errors import TruedepthError
 from truedepth.plan_search import Search
+from truedepth.timing import Row
 
 TICKS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
@@ -13,7 +15,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Before a search, not after it.
+    """Before the work, not after it.
 
     Raises:
         TruedepthError: There is no such format, or no matplotlib.
@@ -60,6 +62,40 @@ def plot_frontier(found: Search, path: Path) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_benchmark(found: Benchmark, path: Path) -> None:
+    """Speed-ups over length, a line for each task and batch; bars from the least to the most of
+    neighbouring runs.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[Row]] = {}
+    for row in found.rows:
+        lines.setdefault(f"{row.case.task.value}, batch {row.case.batch}", []).append(row)
+    for label, rows in lines.items():
+        middle = [row.speedup or 0.0 for row in rows]
+        spread = [
+            [m - min(row.speedups) for m, row in zip(middle, rows, strict=True)],
+            [max(row.speedups) - m for m, row in zip(middle, rows, strict=True)],
+        ]
+        lengths = [row.case.length for row in rows]
+        axes.errorbar(lengths, middle, spread, fmt="o-", capsize=3, label=label)
+    axes.axhline(1, color="tab:gray", linewidth=1)
+    ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
+    axes.set(
+        title=f"{found.model} against {found.against}\n{found.engine} on {found.device}{ranks}",
+        xlabel="tokens",
+        ylabel="speed-up",
+    )
+    axes.set_xscale("log", base=2)
+    lengths = sorted({row.case.length for row in found.rows})
+    axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 REPETITIONS, WARMUPS = 5, 1
 
+DECODED = 8
+"""Tokens of a decoding run: a single one is too short to time."""
+
 
 class Task(StrEnum):
     """What is timed."""
@@ -25,6 +28,13 @@ class Task(StrEnum):
 
     decode = "decode"
     """One token more, with so many in the KV cache."""
+
+
+class Engine(StrEnum):
+    """What runs the models."""
+
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""`truedepth bench`: how fast a model is on an engine, beside its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truedepth.errors import TruedepthError
+from truedepth.loading import default_device
+from truedepth.padding import check_heads
+from truedepth.progress import working
+from truedepth.sources import open_source
+from truedepth.tensors import dtype_name
+from truedepth.timing import REPETITIONS, Case, Engine, Row, Task
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `truedepth bench` prints."""
+
+    model: str
+    against: str | None
+    engine: str
+    version: str
+    """Of the engine."""
+
+    ranks: int
+    device: str
+    dtype: str | None
+    """None is that of `load`, or the engine's own."""
+
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    tasks: Sequence[Task] = tuple(Task),
+    lengths: Sequence[int] = (128,),
+    batches: Sequence[int] = (1,),
+    engine: Engine = Engine.transformers,
+    ranks: int = 1,
+    repetitions: int = REPETITIONS,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Benchmark:
+    """Time a model, and its base in turn with it.
+
+    Args:
+        model: What `load` takes; for vLLM a directory or a hub id.
+        against: The same.
+        tasks: What to time.
+        lengths: Tokens; every task at each.
+        batches: Sequences at a time; every length at each.
+        engine: What runs them.
+        ranks: Of tensor parallelism; they are started here.
+        repetitions: Timed runs of each model and case.
+        device: As in `load`; vLLM has the one that it was built for.
+        dtype: As in `load`; vLLM's own default is the checkpoint's.
+
+    Raises:
+        TruedepthError: An option makes no sense, or a model cannot be run so.
+    """
+    for name, values in (("A length", lengths), ("A batch", batches), ("A number", [ranks])):
+        if not values or min(values) < 1:
+            raise TruedepthError(f"{name} must be at least 1.")
+    names = [str(each) for each in (model, against) if each is not None]
+    for name in names:
+        source = open_source(name)
+        check_heads(source, ranks)
+        if not source.path.is_dir() and (ranks > 1 or engine is Engine.vllm):
+            raise TruedepthError(
+                f"{engine.value} cannot run GGUF files so; convert {name} (--pairs 0 as it is)."
+            )
+    cases = [Case(task, n, batch) for task in tasks for n in lengths for batch in batches]
+    measure, version = _engine(engine)
+    with working(f"Timing {len(cases)} cases"):
+        rows = measure(
+            names[0], names[1] if against else None, cases, repetitions, ranks, device, dtype
+        )
+    return Benchmark(
+        model=names[0],
+        against=names[1] if against else None,
+        engine=engine.value,
+        version=version,
+        ranks=ranks,
+        device=device or default_device(),
+        dtype=dtype_name(dtype) if dtype else None,
+        rows=rows,
+    )
+
+
+def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:
+    """How it measures, and its version."""
+    if engine is Engine.transformers:
+        import transformers
+
+        from truedepth.engines.transformers import measure
+
+        return measure, transformers.__version__
+    try:
+        import vllm
+    except ImportError:
+        raise TruedepthError("There is no vLLM here: pip install 'truedepth[vllm]'.") from None
+    from truedepth.engines.vllm_runner import measure as measure_vllm
+
+    return measure_vllm, vllm.__version__

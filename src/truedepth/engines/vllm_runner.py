@@ -1,0 +1,182 @@
+"""Speed of models that vLLM runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from math import prod
+from typing import Any
+
+import torch
+from torch.profiler import profile
+from vllm import LLM, SamplingParams
+
+from truedepth.collectives import Traffic
+from truedepth.errors import TruedepthError
+from truedepth.sources import open_source
+from truedepth.tensors import dtype_name
+from truedepth.timing import DECODED, Case, Collectives, Row, Task, interleaved
+
+KINDS = re.compile(r"all_?reduce|all_?gather|reduce_?scatter|cross_device_reduce", re.IGNORECASE)
+"""Of operators on a CPU and kernels on a GPU that communicate."""
+
+IDLE = 1.5  # seconds until the workers of a model that has nothing to do stop polling
+
+
+class ProfiledWorker:
+    """Added to vLLM's workers: what they send, by torch's profiler.
+
+    It sees the operators of compiled graphs and the kernels of CUDA graphs, which no wrapper does.
+    """
+
+    vllm_config: Any
+
+    def watch_collectives(self) -> None:
+        """Begin."""
+        self._profile = profile(record_shapes=True)
+        self._profile.start()
+
+    def watched_collectives(self) -> tuple[dict[str, int], int, float]:
+        """End; what `Traffic` holds, as vLLM sends it. Bytes of kernels are not known."""
+        self._profile.stop()
+        traffic = Traffic()
+        itemsize = self.vllm_config.model_config.dtype.itemsize
+        gpu = torch.cuda.is_available()
+        events: Any = self._profile.profiler
+        for event in events.function_events:
+            found = KINDS.search(event.name)
+            if found and (event.device_type.name == "CUDA") == gpu:
+                microseconds = event.device_time_total if gpu else event.cpu_time_total
+                traffic.calls[found.group().lower()] += 1
+                traffic.bytes += itemsize * prod(next(filter(None, event.input_shapes or ()), [0]))
+                traffic.seconds += microseconds / 1e6
+        return dict(traffic.calls), traffic.bytes, traffic.seconds
+
+
+class VllmRunner:
+    """A model that vLLM has loaded, tensor-parallel over processes of its own."""
+
+    def __init__(self, llm: LLM) -> None:
+        """With `ProfiledWorker` in its workers, no cache of prefixes, and log_stats."""
+        self._llm = llm
+
+    def seconds(self, case: Case) -> float:
+        """One run, by the engine's own clock; of decoding, a token's."""
+        scheduled, first, last = self._run(case, self._tokens(case))
+        if case.task is Task.decode:
+            return (last - first) / DECODED
+        return (first if case.task is Task.prefill else last) - scheduled
+
+    def collectives(self, case: Case) -> Collectives | None:
+        """Of one rank in one more run, profiled; of decoding, a token's."""
+        traffic, seconds = self._profiled(case, self._tokens(case))
+        runs = 1
+        if case.task is Task.decode:  # less what the prompt takes
+            runs = DECODED
+            prompt, earlier = self._profiled(case, 1)
+            seconds -= earlier
+            traffic = Traffic(
+                traffic.calls - prompt.calls,
+                traffic.bytes - prompt.bytes,
+                traffic.seconds - prompt.seconds,
+            )
+        if not traffic.calls:
+            return None
+        return Collectives(
+            {kind: count // runs for kind, count in traffic.calls.items()},
+            traffic.bytes // runs,
+            traffic.seconds / seconds,
+        )
+
+    def _profiled(self, case: Case, tokens: int) -> tuple[Traffic, float]:
+        self._llm.collective_rpc("watch_collectives")
+        scheduled, _, last = self._run(case, tokens)
+        calls, size, spent = self._llm.collective_rpc("watched_collectives")[0]
+        return Traffic(Counter(calls), size, spent), last - scheduled
+
+    def _tokens(self, case: Case) -> int:
+        """That are generated."""
+        return {Task.prefill: 1, Task.generate: case.length, Task.decode: 1 + DECODED}[case.task]
+
+    def _run(self, case: Case, tokens: int) -> tuple[float, float, float]:
+        """When the prompts were scheduled, had their first tokens and their last."""
+        length = 1 if case.task is Task.generate else case.length
+        vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
+        prompts = [
+            {"prompt_token_ids": [(row * length + i) % vocabulary for i in range(length)]}
+            for row in range(case.batch)
+        ]
+        options = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        time.sleep(IDLE)
+        outputs = self._llm.generate(prompts, options, use_tqdm=False)
+        times = [output.metrics for output in outputs]
+        return (
+            min(each.scheduled_ts for each in times),
+            max(each.first_token_ts for each in times),
+            max(each.last_token_ts for each in times),
+        )
+
+
+def measure(
+    model: str,
+    base: str | None,
+    cases: list[Case],
+    repetitions: int,
+    ranks: int,
+    device: str | None,
+    dtype: torch.dtype | None,
+) -> list[Row]:
+    """Time a model and its base, each loaded once and idle while the other runs.
+
+    Args:
+        model: A directory or hub id.
+        base: The same.
+        cases: What to time.
+        repetitions: Of each.
+        ranks: Of tensor parallelism.
+        device: Must be the one that vLLM was built for.
+        dtype: By default the checkpoint's.
+
+    Raises:
+        TruedepthError: vLLM cannot load a model.
+    """
+    from vllm.platforms import current_platform
+
+    if device not in (None, current_platform.device_type):
+        raise TruedepthError(f"This vLLM runs on {current_platform.device_type}, not on {device}.")
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    bound = [",".join(map(str, cores[i * share : (i + 1) * share])) for i in range(ranks)]
+    for name, value in (
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+        ("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound)),
+    ):
+        os.environ.setdefault(name, value)
+    room = max(case.length for case in cases) + 1 + DECODED
+    options: dict[str, Any] = {
+        "tensor_parallel_size": ranks,
+        "dtype": dtype_name(dtype) if dtype else "auto",
+        "skip_tokenizer_init": True,
+        "max_model_len": room,
+        "max_num_seqs": max(case.batch for case in cases),
+        "max_num_batched_tokens": max(2048, room * max(case.batch for case in cases)),
+        "gpu_memory_utilization": 0.9 if base is None else 0.45,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "worker_extension_cls": f"{__name__}.{ProfiledWorker.__name__}",
+    }
+
+    def runner(name: str) -> VllmRunner:
+        try:
+            return VllmRunner(LLM(model=str(open_source(name).path), **options))
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise TruedepthError(f"vLLM cannot load {name}: {reason}", 1) from error
+
+    against = runner(base) if base else None
+    return interleaved(runner(model), against, cases, repetitions)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from truedepth.healing import heal
     from truedepth.loading import load
     from truedepth.plan_search import search
+    from truedepth.prediction import predict
     from truedepth.sources import open_source
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "open_source",
     "perplexity",
+    "predict",
     "search",
     "study",
     "task_scores",
@@ -63,6 +65,7 @@ _LAZY = {
     "load": "truedepth.loading",
     "open_source": "truedepth.sources",
     "perplexity": "truedepth.evaluate",
+    "predict": "truedepth.prediction",
     "search": "truedepth.plan_search",
     "study": "truedepth.depth_study",
     "task_scores": "truedepth.accuracy",

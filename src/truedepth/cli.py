@@ -191,6 +191,7 @@ def evaluate(
 
 
 app.command()(cli_speed.bench)
+app.command()(cli_speed.predict)
 
 
 @app.command()

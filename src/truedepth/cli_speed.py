@@ -1,4 +1,4 @@
-"""The command about speed: `bench`."""
+"""The commands about speed: `bench` and `predict`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from truedepth.cli_options import Device, DType, JsonPath, Model, Seed, Weights, write_json
+from truedepth.cli_options import Device, DType, Fast, JsonPath, Model, Seed, Weights, write_json
 from truedepth.errors import TruedepthError
 from truedepth.timing import REPETITIONS, Engine, Task
 
@@ -69,6 +69,61 @@ def bench(
     if plot is not None:
         plot_benchmark(found, plot)
     print_benchmark(found)
+
+
+def predict(
+    model: Model,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Plan file.", show_default="of a converted model its own"),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Pairs down to this effective depth; which does not matter.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="Between them: nvlink, pcie5, pcie4, infiniband, 40gbe, 10gbe, or an all-reduce's"
+            " microseconds and GB/s as 30,12.5.",
+            show_default="measured between the ranks",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache.")] = 128,
+    json_path: JsonPath = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Fast = DType.auto,
+) -> None:
+    """What a plan would buy on this machine: a token's time before and after."""
+    if plan is not None and depth is not None:
+        raise TruedepthError("Say what to pair with one of --plan and --depth.")
+    if link is not None and tp == 1:
+        raise TruedepthError("One rank sends nothing: --link goes with --tp of 2 and more.")
+    from truedepth.links import parse_link
+    from truedepth.plan import Plan
+    from truedepth.prediction import predict
+    from truedepth.report.speed import print_prediction
+    from truedepth.sources import open_source
+
+    wire = parse_link(link) if link is not None else None
+    source = open_source(model)
+    chosen = Plan.from_yaml(plan) if plan is not None else None
+    if depth is not None:
+        chosen = Plan.late_pairs(source.num_layers, source.num_layers - depth)
+    found = predict(
+        source,
+        chosen,
+        ranks=tp,
+        link=wire,
+        batch=batch,
+        length=length,
+        device=device,
+        dtype=dtype.torch(),
+    )
+    write_json(json_path, found.to_dict())
+    print_prediction(found)
 
 
 def _numbers(option: str, text: str) -> list[int]:

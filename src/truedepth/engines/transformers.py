@@ -38,7 +38,7 @@ class TransformersRunner:
     @torch.inference_mode()
     def seconds(self, case: Case) -> float:
         """One run; of decoding, a token's."""
-        taken = self._timed(self._prepare(case, self._step))
+        taken = stopwatch(self._prepare(case, self._step), self._model.device)
         return taken / DECODED if case.task is Task.decode else taken
 
     @torch.inference_mode()
@@ -48,7 +48,7 @@ class TransformersRunner:
             return None
         steps = self._prepare(case, self._model)
         with watched() as traffic:
-            taken = self._timed(steps)
+            taken = stopwatch(steps, self._model.device)
         runs = DECODED if case.task is Task.decode else 1
         return Collectives(
             {kind: calls // runs for kind, calls in traffic.calls.items()},
@@ -67,20 +67,6 @@ class TransformersRunner:
         if dist.is_initialized():
             dist.barrier()
         return steps
-
-    def _timed(self, steps: Callable[[], None]) -> float:
-        """In seconds."""
-        if self._model.device.type != "cuda":
-            start = time.perf_counter()
-            steps()
-            return time.perf_counter() - start
-        event: Any = torch.cuda.Event
-        begin, end = event(enable_timing=True), event(enable_timing=True)
-        begin.record()
-        steps()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1000
 
     def _generate(self, step: Any, token: Tensor, cache: Cache, count: int) -> None:
         for _ in range(count):
@@ -111,6 +97,21 @@ class TransformersRunner:
     def _tokens(self, batch: int, length: int) -> Tensor:
         ids = torch.arange(batch * length, device=self._model.device).view(batch, length)
         return ids.remainder(self._model.config.vocab_size)
+
+
+def stopwatch(function: Callable[[], object], device: torch.device | str) -> float:
+    """Seconds that a function takes, on a GPU between events."""
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 def measure(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.profiler import profile
 from vllm import LLM, SamplingParams
 
-from truedepth.collectives import Traffic
 from truedepth.errors import TruedepthError
 from truedepth.sources import open_source
 from truedepth.tensors import dtype_name
@@ -38,21 +40,20 @@ class ProfiledWorker:
         self._profile = profile(record_shapes=True)
         self._profile.start()
 
-    def watched_collectives(self) -> tuple[dict[str, int], int, float]:
-        """End; what `Traffic` holds, as vLLM sends it. Bytes of kernels are not known."""
+    def watched_collectives(self) -> list[tuple[str, int, float]]:
+        """End; kind, bytes given to it (of kernels not known) and seconds of each, in order."""
         self._profile.stop()
-        traffic = Traffic()
         itemsize = self.vllm_config.model_config.dtype.itemsize
         gpu = torch.cuda.is_available()
-        events: Any = self._profile.profiler
-        for event in events.function_events:
-            found = KINDS.search(event.name)
-            if found and (event.device_type.name == "CUDA") == gpu:
-                microseconds = event.device_time_total if gpu else event.cpu_time_total
-                traffic.calls[found.group().lower()] += 1
-                traffic.bytes += itemsize * prod(next(filter(None, event.input_shapes or ()), [0]))
-                traffic.seconds += microseconds / 1e6
-        return dict(traffic.calls), traffic.bytes, traffic.seconds
+        profiler: Any = self._profile.profiler
+        found = []
+        for event in sorted(profiler.function_events, key=lambda event: event.time_range.start):
+            kind = KINDS.search(event.name)
+            if kind and (event.device_type.name == "CUDA") == gpu:
+                shape = next(filter(None, event.input_shapes or ()), [0])
+                taken = event.device_time_total if gpu else event.cpu_time_total
+                found.append((kind.group().lower(), itemsize * prod(shape), taken / 1e6))
+        return found
 
 
 class VllmRunner:
@@ -71,30 +72,20 @@ class VllmRunner:
 
     def collectives(self, case: Case) -> Collectives | None:
         """Of one rank in one more run, profiled; of decoding, a token's."""
-        traffic, seconds = self._profiled(case, self._tokens(case))
-        runs = 1
-        if case.task is Task.decode:  # less what the prompt takes
-            runs = DECODED
-            prompt, earlier = self._profiled(case, 1)
-            seconds -= earlier
-            traffic = Traffic(
-                traffic.calls - prompt.calls,
-                traffic.bytes - prompt.bytes,
-                traffic.seconds - prompt.seconds,
-            )
-        if not traffic.calls:
+        tokens = self._tokens(case)
+        self._llm.collective_rpc("watch_collectives")
+        scheduled, first, last = self._run(case, tokens)
+        found = self._llm.collective_rpc("watched_collectives")[0]
+        seconds, runs = last - scheduled, 1
+        if case.task is Task.decode:  # every pass has as many, and the first is the prompt's
+            found, seconds, runs = found[len(found) // tokens :], last - first, DECODED
+        if not found:
             return None
         return Collectives(
-            {kind: count // runs for kind, count in traffic.calls.items()},
-            traffic.bytes // runs,
-            traffic.seconds / seconds,
+            {kind: count // runs for kind, count in Counter(each[0] for each in found).items()},
+            sum(each[1] for each in found) // runs,
+            sum(each[2] for each in found) / seconds,
         )
-
-    def _profiled(self, case: Case, tokens: int) -> tuple[Traffic, float]:
-        self._llm.collective_rpc("watch_collectives")
-        scheduled, _, last = self._run(case, tokens)
-        calls, size, spent = self._llm.collective_rpc("watched_collectives")[0]
-        return Traffic(Counter(calls), size, spent), last - scheduled
 
     def _tokens(self, case: Case) -> int:
         """That are generated."""
@@ -175,8 +166,28 @@ def measure(
         try:
             return VllmRunner(LLM(model=str(open_source(name).path), **options))
         except (RuntimeError, ValueError, OSError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TruedepthError(f"vLLM cannot load {name}: {reason}", 1) from error
+            log.seek(0)
+            causes = [line for line in log if re.search(r"\w+Error: ", line)]
+            reason = re.search(r"\w+Error: .*", causes[0]) if causes else None
+            raise TruedepthError(
+                f"vLLM cannot load {name}: {reason.group() if reason else error}", 1
+            ) from error
 
-    against = runner(base) if base else None
-    return interleaved(runner(model), against, cases, repetitions)
+    with _logged() as log:
+        against = runner(base) if base else None
+        return interleaved(runner(model), against, cases, repetitions)
+
+
+@contextmanager
+def _logged() -> Iterator[TextIO]:
+    """What is printed meanwhile, also by other processes, goes to a file that is thrown away."""
+    kept = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield log
+        finally:
+            for number, stream in zip((1, 2), kept, strict=True):
+                os.dup2(stream, number)
+                os.close(stream)

@@ -1,4 +1,4 @@
-"""What `bench` prints, for a terminal of 80 columns."""
+"""What `bench` and `predict` print, for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import floor, log10
 from rich.filesize import decimal
 
 from truedepth.benchmark import Benchmark
+from truedepth.prediction import Prediction
 from truedepth.report.tables import print_rows
 from truedepth.timing import Case, Collectives, Row, Timing
 
@@ -54,6 +55,52 @@ def print_benchmark(found: Benchmark) -> None:
         header=("task", "tokens", "batch", "", "calls", "given to them", "share of time"),
         words=[3],
     )
+
+
+def print_prediction(found: Prediction) -> None:
+    """Where a token's time goes before and after, and whether pairing pays."""
+    before, after, plan = found.before, found.after, found.plan
+    one = found.ranks == 1
+    link = "measured here" if found.link is None else f"{found.link.name} ({found.link.source})"
+    print_rows(
+        [
+            ("model", found.model),
+            ("plan", str(plan)),
+            ("effective depth", f"{plan.effective_depth} of {plan.num_layers}"),
+            (
+                "measured on",
+                f"{found.device}, {found.dtype}, batch {found.batch}, {found.length} tokens in the"
+                f" KV cache; matrices are read at {found.measured.bandwidth / 1e9:.1f} GB/s",
+            ),
+            *([] if one else [("ranks", f"{found.ranks}, {link}")]),
+            *([("heads", "padded with zeros until they divide")] if found.padded else []),
+        ]
+    )
+    print("\nA token, ms:\n")
+    parts = [
+        ("reading the weights of layers", before.weights, after.weights),
+        ("else in layers", before.layers, after.layers),
+        ("all-reduces", before.all_reduces, after.all_reduces),
+        ("embedding and head", before.rest, after.rest),
+        ("together", before.total, after.total),
+    ]
+    print_rows(
+        [
+            (name, *(f"{1000 * each:.3f}" for each in times))
+            for name, *times in parts
+            if not (one and name == "all-reduces")
+        ],
+        header=("", "original", "paired"),
+    )
+    print(f"\nPredicted speed-up: {found.speedup:.2f}.")
+    if not found.pays:
+        most = max(parts[:-1], key=lambda part: part[1])
+        print(
+            f"Pairing will not pay here: {most[1] / before.total:.0%} of a token is"
+            f" {most[0]}, which it does not change."
+            if most[0] in ("reading the weights of layers", "embedding and head")
+            else "Pairing will not pay here."
+        )
 
 
 def _case(case: Case) -> tuple[str, str, str]:

@@ -1,0 +1,181 @@
+"""`truedepth predict`: a token's time before and after pairing, with nothing converted.
+
+What the layers of a plan take, measured on stacks of them with random weights, adds up. All-reduces
+are measured between the ranks of this machine, or come from what is known of a link.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truedepth.converted import plan_of
+from truedepth.errors import TruedepthError
+from truedepth.families import all_families
+from truedepth.layer_timing import LayerTimes, layer_times, shard
+from truedepth.links import Link
+from truedepth.loading import default_device, fast_dtype
+from truedepth.modeling import PREFIX
+from truedepth.padding import head_padding
+from truedepth.plan import Plan
+from truedepth.progress import working
+from truedepth.ranks import run_ranks
+from truedepth.sources import Source, open_source
+from truedepth.tensors import dtype_name
+from truedepth.timing import Case, Task
+
+PAYS = 1.05
+"""The least speed-up worth a changed model."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """Where the time of a token goes, in seconds."""
+
+    weights: float
+    """Reading the weights of layers at the measured bandwidth."""
+
+    layers: float
+    """What the layers take beyond that: short kernels, their launches, attention."""
+
+    all_reduces: float
+    rest: float
+    """Embedding, last norm and head."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.layers + self.all_reduces + self.rest
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `truedepth predict` prints."""
+
+    model: str
+    plan: Plan
+    ranks: int
+    link: Link | None
+    """None is measured, or one rank."""
+
+    device: str
+    dtype: str
+    batch: int
+    length: int
+    padded: bool
+    """Heads do not divide by the ranks and were taken as padded."""
+
+    measured: LayerTimes
+    before: Token
+    after: Token
+
+    @property
+    def speedup(self) -> float:
+        """Of a token."""
+        return self.before.total / self.after.total
+
+    @property
+    def pays(self) -> bool:
+        """Whether that is worth a changed model."""
+        return self.speedup >= PAYS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {
+            "plan": self.plan.to_dict(),
+            "speedup": self.speedup,
+            "pays": self.pays,
+        }
+
+
+def predict(
+    model: str | Path | Source,
+    plan: Plan | None = None,
+    *,
+    ranks: int = 1,
+    link: Link | None = None,
+    batch: int = 1,
+    length: int = 128,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Prediction:
+    """Time a token before and after pairing would take.
+
+    Args:
+        model: What `open_source` takes; its weights are not read.
+        plan: Of its layers; of a converted model by default its own.
+        ranks: Of tensor parallelism.
+        link: Between them; by default all-reduces are measured on this machine.
+        batch: Sequences at a time.
+        length: Tokens in the KV cache.
+        device: By default the first GPU, else the CPU.
+        dtype: Of weights; by default bfloat16 on CPUs that are fast at it, else the checkpoint's.
+
+    Raises:
+        TruedepthError: There is no such model, or not so many GPUs to measure on.
+    """
+    source = open_source(model)
+    plan = plan or plan_of(source.config)
+    if plan is None:
+        raise TruedepthError(f"{source.name} is not converted yet: say what to pair.")
+    num_layers = sum(source.config.get("layer_widths") or [1] * source.num_layers)
+    if plan.num_layers != num_layers:
+        raise TruedepthError(
+            f"The plan is for {plan.num_layers} layers; {source.name} has {num_layers}."
+        )
+    device = device or default_device()
+    measured_ranks = ranks if link is None else 1
+    if device.startswith("cuda") and measured_ranks > torch.cuda.device_count():
+        raise TruedepthError(
+            f"There are {torch.cuda.device_count()} GPUs to measure on, not {ranks}; say with"
+            " --link what connects them."
+        )
+    dtype = dtype or fast_dtype(source, torch.device(device))
+    config = shard(source.config, ranks)
+    original = source.config["model_type"].removeprefix(f"{PREFIX.lower()}_")
+    family = next(family for family in all_families() if family.model_type == original)
+    arguments = (
+        config,
+        family,
+        source.path,
+        sorted(set(plan.widths)),
+        Case(Task.decode, length, batch),
+        device,
+        dtype,
+    )
+    with working("Timing layers"):
+        if measured_ranks > 1:
+            measured: LayerTimes = run_ranks(ranks, layer_times, *arguments)
+        else:
+            measured = layer_times(*arguments)
+    each = measured.all_reduce
+    if link is not None:
+        each = link.all_reduce(batch * config["hidden_size"] * dtype.itemsize, ranks)
+
+    def token(of: Plan) -> Token:
+        layers = sum(measured.layers[width] for width in of.widths)
+        reading = min(layers, of.num_layers * measured.weights)
+        return Token(
+            weights=reading,
+            layers=layers - reading,
+            all_reduces=of.all_reduces_per_token(ranks) * each,
+            rest=measured.rest,
+        )
+
+    return Prediction(
+        model=source.name,
+        plan=plan,
+        ranks=ranks,
+        link=link,
+        device=device,
+        dtype=dtype_name(dtype),
+        batch=batch,
+        length=length,
+        padded=bool(head_padding(source.config, ranks)),
+        measured=measured,
+        before=token(plan.unpaired),
+        after=token(plan),
+    )

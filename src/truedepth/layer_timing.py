@@ -25,7 +25,7 @@ from truedepth.modeling import PREFIX
 from truedepth.padding import KEY_VALUE, QUERY, head_padding
 from truedepth.timing import Case
 
-ENOUGH = 1 << 28  # bytes of weights, more than caches hold
+ENOUGH = 1 << 28
 REPETITIONS, WARMUPS = 7, 2
 
 
@@ -82,6 +82,7 @@ def layer_times(
     case: Case,
     device: str,
     dtype: torch.dtype,
+    enough: int = ENOUGH,
 ) -> LayerTimes:
     """Measure; in a process group all its ranks together, and all-reduces between them.
 
@@ -93,10 +94,11 @@ def layer_times(
         case: A decoding.
         device: To run on.
         dtype: Of weights.
+        enough: Bytes of weights to time, more than caches hold.
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
-    count = max(2 * max(widths), ceil(ENOUGH / size))
+    count = max(2 * max(widths), ceil(enough / size))
 
     def stack(width: int, count: int) -> nn.Module:
         own = {**config, "num_hidden_layers": count, "layer_widths": [width] * count}
@@ -126,7 +128,7 @@ def layer_times(
 
     layer = difference("full", "half") / (count - count // 2)
     rest = max(0.0, median(taken["half"]) - layer * (count // 2))
-    bandwidth = _bandwidth(config["hidden_size"], case.batch, device, dtype)
+    bandwidth = _bandwidth(enough, config["hidden_size"], case.batch, device, dtype)
     return LayerTimes(
         layers={1: layer}
         | {
@@ -148,9 +150,9 @@ def _all_reduce(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output
 
 
-def _bandwidth(hidden: int, batch: int, device: str, dtype: torch.dtype) -> float:
+def _bandwidth(size: int, hidden: int, batch: int, device: str, dtype: torch.dtype) -> float:
     """Bytes a second of a matrix that is multiplied with one vector a sequence."""
-    matrix = torch.zeros(ENOUGH // dtype.itemsize // hidden, hidden, device=device, dtype=dtype)
+    matrix = torch.zeros(size // dtype.itemsize // hidden, hidden, device=device, dtype=dtype)
     vectors = torch.zeros(batch, hidden, device=device, dtype=dtype)
     times = [stopwatch(lambda: vectors @ matrix.T, device) for _ in range(WARMUPS + REPETITIONS)]
     return matrix.nbytes / median(times[WARMUPS:])

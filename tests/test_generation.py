@@ -4,9 +4,14 @@ import pytest
 import torch
 
 import truedepth as td
-from truedepth.generation import answer, own_text
+from truedepth import generation
+from truedepth.generation import own_text
 
 TEMPLATE = "{% for m in messages %}the {{ m['content'] }} on{% endfor %}"
+
+
+def answer(*arguments, **options):
+    return generation.answer(*arguments, **options).text
 
 
 @pytest.fixture
@@ -50,6 +55,31 @@ def test_temperature_samples(loaded):
 def test_streaming_prints_the_answer(loaded, capsys):
     text = answer(loaded, "the cat", max_new_tokens=9, stream=True)
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("groups", [[], [(1, 2), (3, 4)]])
+@pytest.mark.parametrize("draft_tokens", [1, 3])
+def test_what_a_draft_proposes_is_checked(loaded, make_model, tmp_path, groups, draft_tokens):
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, groups))
+    draft = td.load(tmp_path / "out")
+    found = generation.answer(
+        loaded, "the cat", draft=draft, draft_tokens=draft_tokens, max_new_tokens=24
+    )
+    assert found.text == greedy(loaded, "the cat", 24)
+    alone = generation.answer(loaded, "the cat", max_new_tokens=24)
+    assert found.tokens == alone.tokens == alone.passes
+    assert alone.accepted == alone.drafted == 0
+    assert found.tokens == found.passes + found.accepted
+    assert found.accepted <= found.drafted <= found.passes * draft_tokens
+    if not groups:  # the original proposes: all stands
+        assert found.passes == -(-found.tokens // (draft_tokens + 1))
+
+
+def test_a_draft_with_other_tokens_is_refused(loaded, make_model):
+    draft = td.load(make_model())
+    draft.tokenizer.add_tokens("brouhaha")
+    with pytest.raises(td.TruedepthError, match=r"was not made from .*: their tokens differ"):
+        generation.answer(loaded, "the cat", draft=draft)
 
 
 @torch.no_grad()

@@ -205,28 +205,52 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt; no chat template.")
     ] = False,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            help="Let MODEL propose tokens and its original check them: the text is then exactly"
+            " the original's.",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Proposed at a time, with --verify.", show_default="2"),
+    ] = None,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
     """Let a model, original or converted, answer PROMPT."""
-    from truedepth.generation import answer
+    if draft_tokens is not None and verify is None:
+        raise TruedepthError("--draft-tokens goes with --verify.")
+    from truedepth.generation import DRAFT_TOKENS, answer
     from truedepth.loading import load
 
     _prepare(seed)
     loaded = load(model, device=device, dtype=dtype.torch())
+    original = load(verify, device=device, dtype=dtype.torch()) if verify is not None else None
     if model == "default":
         print(f"{loaded.source.name} from: {loaded.source.origin}", file=sys.stderr)
-    text = answer(
-        loaded,
+    written = answer(
+        original or loaded,
         prompt,
+        draft=loaded if original else None,
+        draft_tokens=draft_tokens or DRAFT_TOKENS,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         raw=raw,
         stream=True,
     )
-    write_json(json_path, {"model": model, "prompt": prompt, "text": text})
+    if original is not None:
+        print(
+            f"{written.tokens} tokens in {written.passes} passes of {original.source.name};"
+            f" {written.accepted / max(1, written.drafted):.0%} of {written.drafted} proposed"
+            " tokens stand.",
+            file=sys.stderr,
+        )
+    write_json(json_path, {"model": model, "prompt": prompt, **written.to_dict()})
 
 
 @app.command()

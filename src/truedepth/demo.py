@@ -81,7 +81,7 @@ def run_demo(
         with working("Decoding"):
             ours, theirs = (TransformersRunner(each.model) for each in (after, before))
             (speed,) = interleaved(ours, theirs, [DECODING], repetitions=11)
-            answers = [answer(each, PROMPT, max_new_tokens=64) for each in (before, after)]
+            answers = [answer(each, PROMPT, max_new_tokens=64).text for each in (before, after)]
         return Demo(
             conversion=conversion,
             perplexity=measured,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
 from truedepth.errors import TruedepthError
@@ -14,6 +18,33 @@ from truedepth.progress import progress_bar
 from truedepth.text import beginning
 
 OWN_TEXT_BATCH = 64  # windows written at a time
+DRAFT_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written."""
+
+    text: str
+    """Without the prompt."""
+
+    tokens: int
+    seconds: float
+
+    passes: int
+    """Forward passes of the model whose text it is, that over the prompt included."""
+
+    drafted: int = 0
+    """Tokens that a draft model proposed."""
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that stand: every pass adds one token more than it accepts."""
+        return self.tokens - self.passes if self.drafted else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "accepted": self.accepted}
 
 
 @torch.inference_mode()
@@ -21,25 +52,30 @@ def answer(
     loaded: Loaded,
     prompt: str,
     *,
+    draft: Loaded | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     raw: bool = False,
     stream: bool = False,
-) -> str:
-    """The model's answer to a prompt, without the prompt.
+) -> Answer:
+    """The model's answer to a prompt.
 
     Args:
         loaded: The model.
         prompt: A user's message where the tokenizer has a chat template, else text to continue.
+        draft: A faster model that proposes tokens, which the model checks several at a time
+            (speculative decoding). The text is the model's own all the same.
+        draft_tokens: Proposed at a time at most.
         max_new_tokens: The answer's length at most.
         temperature: 0 takes the likeliest token always; above, tokens are sampled.
         raw: Continue the prompt as it is even where there is a chat template.
         stream: Print the answer as it comes.
 
     Raises:
-        TruedepthError: The prompt is empty.
+        TruedepthError: The prompt is empty, or the draft knows other tokens.
     """
-    tokenizer = loaded.tokenizer
+    tokenizer, model = loaded.tokenizer, loaded.model
     if not prompt.strip():
         raise TruedepthError("The prompt is empty.")
     if raw or not tokenizer.chat_template:
@@ -51,19 +87,53 @@ def answer(
             return_tensors="pt",
             return_dict=True,
         )
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
-        sampling["temperature"] = temperature
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = inputs["input_ids"].to(loaded.model.device)
-    output = loaded.model.generate(
-        ids,
-        attention_mask=inputs["attention_mask"].to(loaded.model.device),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer if stream else None,
-        **sampling,
+        options["temperature"] = temperature
+    if stream:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if draft is not None:
+        if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise TruedepthError(
+                f"{draft.source.name} was not made from {loaded.source.name}: their tokens differ."
+            )
+        draft.model.generation_config.update(
+            num_assistant_tokens=draft_tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
+        options["assistant_model"] = draft.model
+    ids = inputs["input_ids"].to(model.device)
+    mask = inputs["attention_mask"].to(model.device)
+    with ExitStack() as stack:
+        passes = stack.enter_context(_counted(model))
+        drafted = stack.enter_context(_counted(draft.model)) if draft else [0]
+        start = time.perf_counter()
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+        seconds = time.perf_counter() - start
+    written = output[0, ids.shape[1] :]
+    return Answer(
+        text=str(tokenizer.decode(written, skip_special_tokens=True)).strip(),
+        tokens=len(written),
+        seconds=seconds,
+        passes=passes[0],
+        drafted=drafted[0],
     )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[list[int]]:
+    """Its forward passes meanwhile, in a list of one number."""
+    count = [0]
+
+    def add(*_: object) -> None:
+        count[0] += 1
+
+    hook = model.register_forward_pre_hook(add)
+    try:
+        yield count
+    finally:
+        hook.remove()
 
 
 @torch.inference_mode()

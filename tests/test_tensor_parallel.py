@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import truedepth as td
 from conftest import random_ids, torchrun
+from truedepth.ranks import run_ranks
 
 RANK = """
 import sys, torch, truedepth
@@ -58,3 +62,19 @@ def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_
         original = layer[f"model.layers.{1 + rank}.self_attn.q_proj.weight"].read()
         gain = layer[f"model.layers.{1 + rank}.input_layernorm.weight"].read()
         assert torch.equal(shard, original * gain)
+
+
+def refusal(checkpoint):
+    with pytest.raises(ValueError) as caught:
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint, distributed_config=DistributedConfig(tp_size=2)
+        )
+    return str(caught.value)
+
+
+def test_heads_that_would_be_cut_are_refused(make_model, tmp_path):
+    odd = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    td.convert(odd, tmp_path / "out", td.Plan(6, [[1, 2]]))
+    said = run_ranks(2, refusal, tmp_path / "out")
+    assert "3 heads and 1 KV heads do not divide by 2 tensor-parallel ranks" in said
+    assert "--pad-heads 2" in said

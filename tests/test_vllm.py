@@ -120,6 +120,49 @@ def test_weights_quantized_on_loading(converted, prompts, tmp_path):
         assert logp[0] != wanted[0]
 
 
+def test_as_the_draft_of_its_original(make_model, converted, prompts, tmp_path):
+    draft = {"model": str(converted), "num_speculative_tokens": 2, "method": "draft_model"}
+    check(make_model(**SHAPES), prompts, tmp_path, speculative_config=draft)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bench(make_model, converted, tmp_path, ranks):
+    command = [sys.executable, "-m", "truedepth", "bench", str(converted)]
+    command += ["--against", str(make_model(**SHAPES)), "--engine", "vllm", "--tp", str(ranks)]
+    command += ["--lengths", "9", "--repetitions", "2", "--json", str(tmp_path / "bench.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["case"]["task"] for row in rows] == ["prefill", "generate", "decode"]
+    for row in rows:
+        assert min(row["model"]["seconds"] + row["base"]["seconds"]) > 0
+        before, after = row["base"]["collectives"], row["model"]["collectives"]
+        if ranks == 1:
+            assert before is None
+            assert after is None
+            continue
+        passes = 9 if row["case"]["task"] == "generate" else 1
+        calls = [sent["calls"]["allreduce"] for sent in (before, after)]
+        assert calls == [passes * (1 + 2 * depth) for depth in (6, PLAN.effective_depth)]
+        assert 0 < after["share"] < 1
+
+
+def test_what_vllm_cannot_load_is_said(make_model):
+    command = [
+        sys.executable,
+        "-m",
+        "truedepth",
+        "bench",
+        str(make_model(max_position_embeddings=64)),
+    ]
+    done = subprocess.run(
+        [*command, "--engine", "vllm", "--lengths", "100"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "max_position_embeddings" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("truedepth: vLLM cannot load")
+
+
 def test_heads_that_do_not_divide(make_model, prompts, tmp_path):
     source = make_model(
         **SHAPES | {"hidden_size": 144}, num_attention_heads=9, num_key_value_heads=3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:
         from truedepth.engines.transformers import measure
 
         return measure, transformers.__version__
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
     except ImportError:

@@ -78,6 +78,13 @@ class LayerWidthsModel:
     """Replaces the layers that are wider than one by the family's own layer, built wider."""
 
     def __init__(self, config: Any) -> None:
+        ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
+            raise ValueError(
+                f"{heads} heads and {kv_heads} KV heads do not divide by {ranks} tensor-parallel"
+                f" ranks; convert the original with --pad-heads {ranks}"
+            )
         super().__init__(config)  # type: ignore[call-arg]
         layers = self.base_model.layers  # type: ignore[attr-defined]
         for index, layer_config in enumerate(config.per_layer_config):

@@ -143,7 +143,6 @@ def measure(
     share = max(1, len(cores) // ranks)
     bound = [",".join(map(str, cores[i * share : (i + 1) * share])) for i in range(ranks)]
     for name, value in (
-        ("VLLM_LOGGING_LEVEL", "ERROR"),
         ("VLLM_CPU_KVCACHE_SPACE", "1"),
         ("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound)),
     ):
@@ -167,11 +166,9 @@ def measure(
             return VllmRunner(LLM(model=str(open_source(name).path), **options))
         except (RuntimeError, ValueError, OSError) as error:
             log.seek(0)
-            causes = [line for line in log if re.search(r"\w+Error: ", line)]
-            reason = re.search(r"\w+Error: .*", causes[0]) if causes else None
-            raise TruedepthError(
-                f"vLLM cannot load {name}: {reason.group() if reason else error}", 1
-            ) from error
+            causes = [found.group() for line in log if (found := re.search(r"\w+Error: .*", line))]
+            said = causes[0] if causes else str(error).partition("[type=")[0]
+            raise TruedepthError(f"vLLM cannot load {name}: {' '.join(said.split())}", 1) from error
 
     with _logged() as log:
         against = runner(base) if base else None

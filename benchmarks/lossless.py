@@ -1,0 +1,90 @@
+"""A layer-parallel checkpoint as the draft of its original: tokens that stand, and speed.
+
+    python benchmarks/lossless.py ORIGINAL CKPT [CKPT…] --text FILE --json PATH
+        [--draft-tokens 1,2,4] [--prompts 8] [--tokens 64] [--repetitions 3]
+
+The original continues the first 64 tokens of windows all over the text, greedily, alone and with
+every draft, in turn; the text must be the same. A draft that costs the share c of the original's
+time pays where more than that share of its tokens stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import truedepth as td
+from truedepth.generation import answer
+from truedepth.loading import default_device
+from truedepth.text import read_text, token_windows
+
+PROMPT = 64  # tokens
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("original")
+    parser.add_argument("drafts", nargs="+")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--draft-tokens", default="1,2,4")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    original = td.load(arguments.original)
+    drafts = {name: td.load(name) for name in arguments.drafts}
+    counts = [int(word) for word in arguments.draft_tokens.split(",")]
+    windows = token_windows(original.tokenizer, read_text(arguments.text), PROMPT)
+    windows = windows[:: len(windows) // arguments.prompts][: arguments.prompts]
+    prompts = [original.tokenizer.decode(ids, skip_special_tokens=True) for ids in windows]
+    options: dict[str, Any] = {"max_new_tokens": arguments.tokens, "raw": True}
+    ways: dict[tuple[str, int], dict[str, Any]] = {("", 0): {}}
+    for name, draft in drafts.items():
+        for count in counts:
+            ways[name, count] = {"draft": draft, "draft_tokens": count}
+    taken: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    seen: dict[tuple[str, int], list[Any]] = {}
+    for run in range(1 + arguments.repetitions):  # the first is not counted
+        for way, more in ways.items():
+            found = [answer(original, prompt, **options, **more) for prompt in prompts]
+            seen[way] = found
+            if run:
+                taken[way].append(
+                    sum(each.seconds for each in found) / sum(each.tokens for each in found)
+                )
+    alone = [each.text for each in seen["", 0]]
+    rows = []
+    for (name, count), found in seen.items():
+        drafted = sum(each.drafted for each in found)
+        row = {
+            "draft": name,
+            "draft_tokens": count,
+            "same_text": [each.text for each in found] == alone,
+            "accepted": sum(each.accepted for each in found) / drafted if drafted else None,
+            "tokens_a_pass": sum(e.tokens for e in found) / sum(e.passes for e in found),
+            "seconds_a_token": taken[name, count],
+            "speedup": median(taken["", 0]) / median(taken[name, count]),
+            "depth": drafts[name].source.num_layers if name else original.source.num_layers,
+        }
+        rows.append(row)
+        accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%} stand, "
+        print(
+            f"depth {row['depth']}, {count} proposed: {accepted}"
+            f"{row['tokens_a_pass']:.2f} tokens a pass, {row['speedup']:.2f}x,"
+            f" same text: {row['same_text']}",
+            flush=True,
+        )
+    machine = torch.cuda.get_device_name() if default_device() == "cuda" else platform.machine()
+    arguments.json.write_text(json.dumps({"on": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

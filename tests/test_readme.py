@@ -41,8 +41,13 @@ def test_the_commands(model, prose, tmp_path):
             command += ["--force", *(["--tokens", "4096"] if "--layers" not in command else [])]
         if command[1] == "heal":
             command += ["--tokens", "1024", "--sequence-length", "64", "--batch-size", "4"]
+        if command[1] == "bench":
+            command[command.index("vllm")] = "transformers"  # vLLM has tests of its own
+            command += ["--lengths", "8", "--repetitions", "1"]
         subprocess.run([TRUEDEPTH, *command[1:]], cwd=tmp_path, check=True)
-    assert set(names) == {"convert", "eval", "generate", "heal", "info", "plan", "study"}
+    assert set(names) == {
+        *("bench", "convert", "eval", "generate", "heal", "info", "plan", "predict", "study")
+    }
 
 
 def test_the_python(model, tmp_path):

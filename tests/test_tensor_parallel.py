@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from math import prod
 
 import pytest
 import torch
@@ -32,8 +33,11 @@ sent = {e.key: e.count for e in profile.key_averages() if e.key.startswith("gloo
 with torch.no_grad(), watched(delay=0.01) as slow:
     model(torch.load(ids))
 rank = torch.distributed.get_rank()
-embeddings = hasattr(model.model.embed_tokens.weight, "to_local")
-torch.save((shard, output, traffic, sent, embeddings, slow.seconds), f"{logits}.{rank}")
+held = {
+    name: tuple(getattr(weight, "to_local", lambda: weight)().shape)
+    for name, weight in model.named_parameters()
+}
+torch.save((shard, output, traffic, sent, held, slow.seconds), f"{logits}.{rank}")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -49,9 +53,17 @@ def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     layer = td.open_source(make_model()).tensors
     for rank in (0, 1):
-        shard, logits, traffic, sent, embeddings, slow = torch.load(
+        shard, logits, traffic, sent, held, slow = torch.load(
             tmp_path / f"logits.{rank}", weights_only=False
         )
+        whole = {name: tuple(weight.shape) for name, weight in expected.named_parameters()}
+        assert held.keys() == whole.keys()
+        for name, shape in whole.items():  # narrow layers and wide ones
+            if "_proj" in name:
+                assert prod(held[name]) == prod(shape) // 2, name
+            elif "norm" in name:
+                assert held[name] == shape, name
+        embeddings = held["model.embed_tokens.weight"] != whole["model.embed_tokens.weight"]
         reduces = 2 * 4 + embeddings  # of 4 layers
         assert traffic.calls == {"all_reduce": reduces, "all_gather": 1}  # the head's
         assert sent == {f"gloo:{kind}": count for kind, count in traffic.calls.items()}

@@ -160,7 +160,7 @@ def test_what_vllm_cannot_load_is_said(make_model):
     )
     assert done.returncode == 1
     assert "max_position_embeddings" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("truedepth: vLLM cannot load")
+    assert done.stderr.splitlines()[-1].startswith("truedepth: vLLM failed: ")
 
 
 def test_heads_that_do_not_divide(make_model, prompts, tmp_path):

@@ -30,6 +30,7 @@ class Benchmark:
     """Of the engine."""
 
     ranks: int
+    eager: bool
     device: str
     dtype: str | None
     """None is that of `load`, or the engine's own."""
@@ -50,6 +51,7 @@ def bench(
     batches: Sequence[int] = (1,),
     engine: Engine = Engine.transformers,
     ranks: int = 1,
+    eager: bool = False,
     repetitions: int = REPETITIONS,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -64,6 +66,7 @@ def bench(
         batches: Sequences at a time; every length at each.
         engine: What runs them.
         ranks: Of tensor parallelism; they are started here.
+        eager: Compile nothing. By default vLLM compiles, and transformers on a GPU.
         repetitions: Timed runs of each model and case.
         device: As in `load`; vLLM has the one that it was built for.
         dtype: As in `load`; vLLM's own default is the checkpoint's.
@@ -86,7 +89,7 @@ def bench(
     measure, version = _engine(engine)
     with working(f"Timing {len(cases)} cases"):
         rows = measure(
-            names[0], names[1] if against else None, cases, repetitions, ranks, device, dtype
+            names[0], names[1] if against else None, cases, repetitions, ranks, device, dtype, eager
         )
     return Benchmark(
         model=names[0],
@@ -94,6 +97,7 @@ def bench(
         engine=engine.value,
         version=version,
         ranks=ranks,
+        eager=eager,
         device=device or default_device(),
         dtype=dtype_name(dtype) if dtype else None,
         rows=rows,

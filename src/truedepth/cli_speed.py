@@ -28,6 +28,14 @@ def bench(
     batch: Annotated[str, typer.Option(help="Sequences at a time; several with commas.")] = "1",
     engine: Annotated[Engine, typer.Option(help="What runs the models.")] = Engine.transformers,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, started here.")] = 1,
+    eager: Annotated[
+        bool,
+        typer.Option(
+            "--eager",
+            help="Nothing compiled, no CUDA graphs. By default vLLM compiles, and transformers on a"
+            " GPU.",
+        ),
+    ] = False,
     repetitions: Annotated[
         int, typer.Option(min=1, help="Timed runs of each model, in turn.")
     ] = REPETITIONS,
@@ -61,6 +69,7 @@ def bench(
         batches=numbers[1],
         engine=engine,
         ranks=tp,
+        eager=eager,
         repetitions=repetitions,
         device=device,
         dtype=dtype.torch(),

@@ -69,6 +69,7 @@ def shard(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         "intermediate_size": config["intermediate_size"] // ranks,
         "vocab_size": ceil(config["vocab_size"] / ranks),
         "pad_token_id": None,
+        "num_hidden_layers": sum(config.get("layer_widths") or [1] * config["num_hidden_layers"]),
         "model_type": f"{PREFIX.lower()}_"
         + config["model_type"].removeprefix(f"{PREFIX.lower()}_"),
     }
@@ -94,11 +95,11 @@ def layer_times(
         case: A decoding.
         device: To run on.
         dtype: Of weights.
-        enough: Bytes of weights to time, more than caches hold.
+        enough: Bytes of weights to time at most: more than caches hold.
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
-    count = max(2 * max(widths), ceil(enough / size))
+    count = max(2 * max(widths), min(config["num_hidden_layers"], ceil(enough / size)))
 
     def stack(width: int, count: int) -> nn.Module:
         own = {**config, "num_hidden_layers": count, "layer_widths": [width] * count}

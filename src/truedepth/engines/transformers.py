@@ -122,6 +122,7 @@ def measure(
     ranks: int,
     device: str | None,
     dtype: torch.dtype | None,
+    eager: bool = False,
 ) -> list[Row]:
     """Time a model and its base, in this process or over ranks.
 
@@ -133,23 +134,34 @@ def measure(
         ranks: Of tensor parallelism.
         device: As in `load`.
         dtype: As in `load`.
+        eager: Compile nothing on a GPU either.
 
     Raises:
         TruedepthError: A model cannot be loaded.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype}
+    compiled = False if eager else None
     if ranks == 1:
-        return _measured(model, base, cases, repetitions, options)
+        return _measured(model, base, cases, repetitions, options, compiled)
     options |= {"distributed_config": DistributedConfig(tp_size=ranks), "device_map": None}
-    rows: list[Row] = run_ranks(ranks, _measured, model, base, cases, repetitions, options)
+    rows: list[Row] = run_ranks(
+        ranks, _measured, model, base, cases, repetitions, options, compiled
+    )
     return rows
 
 
 def _measured(
-    model: str, base: str | None, cases: list[Case], repetitions: int, options: dict[str, Any]
+    model: str,
+    base: str | None,
+    cases: list[Case],
+    repetitions: int,
+    options: dict[str, Any],
+    compiled: bool | None,
 ) -> list[Row]:
     """In this process; `options` are those of `load`."""
-    against = TransformersRunner(load(base, **options).model) if base else None
-    return interleaved(
-        TransformersRunner(load(model, **options).model), against, cases, repetitions
-    )
+
+    def runner(name: str) -> TransformersRunner:
+        return TransformersRunner(load(name, **options).model, compiled)
+
+    against = runner(base) if base else None
+    return interleaved(runner(model), against, cases, repetitions)

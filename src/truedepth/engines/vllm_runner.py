@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 from torch.profiler import profile
 from vllm import LLM, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from truedepth.errors import TruedepthError
 from truedepth.sources import open_source
@@ -120,6 +121,7 @@ def measure(
     ranks: int,
     device: str | None,
     dtype: torch.dtype | None,
+    eager: bool = False,
 ) -> list[Row]:
     """Time a model and its base, each loaded once and idle while the other runs.
 
@@ -131,9 +133,10 @@ def measure(
         ranks: Of tensor parallelism.
         device: Must be the one that vLLM was built for.
         dtype: By default the checkpoint's.
+        eager: Compile nothing.
 
     Raises:
-        TruedepthError: vLLM cannot load a model.
+        TruedepthError: vLLM cannot load a model, or fails.
     """
     from vllm.platforms import current_platform
 
@@ -151,6 +154,7 @@ def measure(
     options: dict[str, Any] = {
         "tensor_parallel_size": ranks,
         "dtype": dtype_name(dtype) if dtype else "auto",
+        "enforce_eager": eager,
         "skip_tokenizer_init": True,
         "max_model_len": room,
         "max_num_seqs": max(case.batch for case in cases),
@@ -162,17 +166,17 @@ def measure(
     }
 
     def runner(name: str) -> VllmRunner:
+        return VllmRunner(LLM(model=str(open_source(name).path), **options))
+
+    with _logged() as log:
         try:
-            return VllmRunner(LLM(model=str(open_source(name).path), **options))
-        except (RuntimeError, ValueError, OSError) as error:
+            against = runner(base) if base else None
+            return interleaved(runner(model), against, cases, repetitions)
+        except (RuntimeError, ValueError, OSError, EngineDeadError) as error:
             log.seek(0)
             causes = [found.group() for line in log if (found := re.search(r"\w+Error: .*", line))]
             said = causes[0] if causes else str(error).partition("[type=")[0]
-            raise TruedepthError(f"vLLM cannot load {name}: {' '.join(said.split())}", 1) from error
-
-    with _logged() as log:
-        against = runner(base) if base else None
-        return interleaved(runner(model), against, cases, repetitions)
+            raise TruedepthError(f"vLLM failed: {' '.join(said.split())}", 1) from error
 
 
 @contextmanager

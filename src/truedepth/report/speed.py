@@ -15,12 +15,13 @@ from truedepth.timing import Case, Collectives, Row, Timing
 def print_benchmark(found: Benchmark) -> None:
     """Times, ratios, and what the ranks sent."""
     ranks = f", {found.ranks} tensor-parallel ranks" if found.ranks > 1 else ""
+    eager = ", nothing compiled" if found.eager else ""
     runs = len(found.rows[0].model.seconds)
     print_rows(
         [
             ("model", found.model),
             *([("against", found.against)] if found.against else []),
-            ("engine", f"{found.engine} {found.version} on {found.device}{ranks}"),
+            ("engine", f"{found.engine} {found.version} on {found.device}{ranks}{eager}"),
             ("runs", f"{runs} of each" + (", in turn" if found.against else "")),
         ]
     )

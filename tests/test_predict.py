@@ -8,14 +8,11 @@ import pytest
 import torch
 
 import truedepth as td
-from truedepth import prediction
-from truedepth.collectives import watched
-from truedepth.families import family_of
-from truedepth.layer_timing import REPETITIONS, WARMUPS, LayerTimes, layer_times, shard
+from truedepth import layer_timing, prediction
+from truedepth.layer_timing import LayerTimes, layer_times, padded, share
 from truedepth.links import LINKS, parse_link
 from truedepth.loading import empty_model
-from truedepth.ranks import run_ranks
-from truedepth.timing import DECODED, Case, Task
+from truedepth.timing import Case, Collectives, Task
 
 PLAN = td.Plan(6, [[1, 2], [3, 4]])
 TIMES = LayerTimes(layers={1: 5.0, 2: 8.0}, weights=3.0, rest=7.0, all_reduce=0.5, bandwidth=1.0)
@@ -26,7 +23,6 @@ def timed(monkeypatch):
     """The arguments of what would be timed."""
     seen = []
     monkeypatch.setattr(prediction, "layer_times", lambda *given: seen.append(given) or TIMES)
-    monkeypatch.setattr(prediction, "run_ranks", lambda n, run, *given: run(n, *given))
     return seen
 
 
@@ -35,19 +31,20 @@ def test_sums_of_layers_on_one_rank(make_model, timed):
     assert (found.before.weights, found.before.layers, found.before.all_reduces) == (18, 12, 0)
     assert (found.after.weights, found.after.layers, found.after.all_reduces) == (18, 8, 0)
     assert found.speedup == pytest.approx((30 + 7) / (26 + 7))
-    config, _, _, widths, case, *_ = timed[0]
+    config, _, widths, case, *_, ranks = timed[0]
     assert config["num_attention_heads"] == 4
     assert widths == [1, 2]
     assert case == Case(Task.decode, 9, 2)
+    assert ranks == 1
 
 
 def test_all_reduces_measured_between_ranks(make_model, timed):
     found = td.predict(make_model(), PLAN, ranks=2, device="cpu")
     assert found.before.all_reduces == 2 * 6 * 0.5
     assert found.after.all_reduces == 2 * 4 * 0.5
-    ranks, config, *_ = timed[0]
+    config, *_, ranks = timed[0]
     assert ranks == 2
-    assert config["num_attention_heads"] == 2
+    assert config["num_attention_heads"] == 4  # transformers shards it
 
 
 def test_all_reduces_of_a_link(make_model, timed):
@@ -55,7 +52,9 @@ def test_all_reduces_of_a_link(make_model, timed):
     found = td.predict(make_model(), PLAN, ranks=2, link=link, device="cpu", dtype=torch.float32)
     size = 64 * 4
     assert found.before.all_reduces == pytest.approx(12 * (30e-6 + 2 * size / 2 / 0.5e9))
-    assert len(timed[0]) == 7  # in this process
+    config, *_, ranks = timed[0]
+    assert ranks == 1
+    assert config["num_attention_heads"] == 2  # one rank's share
 
 
 def test_a_converted_model_is_compared_with_what_it_was_made_from(make_model, tmp_path, timed):
@@ -86,7 +85,7 @@ def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
 def test_a_share_has_one_rank_s_parameters(make_model):
     path = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
     config = json.loads((path / "config.json").read_text())
-    own = shard(config, 2) | {"num_hidden_layers": 2, "layer_widths": [1, 2]}
+    own = share(padded(config, 2), 2) | {"num_hidden_layers": 2, "layer_widths": [1, 2]}
     layers = empty_model(own, path).model.layers
     narrow, wide = (
         {name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers
@@ -99,27 +98,44 @@ def test_a_share_has_one_rank_s_parameters(make_model):
     assert wide["mlp.up_proj.weight"] == (2 * ffn, 48)
 
 
-def traffic_of_layer_times(*arguments):
-    with watched() as traffic:
-        return layer_times(*arguments), traffic.calls
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_layers_are_timed(make_model, ranks):
     path = make_model()
-    config = shard(json.loads((path / "config.json").read_text()), ranks)
-    family = family_of(config | {"model_type": "llama"}, "it")
-    case, enough = Case(Task.decode, 4), 1 << 16
-    arguments = (config, family, path, [1, 2], case, "cpu", torch.float32, enough)
-    found, calls = (
-        run_ranks(2, traffic_of_layer_times, *arguments)
-        if ranks == 2
-        else traffic_of_layer_times(*arguments)
-    )
+    config = padded(json.loads((path / "config.json").read_text()), ranks)
+    case = Case(Task.decode, 4)
+    found = layer_times(config, path, [1, 2], case, "cpu", torch.float32, ranks, 1 << 16)
     assert found.layers.keys() == {1, 2}
     assert found.bandwidth > 0
-    passes = 1 + (WARMUPS + REPETITIONS) * DECODED
-    assert calls == ({"all_reduce": passes * 2 * 4} if ranks == 2 else {})
+    assert found.weights > 0
+    assert (found.all_reduce > 0) == (ranks == 2)
+
+
+def test_times_of_layers_are_differences_of_stacks(monkeypatch):
+    """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5."""
+
+    class Runner:
+        def __init__(self, widths):
+            self.widths = widths
+
+        def seconds(self, case):
+            return 4 + 0.5 + sum(2 * width + 1 + 2 * 0.5 for width in self.widths)
+
+        def collectives(self, case):
+            calls = {"all_reduce": 2 * len(self.widths), "all_gather": 1}
+            return Collectives(calls, 1, 0.5 * sum(calls.values()) / self.seconds(case))
+
+    class Stack(torch.nn.Linear):
+        def __init__(self, widths):
+            super().__init__(8, 8)
+            self.widths = widths
+
+    monkeypatch.setattr(layer_timing, "TransformersRunner", lambda model: Runner(model.widths))
+    stacks = {"full": [1] * 6, "half": [1] * 3, "2": [2] * 3, "3": [3] * 2}
+    models = {name: Stack(widths) for name, widths in stacks.items()}
+    found = layer_timing._measure(models, stacks, Case(Task.decode, 4), "cpu", 8, 4096)
+    assert found.layers == {1: pytest.approx(3), 2: pytest.approx(5), 3: pytest.approx(7)}
+    assert found.all_reduce == pytest.approx(0.5)
+    assert found.rest == pytest.approx(4.5)
 
 
 def test_links():

@@ -1,11 +1,12 @@
-"""What one rank's share of a layer takes on this machine, by width, with random weights.
+"""What a layer takes on this machine, by width, with random weights.
 
-Stacks of layers are timed as `bench` times models, and their differences taken: a stack and half of
-it, one of wide layers, one with all-reduces.
+Stacks of layers are timed as `bench` times models, and their differences taken: a stack, half of
+it, stacks of wide layers.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -14,15 +15,15 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from truedepth.engines.transformers import TransformersRunner, stopwatch
-from truedepth.families import Family
 from truedepth.loading import empty_model, transformers_config
 from truedepth.modeling import PREFIX
 from truedepth.padding import KEY_VALUE, QUERY, head_padding
+from truedepth.ranks import run_ranks
 from truedepth.timing import Case
 
 ENOUGH = 1 << 28
@@ -43,112 +44,131 @@ class LayerTimes:
     """Embedding, last norm and head."""
 
     all_reduce: float
-    """Of a token's hidden states; 0 for one rank."""
+    """Of a token's hidden states, waiting for the other ranks included; 0 for one rank."""
 
     bandwidth: float
     """Of a large matrix, in bytes a second."""
 
 
-def shard(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """A config of one rank's share of every layer, heads padded where they do not divide.
+def padded(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """The config of the layers, all of width 1, with heads that divide by the ranks.
 
     Raises:
         TruedepthError: The FFN's width does not divide by the ranks.
     """
-    heads = config[QUERY]
-    whole = {
-        QUERY: heads,
+    heads, own = config[QUERY], f"{PREFIX.lower()}_"
+    return dict(config) | {
         KEY_VALUE: config.get(KEY_VALUE) or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         **head_padding(config, ranks),
-    }
-    return dict(config) | {
-        **whole,
-        QUERY: whole[QUERY] // ranks,
-        KEY_VALUE: whole[KEY_VALUE] // ranks,
-        "intermediate_size": config["intermediate_size"] // ranks,
-        "vocab_size": ceil(config["vocab_size"] / ranks),
         "pad_token_id": None,
         "num_hidden_layers": sum(config.get("layer_widths") or [1] * config["num_hidden_layers"]),
-        "model_type": f"{PREFIX.lower()}_"
-        + config["model_type"].removeprefix(f"{PREFIX.lower()}_"),
+        "layer_widths": None,
+        "model_type": own + config["model_type"].removeprefix(own),
+    }
+
+
+def share(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """Of such a config, what one rank has."""
+    return dict(config) | {
+        name: ceil(config[name] / ranks)
+        for name in (QUERY, KEY_VALUE, "intermediate_size", "vocab_size")
     }
 
 
 def layer_times(
     config: Mapping[str, Any],
-    family: Family,
     where: Path,
     widths: Sequence[int],
     case: Case,
     device: str,
     dtype: torch.dtype,
+    ranks: int = 1,
     enough: int = ENOUGH,
 ) -> LayerTimes:
-    """Measure; in a process group all its ranks together, and all-reduces between them.
+    """Measure.
 
     Args:
-        config: Of a share, from `shard`.
-        family: Which maps are followed by an all-reduce.
+        config: From `padded`; for one rank of several `share` of it.
         where: The model, for error messages.
         widths: To measure.
         case: A decoding.
         device: To run on.
         dtype: Of weights.
+        ranks: Over which transformers shards the layers.
         enough: Bytes of weights to time at most: more than caches hold.
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
     count = max(2 * max(widths), min(config["num_hidden_layers"], ceil(enough / size)))
+    stacks = {"full": [1] * count, "half": [1] * (count // 2)}
+    stacks |= {str(width): [width] * (count // width) for width in widths if width > 1}
+    measure = (stacks, case, device, size // ranks, min(enough, size * count) // ranks)
 
-    def stack(width: int, count: int) -> nn.Module:
-        own = {**config, "num_hidden_layers": count, "layer_widths": [width] * count}
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            transformers_config(own, where), dtype=dtype
-        )
-        return model.to(device).eval()
+    def build(name: str) -> Any:
+        own = {**config, "num_hidden_layers": len(stacks[name]), "layer_widths": stacks[name]}
+        return AutoModelForCausalLM.from_config(transformers_config(own, where), dtype=dtype)
 
-    stacks = {"half": stack(1, count // 2), "full": stack(1, count)}
-    stacks |= {f"width {width}": stack(width, count // width) for width in widths if width > 1}
-    if dist.is_initialized():
-        stacks["reduced"] = reduced = stack(1, count)
-        for name, module in reduced.named_modules():
-            if family.split(name)[1] in family.writes:
-                module.register_forward_hook(_all_reduce)
-    runners = {name: TransformersRunner(model) for name, model in stacks.items()}
+    if ranks == 1:
+        models = {name: build(name).to(device).eval() for name in stacks}
+        return _measure(models, *measure)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in stacks:
+            build(name).save_pretrained(Path(directory) / name)
+        found: LayerTimes = run_ranks(ranks, _measure_share, directory, ranks, dtype, *measure)
+        return found
+
+
+def _measure_share(
+    directory: str, ranks: int, dtype: torch.dtype, stacks: Mapping[str, list[int]], *measure: Any
+) -> LayerTimes:
+    """In one rank."""
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(
+            Path(directory) / name,
+            dtype=dtype,
+            distributed_config=DistributedConfig(tp_size=ranks),
+        ).eval()
+        for name in stacks
+    }
+    return _measure(models, stacks, *measure)
+
+
+def _measure(
+    models: Mapping[str, nn.Module],
+    stacks: Mapping[str, list[int]],
+    case: Case,
+    device: str,
+    layer: int,
+    matrix: int,
+) -> LayerTimes:
+    """Of these stacks; a layer of width 1 has so many bytes, and a large matrix should."""
+    runners = {name: TransformersRunner(model) for name, model in models.items()}
     taken: dict[str, list[float]] = {name: [] for name in runners}
     for run in range(WARMUPS + REPETITIONS):
         for name, runner in runners.items():
             seconds = runner.seconds(case)
             if run >= WARMUPS:
                 taken[name].append(seconds)
-
-    def difference(more: str, less: str) -> float:
-        """Of neighbouring runs."""
-        return median(a - b for a, b in zip(taken[more], taken[less], strict=True))
-
-    layer = difference("full", "half") / (count - count // 2)
-    rest = max(0.0, median(taken["half"]) - layer * (count // 2))
-    bandwidth = _bandwidth(enough, config["hidden_size"], case.batch, device, dtype)
+    full, half = median(taken["full"]), median(taken["half"])
+    count, fewer = len(stacks["full"]), len(stacks["half"])
+    differences = [a - b for a, b in zip(taken["full"], taken["half"], strict=True)]
+    rest = max(0.0, half - fewer * median(differences) / (count - fewer))
+    sent = runners["full"].collectives(case)
+    all_reduce = sent.share * full / sum(sent.calls.values()) if sent else 0.0
+    weights: Any = next(models["full"].parameters())
+    bandwidth = _bandwidth(matrix, weights.shape[-1], case.batch, device, weights.dtype)
+    totals = {1 if name == "full" else int(name): name for name in stacks if name != "half"}
     return LayerTimes(
-        layers={1: layer}
-        | {
-            width: (median(taken[f"width {width}"]) - rest) / (count // width)
-            for width in widths
-            if width > 1
+        layers={
+            width: (median(taken[name]) - rest) / len(stacks[name]) - 2 * all_reduce
+            for width, name in totals.items()
         },
-        weights=size / bandwidth,
+        weights=layer / bandwidth,
         rest=rest,
-        all_reduce=max(0.0, difference("reduced", "full") / (2 * count))
-        if "reduced" in taken
-        else 0.0,
+        all_reduce=all_reduce,
         bandwidth=bandwidth,
     )
-
-
-def _all_reduce(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-    dist.all_reduce(output)
-    return output
 
 
 def _bandwidth(size: int, hidden: int, batch: int, device: str, dtype: torch.dtype) -> float:

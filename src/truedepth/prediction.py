@@ -1,7 +1,8 @@
 """`truedepth predict`: a token's time before and after pairing, with nothing converted.
 
-What the layers of a plan take, measured on stacks of them with random weights, adds up. All-reduces
-are measured between the ranks of this machine, or come from what is known of a link.
+What the layers of a plan take, measured on stacks of them with random weights, adds up. They are
+sharded over ranks of this machine; or one rank's share is measured, and what is known of a link
+added.
 """
 
 from __future__ import annotations
@@ -14,15 +15,12 @@ import torch
 
 from truedepth.converted import plan_of
 from truedepth.errors import TruedepthError
-from truedepth.families import all_families
-from truedepth.layer_timing import LayerTimes, layer_times, shard
+from truedepth.layer_timing import LayerTimes, layer_times, padded, share
 from truedepth.links import Link
 from truedepth.loading import default_device, fast_dtype
-from truedepth.modeling import PREFIX
 from truedepth.padding import head_padding
 from truedepth.plan import Plan
 from truedepth.progress import working
-from truedepth.ranks import run_ranks
 from truedepth.sources import Source, open_source
 from truedepth.tensors import dtype_name
 from truedepth.timing import Case, Task
@@ -134,26 +132,21 @@ def predict(
             " --link what connects them."
         )
     dtype = dtype or fast_dtype(source, torch.device(device))
-    config = shard(source.config, ranks)
-    original = source.config["model_type"].removeprefix(f"{PREFIX.lower()}_")
-    family = next(family for family in all_families() if family.model_type == original)
-    arguments = (
-        config,
-        family,
-        source.path,
-        sorted(set(plan.widths)),
-        Case(Task.decode, length, batch),
-        device,
-        dtype,
-    )
-    with working("Timing layers"):
-        if measured_ranks > 1:
-            measured: LayerTimes = run_ranks(ranks, layer_times, *arguments)
-        else:
-            measured = layer_times(*arguments)
-    each = measured.all_reduce
+    config = padded(source.config, ranks)
+    size = batch * config["hidden_size"] * dtype.itemsize
     if link is not None:
-        each = link.all_reduce(batch * config["hidden_size"] * dtype.itemsize, ranks)
+        config = share(config, ranks)
+    with working("Timing layers"):
+        measured = layer_times(
+            config,
+            source.path,
+            sorted({1, *plan.widths}),
+            Case(Task.decode, length, batch),
+            device,
+            dtype,
+            measured_ranks,
+        )
+    each = link.all_reduce(size, ranks) if link is not None else measured.all_reduce
 
     def token(of: Plan) -> Token:
         layers = sum(measured.layers[width] for width in of.widths)

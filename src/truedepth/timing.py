@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 REPETITIONS, WARMUPS = 5, 1
 
-DECODED = 8
+DECODED = 16
 """Tokens of a decoding run: a single one is too short to time."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,14 @@ BAD = {
     ),
     "span that is none": (["convert", "{model}", "{out}", "--layers", "all"], "'all'"),
     "empty span": (["convert", "{model}", "{out}", "--layers", ""], "''"),
+    "lengths that are none": (["bench", "{model}", "--lengths", "1,a"], "not '1,a'"),
+    "no such task": (["bench", "{model}", "--tasks", "write"], "prefill, generate, decode"),
+    "a picture of nothing": (["bench", "{model}", "--plot", "x.png"], "needs --against"),
+    "heads over ranks": (["bench", "{model}", "--tp", "3"], "4 heads and 2 KV heads"),
+    "nothing to predict": (["predict", "{model}"], "say what to pair"),
+    "depth out of reach": (["predict", "{model}", "--depth", "2"], "of 3 to 6, not 2"),
+    "a link for one": (["predict", "{model}", "--depth", "4", "--link", "pcie4"], "--tp of 2"),
+    "drafts of nobody": (["generate", "{model}", "hi", "--draft-tokens", "3"], "with --verify"),
     "overlap": (["convert", "{model}", "{out}", "--plan", "{tmp}/overlap.yaml"], "in two groups"),
     "not consecutive": (
         ["convert", "{model}", "{out}", "--plan", "{tmp}/gap.yaml"],
@@ -255,7 +264,10 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["", "info", "convert", "eval", "generate", "demo"])
+COMMANDS = ["", "info", "plan", "convert", "heal", "eval", "bench", "predict", "generate", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_80_columns_and_needs_no_torch(command):
     code = (
         "import sys; sys.argv = ['truedepth', *sys.argv[1:]]\n"
@@ -272,6 +284,35 @@ def test_help_fits_80_columns_and_needs_no_torch(command):
     assert done.returncode == 0
     assert done.stderr.strip() == "False"
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_bench_and_predict_fit_80_columns(run, make_model, tmp_path):
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, [[1, 2]]))
+    picture = tmp_path / "speed.svg"
+    arguments = ["--against", make_model(), "--lengths", "8,16", "--repetitions", "2"]
+    code, out, err = run("bench", tmp_path / "out", *arguments, "--plot", picture)
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    assert [line.split()[:3] for line in out.splitlines() if line.startswith("decode")] == [
+        ["decode", "8", "1"],
+        ["decode", "16", "1"],
+    ]
+    assert "speed-up" in picture.read_text()
+    code, out, err = run("predict", tmp_path / "out", "--tp", "2", "--link", "30,12.5")
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.search(r"all-reduces +0\.\d+ +0\.\d+", out)
+    assert "Predicted speed-up: " in out
+
+
+def test_verified_generation(run, make_model, tmp_path):
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, [[1, 2]]))
+    options = ["the cat", "--max-new-tokens", "12"]
+    alone = run("generate", make_model(), *options)[1]
+    code, out, err = run("generate", tmp_path / "out", *options, "--verify", make_model())
+    assert code == 0
+    assert out == alone
+    assert re.search(r"12 tokens in \d+ passes of .*; \d+% of \d+ proposed tokens stand\.", err)
 
 
 def test_version(run):

@@ -83,7 +83,8 @@ def bench(
         check_heads(source, ranks)
         if not source.path.is_dir() and (ranks > 1 or engine is Engine.vllm):
             raise TruedepthError(
-                f"{engine.value} cannot run GGUF files so; convert {name} (--pairs 0 as it is)."
+                f"{name} is a GGUF file, which {engine.value} cannot run here; convert it"
+                " (--pairs 0 as it is)."
             )
     cases = [Case(task, n, batch) for task in tasks for n in lengths for batch in batches]
     measure, version = _engine(engine)

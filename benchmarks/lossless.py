@@ -43,7 +43,7 @@ def main() -> None:
     drafts = {name: td.load(name) for name in arguments.drafts}
     counts = [int(word) for word in arguments.draft_tokens.split(",")]
     windows = token_windows(original.tokenizer, read_text(arguments.text), PROMPT)
-    windows = windows[:: len(windows) // arguments.prompts][: arguments.prompts]
+    windows = windows[:: max(1, len(windows) // arguments.prompts)][: arguments.prompts]
     prompts = [original.tokenizer.decode(ids, skip_special_tokens=True) for ids in windows]
     options: dict[str, Any] = {"max_new_tokens": arguments.tokens, "raw": True}
     ways: dict[tuple[str, int], dict[str, Any]] = {("", 0): {}}

@@ -185,6 +185,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
+    depths = [int(word) for word in arguments.depths.split(",")]
+    if 0 not in depths or arguments.steps < 4:
+        parser.error("--depths needs 0, the original, and --steps at least 4")
     register()
     device = default_device()
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
@@ -194,10 +197,7 @@ def main() -> None:
     for shape_name in arguments.shapes.split(","):
         shape = SHAPES[shape_name]
         layers = shape["num_hidden_layers"]
-        plans = [
-            Plan.late_pairs(layers, round(layers * int(word) / 100))
-            for word in arguments.depths.split(",")
-        ]
+        plans = [Plan.late_pairs(layers, round(layers * percent / 100)) for percent in depths]
         decoders = {
             (plan.effective_depth, fused): Decoder(
                 build(shape, plan, fused, device), arguments.length, arguments.steps

@@ -5,6 +5,7 @@
 
 Ranks of transformers' tensor parallelism on this machine, over gloo on a CPU; every collective is
 made to take so many microseconds longer, as on a longer wire (GPUs without NVLink, several hosts).
+Nothing is compiled, for compiled graphs would not be reached.
 One token with a full cache, the model and its base in turn. Beside each ratio the predicted one:
 `truedepth predict`'s times with the delay added to every collective that was counted.
 """
@@ -49,7 +50,7 @@ def measure(
         "device_map": None,
         "dtype": dtype,
     }
-    ours, theirs = (SlowRunner(td.load(name, **sharded).model) for name in (model, base))
+    ours, theirs = (SlowRunner(td.load(name, **sharded).model, False) for name in (model, base))
     rows = []
     for delay in delays:
         ours.delay = theirs.delay = delay
@@ -91,7 +92,9 @@ def main() -> None:
     for delay, row in zip(delays, measured, strict=True):
         before = found.before.total + delay * calls(row.base.collectives)
         after = found.after.total + delay * calls(row.model.collectives)
-        rows.append({"delay": delay, "predicted": before / after, **row.to_dict()})
+        rows.append(
+            {"delay": delay, "predicted": before / after, "spread": row.spread, **row.to_dict()}
+        )
         low, high = min(row.speedups), max(row.speedups)
         print(
             f"{delay * 1e6:6.0f} µs: {row.base.median * 1e3:7.1f} ms -> "
@@ -117,10 +120,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     delays = [1e6 * row["delay"] for row in rows]
     middle = [row["speedup"] for row in rows]
-    spread = [
-        [m - min(row["speedups"]) for m, row in zip(middle, rows, strict=True)],
-        [max(row["speedups"]) - m for m, row in zip(middle, rows, strict=True)],
-    ]
+    spread = list(zip(*(row["spread"] for row in rows), strict=True))
     axes.errorbar(delays, middle, spread, fmt="o-", capsize=3, label="measured")
     axes.plot(delays, [row["predicted"] for row in rows], "x--", label="predicted")
     axes.set(xlabel="added to every collective, µs", ylabel="speed-up of a token")

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 import truedepth as td
+from truedepth.engines import transformers
 from truedepth.engines.transformers import TransformersRunner
 from truedepth.ranks import run_ranks
-from truedepth.timing import Case, Task, interleaved
+from truedepth.timing import DECODED, Case, Task, interleaved
 
 CASES = [Case(task, length=12, batch=2) for task in Task]
 PLAN = td.Plan(6, [[1, 2], [3, 4]])
@@ -46,6 +47,7 @@ def bench(model, base=None, ranks=1, **options):
         ranks=ranks,
         repetitions=2,
         device="cpu",
+        dtype=torch.float32,
         **options,
     )
     assert [row.case for row in found.rows] == CASES
@@ -64,12 +66,20 @@ def test_two_ranks(make_model, tmp_path):
     for row in bench(tmp_path / "out", make_model(), ranks=2):
         passes = row.case.length if row.case.task is Task.generate else 1
         before, after = row.base.collectives, row.model.collectives
+        assert after.calls["all_reduce"] in (passes * 8, passes * 9)  # and a tied embedding's
         saved = before.calls["all_reduce"] - after.calls["all_reduce"]
         assert saved == passes * 2 * (6 - PLAN.effective_depth)
         assert before.calls["all_gather"] == after.calls["all_gather"] == passes
         tokens = 2 * (row.case.length if row.case.task is Task.prefill else 1)
         assert before.bytes - after.bytes == saved * tokens * 64 * 4
         assert 0 < after.share < 1
+
+
+def test_a_decoded_token_is_a_share_of_a_run(make_model, monkeypatch):
+    monkeypatch.setattr(transformers, "stopwatch", lambda steps, device: (steps(), 8.0)[1])
+    runner = transformers.TransformersRunner(td.load(make_model()).model)
+    times = {task: runner.seconds(Case(task, 4)) for task in Task}
+    assert times == {Task.prefill: 8.0, Task.generate: 8.0, Task.decode: 8.0 / DECODED}
 
 
 @pytest.mark.slow  # compiling takes a minute
@@ -97,7 +107,7 @@ def test_heads_that_do_not_divide(make_model):
 
 
 def test_lengths_of_nothing(make_model):
-    with pytest.raises(td.TruedepthError, match="A length must be at least 1"):
+    with pytest.raises(td.TruedepthError, match="A length must be at least 1, not 0"):
         td.bench(make_model(), lengths=[0])
 
 

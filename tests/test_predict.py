@@ -9,7 +9,7 @@ import torch
 
 import truedepth as td
 from truedepth import layer_timing, prediction
-from truedepth.layer_timing import LayerTimes, layer_times, padded, share
+from truedepth.layer_timing import LayerTimes, layer_times, padded, rank_config
 from truedepth.links import LINKS, parse_link
 from truedepth.loading import empty_model
 from truedepth.timing import Case, Collectives, Task
@@ -51,7 +51,10 @@ def test_all_reduces_of_a_link(make_model, timed):
     link = parse_link("30,0.5")
     found = td.predict(make_model(), PLAN, ranks=2, link=link, device="cpu", dtype=torch.float32)
     size = 64 * 4
-    assert found.before.all_reduces == pytest.approx(12 * (30e-6 + 2 * size / 2 / 0.5e9))
+    assert found.before.all_reduces == pytest.approx(12 * (30e-6 + size / 0.5e9))
+    head = 320 * 4
+    more = 30e-6 + size / 0.5e9 + (30e-6 + head / 0.5e9) / 2
+    assert found.before.rest == found.after.rest == pytest.approx(7 + more)
     config, *_, ranks = timed[0]
     assert ranks == 1
     assert config["num_attention_heads"] == 2  # one rank's share
@@ -59,10 +62,14 @@ def test_all_reduces_of_a_link(make_model, timed):
 
 def test_a_converted_model_is_compared_with_what_it_was_made_from(make_model, tmp_path, timed):
     td.convert(make_model(), tmp_path / "out", PLAN)
-    ours = td.predict(tmp_path / "out", device="cpu")
-    assert (ours.before, ours.after) == (lambda p: (p.before, p.after))(
-        td.predict(make_model(), PLAN, device="cpu")
-    )
+    ours = td.predict(tmp_path / "out", device="cpu", dtype=torch.float32)
+    theirs = td.predict(make_model(), PLAN, device="cpu", dtype=torch.float32)
+    assert (ours.plan.groups, ours.after) == (theirs.plan.groups, theirs.after)
+    (config, _, *rest), (same, _, *others) = timed
+    assert rest == others
+    of_layers = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_widths")
+    assert [config[name] for name in of_layers] == [same[name] for name in of_layers]
+    assert td.predict(tmp_path / "out", depth=3, device="cpu").plan.effective_depth == 3
 
 
 def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
@@ -85,7 +92,7 @@ def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
 def test_a_share_has_one_rank_s_parameters(make_model):
     path = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
     config = json.loads((path / "config.json").read_text())
-    own = share(padded(config, 2), 2) | {"num_hidden_layers": 2, "layer_widths": [1, 2]}
+    own = rank_config(padded(config, 2), 2) | {"num_hidden_layers": 2, "layer_widths": [1, 2]}
     layers = empty_model(own, path).model.layers
     narrow, wide = (
         {name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers
@@ -122,7 +129,8 @@ def test_times_of_layers_are_differences_of_stacks(monkeypatch):
 
         def collectives(self, case):
             calls = {"all_reduce": 2 * len(self.widths), "all_gather": 1}
-            return Collectives(calls, 1, 0.5 * sum(calls.values()) / self.seconds(case))
+            spent = 0.5 * sum(calls.values())
+            return Collectives(calls, 1, spent, spent / self.seconds(case))
 
     class Stack(torch.nn.Linear):
         def __init__(self, widths):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.loading import default_device
+from truedepth.loading import default_device, device_of, fast_dtype
 from truedepth.padding import check_heads
 from truedepth.progress import working
 from truedepth.sources import open_source
@@ -32,8 +32,7 @@ class Benchmark:
     ranks: int
     eager: bool
     device: str
-    dtype: str | None
-    """None is that of `load`, or the engine's own."""
+    dtype: str
 
     rows: list[Row]
 
@@ -69,14 +68,20 @@ def bench(
         eager: Compile nothing. By default vLLM compiles, and transformers on a GPU.
         repetitions: Timed runs of each model and case.
         device: As in `load`; vLLM has the one that it was built for.
-        dtype: As in `load`; vLLM's own default is the checkpoint's.
+        dtype: Of both; by default bfloat16 on CPUs that are fast at it and float32 on others, on a
+            GPU that of the model's weights.
 
     Raises:
         TruedepthError: An option makes no sense, or a model cannot be run so.
     """
-    for name, values in (("A length", lengths), ("A batch", batches), ("A number", [ranks])):
+    counts = {"length": lengths, "batch": batches, "number of ranks": [ranks]}
+    for name, values in counts.items():
         if not values or min(values) < 1:
-            raise TruedepthError(f"{name} must be at least 1.")
+            raise TruedepthError(f"A {name} must be at least 1, not {min(values, default=None)}.")
+    where = device_of(device)
+    if ranks > 1 and where.type != default_device():
+        raise TruedepthError(f"Ranks run on {default_device()} here, not on {where}.")
+    dtype = dtype or fast_dtype(open_source(model), where)
     names = [str(each) for each in (model, against) if each is not None]
     for name in names:
         source = open_source(name)
@@ -99,8 +104,8 @@ def bench(
         version=version,
         ranks=ranks,
         eager=eager,
-        device=device or default_device(),
-        dtype=dtype_name(dtype) if dtype else None,
+        device=str(where),
+        dtype=dtype_name(dtype),
         rows=rows,
     )
 

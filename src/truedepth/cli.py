@@ -209,8 +209,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="ORIGINAL",
-            help="Let MODEL propose tokens and its original check them: the text is then exactly"
-            " the original's.",
+            help="Let MODEL propose tokens and its original check them: greedy text is then the"
+            " original's.",
         ),
     ] = None,
     draft_tokens: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from truedepth.cli_options import Device, DType, Fast, JsonPath, Model, Seed, Weights, write_json
+from truedepth.cli_options import Device, DType, Fast, JsonPath, Model, Seed, writable, write_json
 from truedepth.errors import TruedepthError
 from truedepth.timing import REPETITIONS, Engine, Task
 
@@ -40,12 +40,13 @@ def bench(
         int, typer.Option(min=1, help="Timed runs of each model, in turn.")
     ] = REPETITIONS,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture of the speed-ups: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(help="Picture of the speed-ups: .png, .svg or .pdf.", callback=writable),
     ] = None,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Weights = DType.auto,
+    dtype: Fast = DType.auto,
 ) -> None:
     """How fast a model is, alone or beside its original: prefill, generation, one token."""
     numbers = _numbers("--lengths", lengths), _numbers("--batch", batch)
@@ -110,26 +111,19 @@ def predict(
         raise TruedepthError("Say what to pair with one of --plan and --depth.")
     if link is not None and tp == 1:
         raise TruedepthError("One rank sends nothing: --link goes with --tp of 2 and more.")
+    import torch
+
     from truedepth.links import parse_link
     from truedepth.plan import Plan
     from truedepth.prediction import predict
     from truedepth.report.speed import print_prediction
-    from truedepth.sources import open_source
 
     wire = parse_link(link) if link is not None else None
-    source = open_source(model)
-    chosen = Plan.from_yaml(plan) if plan is not None else None
-    if depth is not None:
-        layers = source.num_layers
-        if not layers - layers // 2 <= depth <= layers:
-            raise TruedepthError(
-                f"{layers} layers in pairs have an effective depth of {layers - layers // 2} to"
-                f" {layers}, not {depth}."
-            )
-        chosen = Plan.late_pairs(layers, layers - depth)
+    torch.manual_seed(seed)
     found = predict(
-        source,
-        chosen,
+        model,
+        Plan.from_yaml(plan) if plan is not None else None,
+        depth=depth,
         ranks=tp,
         link=wire,
         batch=batch,

@@ -52,6 +52,8 @@ def watched(delay: float = 0.0) -> Iterator[Traffic]:
         kind = name.removesuffix("_single")
 
         def watching(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            if tensor.is_cuda:  # what was asked for before is not its time
+                torch.cuda.synchronize(tensor.device)
             start = time.perf_counter()
             result = call(tensor, *arguments, **options)
             if isinstance(result, functional.AsyncCollectiveTensor):

@@ -65,7 +65,8 @@ def answer(
         loaded: The model.
         prompt: A user's message where the tokenizer has a chat template, else text to continue.
         draft: A faster model that proposes tokens, which the model checks several at a time
-            (speculative decoding). The text is the model's own all the same.
+            (speculative decoding). Greedy text is the model's own all the same, up to rounding;
+            sampled text is drawn from its distribution.
         draft_tokens: Proposed at a time at most.
         max_new_tokens: The answer's length at most.
         temperature: 0 takes the likeliest token always; above, tokens are sampled.

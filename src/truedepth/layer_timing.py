@@ -28,6 +28,7 @@ from truedepth.timing import Case
 
 ENOUGH = 1 << 28
 REPETITIONS, WARMUPS = 7, 2
+PRODUCTS = 4  # at a time: a GPU begins one late
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def padded(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     }
 
 
-def share(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+def rank_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """Of such a config, what one rank has."""
     return dict(config) | {
         name: ceil(config[name] / ranks)
@@ -89,7 +90,7 @@ def layer_times(
     """Measure.
 
     Args:
-        config: From `padded`; for one rank of several `share` of it.
+        config: From `padded`; for one rank of several `rank_config` of it.
         where: The model, for error messages.
         widths: To measure.
         case: A decoding.
@@ -150,12 +151,12 @@ def _measure(
             seconds = runner.seconds(case)
             if run >= WARMUPS:
                 taken[name].append(seconds)
-    full, half = median(taken["full"]), median(taken["half"])
+    half = median(taken["half"])
     count, fewer = len(stacks["full"]), len(stacks["half"])
     differences = [a - b for a, b in zip(taken["full"], taken["half"], strict=True)]
     rest = max(0.0, half - fewer * median(differences) / (count - fewer))
     sent = runners["full"].collectives(case)
-    all_reduce = sent.share * full / sum(sent.calls.values()) if sent else 0.0
+    all_reduce = sent.seconds / sum(sent.calls.values()) if sent else 0.0
     weights: Any = next(models["full"].parameters())
     bandwidth = _bandwidth(matrix, weights.shape[-1], case.batch, device, weights.dtype)
     totals = {1 if name == "full" else int(name): name for name in stacks if name != "half"}
@@ -175,5 +176,10 @@ def _bandwidth(size: int, hidden: int, batch: int, device: str, dtype: torch.dty
     """Bytes a second of a matrix that is multiplied with one vector a sequence."""
     matrix = torch.zeros(size // dtype.itemsize // hidden, hidden, device=device, dtype=dtype)
     vectors = torch.zeros(batch, hidden, device=device, dtype=dtype)
-    times = [stopwatch(lambda: vectors @ matrix.T, device) for _ in range(WARMUPS + REPETITIONS)]
-    return matrix.nbytes / median(times[WARMUPS:])
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            torch.mm(vectors, matrix.T)
+
+    times = [stopwatch(products, device) for _ in range(WARMUPS + REPETITIONS)]
+    return PRODUCTS * matrix.nbytes / median(times[WARMUPS:])

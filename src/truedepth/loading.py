@@ -61,7 +61,7 @@ def load(
     if isinstance(model, Loaded):
         return model
     source = open_source(model)
-    device = _device(device)
+    device = device_of(device)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     options = {"dtype": dtype or "auto", "device_map": device, **options}
@@ -166,7 +166,9 @@ def default_device() -> str:
 
 
 def fast_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """On a CPU bfloat16 where that is several times faster than float32; else the checkpoint's."""
+    """On a CPU bfloat16 where that is several times faster than float32, else float32; on a GPU the
+    checkpoint's.
+    """
     if device.type == "cpu":
         can = torch.cpu.get_capabilities()
         fast = can.get("avx512_bf16") or can.get("amx_bf16")
@@ -174,8 +176,12 @@ def fast_dtype(source: Source, device: torch.device) -> torch.dtype:
     return common_dtype([t for t in source.tensors.values() if len(t.shape) > 1])
 
 
-def _device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, which must be there."""
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The device of that name, by default the first GPU or else the CPU.
+
+    Raises:
+        TruedepthError: There is no such device.
+    """
     name = name or default_device()
     try:
         device = torch.device(name)

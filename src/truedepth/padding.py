@@ -37,6 +37,8 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     """
     if ranks < 1:
         raise TruedepthError(f"Heads are padded for at least 1 rank, not {ranks}.")
+    if missing := {QUERY, "intermediate_size"} - config.keys():
+        raise TruedepthError(f"The config gives no {min(missing)} to divide by {ranks} ranks.")
     if (width := config["intermediate_size"]) % ranks:
         raise TruedepthError(f"The FFN's width {width} does not divide by {ranks} ranks.")
     query = config[QUERY]
@@ -54,7 +56,7 @@ def check_heads(source: Source, ranks: int) -> None:
     Raises:
         TruedepthError: They do not.
     """
-    if head_padding(source.config, ranks):
+    if ranks > 1 and head_padding(source.config, ranks):
         heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
         raise TruedepthError(
             f"{source.path} has {heads} heads and {kv_heads or heads} KV heads, which do not divide"

@@ -15,9 +15,10 @@ import torch
 
 from truedepth.converted import plan_of
 from truedepth.errors import TruedepthError
-from truedepth.layer_timing import LayerTimes, layer_times, padded, share
+from truedepth.families import family_of
+from truedepth.layer_timing import LayerTimes, layer_times, padded, rank_config
 from truedepth.links import Link
-from truedepth.loading import default_device, fast_dtype
+from truedepth.loading import default_device, device_of, fast_dtype
 from truedepth.padding import head_padding
 from truedepth.plan import Plan
 from truedepth.progress import working
@@ -41,7 +42,7 @@ class Token:
 
     all_reduces: float
     rest: float
-    """Embedding, last norm and head."""
+    """Embedding, last norm and head, and their collectives."""
 
     @property
     def total(self) -> float:
@@ -93,6 +94,7 @@ def predict(
     model: str | Path | Source,
     plan: Plan | None = None,
     *,
+    depth: int | None = None,
     ranks: int = 1,
     link: Link | None = None,
     batch: int = 1,
@@ -105,48 +107,63 @@ def predict(
     Args:
         model: What `open_source` takes; its weights are not read.
         plan: Of its layers; of a converted model by default its own.
+        depth: Instead of a plan; which layers are paired makes no difference to speed.
         ranks: Of tensor parallelism.
         link: Between them; by default all-reduces are measured on this machine.
         batch: Sequences at a time.
         length: Tokens in the KV cache.
         device: By default the first GPU, else the CPU.
-        dtype: Of weights; by default bfloat16 on CPUs that are fast at it, else the checkpoint's.
+        dtype: Of weights; by default bfloat16 on CPUs that are fast at it and float32 on others,
+            on a GPU what the config says.
 
     Raises:
-        TruedepthError: There is no such model, or not so many GPUs to measure on.
+        TruedepthError: There is no such model or device, its family is not supported, nothing says
+            what to pair, or there are not so many GPUs to measure on.
     """
     source = open_source(model)
-    plan = plan or plan_of(source.config)
+    where = device_of(device)
+    if ranks > 1 and link is None and where.type != default_device():
+        raise TruedepthError(f"Ranks run on {default_device()} here, not on {where}.")
+    own = plan_of(source.config)
+    num_layers = own.num_layers if own else source.num_layers
+    if depth is not None:
+        if not num_layers - num_layers // 2 <= depth <= num_layers:
+            raise TruedepthError(
+                f"{num_layers} layers in pairs have an effective depth of"
+                f" {num_layers - num_layers // 2} to {num_layers}, not {depth}."
+            )
+        plan = Plan.late_pairs(num_layers, num_layers - depth)
+    plan = plan or own
     if plan is None:
         raise TruedepthError(f"{source.name} is not converted yet: say what to pair.")
-    num_layers = sum(source.config.get("layer_widths") or [1] * source.num_layers)
     if plan.num_layers != num_layers:
         raise TruedepthError(
             f"The plan is for {plan.num_layers} layers; {source.name} has {num_layers}."
         )
-    device = device or default_device()
-    measured_ranks = ranks if link is None else 1
-    if device.startswith("cuda") and measured_ranks > torch.cuda.device_count():
-        raise TruedepthError(
-            f"There are {torch.cuda.device_count()} GPUs to measure on, not {ranks}; say with"
-            " --link what connects them."
-        )
-    dtype = dtype or fast_dtype(source, torch.device(device))
+    if own is None:
+        family_of(source.config, str(source.path))
+    if dtype is None:
+        given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
+        dtype = fast_dtype(source, where) if where.type == "cpu" else getattr(torch, given)
     config = padded(source.config, ranks)
     size = batch * config["hidden_size"] * dtype.itemsize
     if link is not None:
-        config = share(config, ranks)
+        config = rank_config(config, ranks)
     with working("Timing layers"):
         measured = layer_times(
             config,
             source.path,
             sorted({1, *plan.widths}),
             Case(Task.decode, length, batch),
-            device,
+            str(where),
             dtype,
-            measured_ranks,
+            ranks if link is None else 1,
         )
-    each = link.all_reduce(size, ranks) if link is not None else measured.all_reduce
+    each, rest = measured.all_reduce, measured.rest
+    if link is not None:  # the embedding is summed too, and the head gathered: half a ring's steps
+        each = link.all_reduce(size, ranks)
+        logits = batch * source.config["vocab_size"] * dtype.itemsize
+        rest += each + link.all_reduce(logits, ranks) / 2
 
     def token(of: Plan) -> Token:
         layers = sum(measured.layers[width] for width in of.widths)
@@ -155,7 +172,7 @@ def predict(
             weights=reading,
             layers=layers - reading,
             all_reduces=of.all_reduces_per_token(ranks) * each,
-            rest=measured.rest,
+            rest=rest,
         )
 
     return Prediction(
@@ -163,7 +180,7 @@ def predict(
         plan=plan,
         ranks=ranks,
         link=link,
-        device=device,
+        device=str(where),
         dtype=dtype_name(dtype),
         batch=batch,
         length=length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import tempfile
@@ -25,8 +26,13 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
         arguments: Sent as pickles.
 
     Raises:
-        TruedepthError: One rank failed; the others are ended, and this is what it said.
+        TruedepthError: There are not so many GPUs; or one rank failed, the others are ended, and
+            this is what it said.
     """
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        raise TruedepthError(
+            f"{ranks} ranks need a GPU each, and there are {torch.cuda.device_count()}."
+        )
     with tempfile.TemporaryDirectory() as directory:
         try:
             spawn(  # type: ignore[no-untyped-call]
@@ -35,8 +41,10 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
         except ProcessException as error:
             # The others fail too once one is gone, and may be noticed before it.
             said = sorted(Path(directory).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-            reason = said[0].read_text() if said else f"Rank {error.error_index}: {error}"
-            raise TruedepthError(reason.strip(), 1) from error
+            if not said:
+                raise TruedepthError(f"Rank {error.error_index}: {error}".strip(), 1) from error
+            reason, exit_code = json.loads(said[0].read_text())
+            raise TruedepthError(reason.strip(), exit_code) from error
         return pickle.loads(Path(directory, "result").read_bytes())
 
 
@@ -58,7 +66,10 @@ def _rank(
     try:
         result = function(*arguments)
     except Exception as error:
-        (directory / f"error-{rank}").write_text(f"Rank {rank}: {type(error).__name__}: {error}")
+        said = (f"Rank {rank}: {type(error).__name__}: {error}", 1)
+        if isinstance(error, TruedepthError):
+            said = (str(error), error.exit_code)
+        (directory / f"error-{rank}").write_text(json.dumps(said))
         raise
     if rank == 0:
         (directory / "result").write_bytes(pickle.dumps(result))

@@ -11,7 +11,7 @@ from enum import StrEnum
 from statistics import median
 from typing import Any, Protocol
 
-REPETITIONS, WARMUPS = 5, 1
+REPETITIONS, WARMUPS = 5, 2
 
 DECODED = 16
 """Tokens of a decoding run: a single one is too short to time."""
@@ -54,8 +54,11 @@ class Collectives:
     """By kind."""
 
     bytes: int
+    seconds: float
+    """In them, waiting for the other ranks included."""
+
     share: float
-    """Of the run's time, waiting for the other ranks included."""
+    """Of the time of the run that was watched."""
 
 
 class Runner(Protocol):
@@ -104,6 +107,12 @@ class Row:
             return ()
         pairs = zip(self.base.seconds, self.model.seconds, strict=True)
         return tuple(base / model for base, model in pairs)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """How far neighbouring runs go below the ratio of medians, and above it."""
+        middle = self.speedup or 0.0
+        return max(0.0, middle - min(self.speedups)), max(0.0, max(self.speedups) - middle)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

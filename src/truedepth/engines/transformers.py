@@ -32,7 +32,9 @@ class TransformersRunner:
         """
         self._model = model
         self._compiled = model.device.type == "cuda" if compiled is None else compiled
-        self._step = torch.compile(model, mode="reduce-overhead") if self._compiled else model
+        self._step = model
+        if self._compiled:
+            self._step = torch.compile(model, mode="reduce-overhead", dynamic=False)
         self._cache: tuple[Case, Cache] | None = None
 
     @torch.inference_mode()
@@ -53,6 +55,7 @@ class TransformersRunner:
         return Collectives(
             {kind: calls // runs for kind, calls in traffic.calls.items()},
             traffic.bytes // runs,
+            traffic.seconds / runs,
             traffic.seconds / taken,
         )
 
@@ -105,13 +108,15 @@ def stopwatch(function: Callable[[], object], device: torch.device | str) -> flo
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
-    event: Any = torch.cuda.Event
-    begin, end = event(enable_timing=True), event(enable_timing=True)
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1000
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        event: Any = torch.cuda.Event
+        begin, end = event(enable_timing=True), event(enable_timing=True)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
 
 
 def measure(
@@ -121,7 +126,7 @@ def measure(
     repetitions: int,
     ranks: int,
     device: str | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     eager: bool = False,
 ) -> list[Row]:
     """Time a model and its base, in this process or over ranks.
@@ -163,5 +168,8 @@ def _measured(
     def runner(name: str) -> TransformersRunner:
         return TransformersRunner(load(name, **options).model, compiled)
 
-    against = runner(base) if base else None
-    return interleaved(runner(model), against, cases, repetitions)
+    # Every case is compiled for itself; at a limit Dynamo would go on uncompiled without a word.
+    limit = {"recompile_limit": 4 * len(cases) + 8, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limit):
+        against = runner(base) if base else None
+        return interleaved(runner(model), against, cases, repetitions)

@@ -85,6 +85,7 @@ class VllmRunner:
         return Collectives(
             {kind: count // runs for kind, count in Counter(each[0] for each in found).items()},
             sum(each[1] for each in found) // runs,
+            sum(each[2] for each in found) / runs,
             sum(each[2] for each in found) / seconds,
         )
 
@@ -120,7 +121,7 @@ def measure(
     repetitions: int,
     ranks: int,
     device: str | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     eager: bool = False,
 ) -> list[Row]:
     """Time a model and its base, each loaded once and idle while the other runs.
@@ -132,7 +133,7 @@ def measure(
         repetitions: Of each.
         ranks: Of tensor parallelism.
         device: Must be the one that vLLM was built for.
-        dtype: By default the checkpoint's.
+        dtype: Of weights.
         eager: Compile nothing.
 
     Raises:
@@ -143,17 +144,17 @@ def measure(
     if device not in (None, current_platform.device_type):
         raise TruedepthError(f"This vLLM runs on {current_platform.device_type}, not on {device}.")
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // ranks)
-    bound = [",".join(map(str, cores[i * share : (i + 1) * share])) for i in range(ranks)]
+    own = max(1, len(cores) // ranks)
+    bound = [",".join(map(str, cores[i * own : (i + 1) * own])) for i in range(ranks)]
     for name, value in (
         ("VLLM_CPU_KVCACHE_SPACE", "1"),
-        ("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound)),
+        ("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound) if ranks <= len(cores) else "nobind"),
     ):
         os.environ.setdefault(name, value)
     room = max(case.length for case in cases) + 1 + DECODED
     options: dict[str, Any] = {
         "tensor_parallel_size": ranks,
-        "dtype": dtype_name(dtype) if dtype else "auto",
+        "dtype": dtype_name(dtype),
         "enforce_eager": eager,
         "skip_tokenizer_init": True,
         "max_model_len": room,
@@ -166,7 +167,9 @@ def measure(
     }
 
     def runner(name: str) -> VllmRunner:
-        return VllmRunner(LLM(model=str(open_source(name).path), **options))
+        source = open_source(name)
+        source.tensors  # noqa: B018  # downloads those of a hub model
+        return VllmRunner(LLM(model=str(source.path), **options))
 
     with _logged() as log:
         try:

@@ -21,7 +21,10 @@ def print_benchmark(found: Benchmark) -> None:
         [
             ("model", found.model),
             *([("against", found.against)] if found.against else []),
-            ("engine", f"{found.engine} {found.version} on {found.device}{ranks}{eager}"),
+            (
+                "engine",
+                f"{found.engine} {found.version} on {found.device}, {found.dtype}{ranks}{eager}",
+            ),
             ("runs", f"{runs} of each" + (", in turn" if found.against else "")),
         ]
     )

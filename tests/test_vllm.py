@@ -129,7 +129,16 @@ def test_as_the_draft_of_its_original(make_model, converted, prompts, tmp_path):
 def test_bench(make_model, converted, tmp_path, ranks):
     command = [sys.executable, "-m", "truedepth", "bench", str(converted)]
     command += ["--against", str(make_model(**SHAPES)), "--engine", "vllm", "--tp", str(ranks)]
-    command += ["--lengths", "9", "--repetitions", "2", "--json", str(tmp_path / "bench.json")]
+    command += [
+        "--lengths",
+        "9",
+        "--batch",
+        "2",
+        "--repetitions",
+        "2",
+        "--json",
+        str(tmp_path / "bench.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]

@@ -105,8 +105,15 @@ class VllmRunner:
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
         time.sleep(IDLE)
-        outputs = self._llm.generate(prompts, options, use_tqdm=False)
-        times = [output.metrics for output in outputs]
+        self._llm.sleep(level=0, mode="keep")  # until all are there, or the first goes alone
+        self._llm.enqueue(prompts, options, use_tqdm=False)
+        self._llm.wake_up(tags=["scheduling"])
+        times = [each.metrics for each in self._llm.wait_for_completion(use_tqdm=False)]
+        if len({each.scheduled_ts for each in times}) > 1 or any(e.num_preemptions for e in times):
+            raise TruedepthError(
+                f"vLLM has no room for {case.batch} sequences of {case.length} tokens at once; on a"
+                " CPU set VLLM_CPU_KVCACHE_SPACE to more GB."
+            )
         return (
             min(each.scheduled_ts for each in times),
             max(each.first_token_ts for each in times),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
+from math import ceil, prod
 from typing import Any, TextIO
 
 import torch
@@ -18,6 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from truedepth.errors import TruedepthError
+from truedepth.inspection import inspect_model
 from truedepth.sources import open_source
 from truedepth.tensors import dtype_name
 from truedepth.timing import DECODED, Case, Collectives, Row, Task, interleaved
@@ -150,23 +152,23 @@ def measure(
 
     if device not in (None, current_platform.device_type):
         raise TruedepthError(f"This vLLM runs on {current_platform.device_type}, not on {device}.")
+    room, batch = max(case.length for case in cases) + 1 + DECODED, max(c.batch for c in cases)
     cores = sorted(os.sched_getaffinity(0))
     own = max(1, len(cores) // ranks)
     bound = [",".join(map(str, cores[i * own : (i + 1) * own])) for i in range(ranks)]
     for name, value in (
-        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+        ("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(model, room * batch, dtype))),
         ("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound) if ranks <= len(cores) else "nobind"),
     ):
         os.environ.setdefault(name, value)
-    room = max(case.length for case in cases) + 1 + DECODED
     options: dict[str, Any] = {
         "tensor_parallel_size": ranks,
         "dtype": dtype_name(dtype),
         "enforce_eager": eager,
         "skip_tokenizer_init": True,
         "max_model_len": room,
-        "max_num_seqs": max(case.batch for case in cases),
-        "max_num_batched_tokens": max(2048, room * max(case.batch for case in cases)),
+        "max_num_seqs": batch,
+        "max_num_batched_tokens": max(2048, room * batch),  # a prompt is one pass
         "gpu_memory_utilization": 0.9 if base is None else 0.45,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
@@ -189,9 +191,16 @@ def measure(
             raise TruedepthError(f"vLLM failed: {' '.join(said.split())}", 1) from error
 
 
+def _cache_gib(model: str, tokens: int, dtype: torch.dtype) -> int:
+    """GiB of KV cache for so many tokens, which come in blocks."""
+    info = inspect_model(model)
+    return ceil((tokens * 1.25 + 1024) * info.kv_elements_per_token * dtype.itemsize / (1 << 30))
+
+
 @contextmanager
 def _logged() -> Iterator[TextIO]:
     """What is printed meanwhile, also by other processes, goes to a file that is thrown away."""
+    sys.stdout.flush()
     kept = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         os.dup2(log.fileno(), 1)

@@ -11,34 +11,35 @@ from typing import Any
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.loading import default_device, device_of, fast_dtype
+from truedepth.loading import device_of, fast_dtype
 from truedepth.padding import check_heads
 from truedepth.progress import working
+from truedepth.ranks import check_accelerator
 from truedepth.sources import open_source
 from truedepth.tensors import dtype_name
-from truedepth.timing import REPETITIONS, Case, Engine, Row, Task
+from truedepth.timing import REPETITIONS, Case, Engine, Row, Setup, Task
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """What `truedepth bench` prints."""
 
-    model: str
-    against: str | None
+    setup: Setup
     engine: str
     version: str
     """Of the engine."""
-
-    ranks: int
-    eager: bool
-    device: str
-    dtype: str
 
     rows: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
+        return {
+            **asdict(self.setup),
+            "dtype": dtype_name(self.setup.dtype),
+            "engine": self.engine,
+            "version": self.version,
+            "rows": [row.to_dict() for row in self.rows],
+        }
 
 
 def bench(
@@ -79,11 +80,16 @@ def bench(
         if not values or min(values) < 1:
             raise TruedepthError(f"A {name} must be at least 1, not {min(values, default=None)}.")
     where = device_of(device)
-    if ranks > 1 and where.type != default_device():
-        raise TruedepthError(f"Ranks run on {default_device()} here, not on {where}.")
-    dtype = dtype or fast_dtype(open_source(model), where)
-    names = [str(each) for each in (model, against) if each is not None]
-    for name in names:
+    check_accelerator(ranks, where)
+    setup = Setup(
+        model=str(model),
+        against=None if against is None else str(against),
+        ranks=ranks,
+        device=str(where),
+        dtype=dtype or fast_dtype(open_source(model), where),
+        eager=eager,
+    )
+    for name in filter(None, (setup.model, setup.against)):
         source = open_source(name)
         check_heads(source, ranks)
         if not source.path.is_dir() and (ranks > 1 or engine is Engine.vllm):
@@ -94,20 +100,8 @@ def bench(
     cases = [Case(task, n, batch) for task in tasks for n in lengths for batch in batches]
     measure, version = _engine(engine)
     with working(f"Timing {len(cases)} cases"):
-        rows = measure(
-            names[0], names[1] if against else None, cases, repetitions, ranks, device, dtype, eager
-        )
-    return Benchmark(
-        model=names[0],
-        against=names[1] if against else None,
-        engine=engine.value,
-        version=version,
-        ranks=ranks,
-        eager=eager,
-        device=str(where),
-        dtype=dtype_name(dtype),
-        rows=rows,
-    )
+        rows = measure(setup, cases, repetitions)
+    return Benchmark(setup, engine.value, version, rows)
 
 
 def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:

@@ -18,10 +18,11 @@ from truedepth.errors import TruedepthError
 from truedepth.families import family_of
 from truedepth.layer_timing import LayerTimes, layer_times, padded, rank_config
 from truedepth.links import Link
-from truedepth.loading import default_device, device_of, fast_dtype
+from truedepth.loading import device_of, fast_dtype
 from truedepth.padding import head_padding
 from truedepth.plan import Plan
 from truedepth.progress import working
+from truedepth.ranks import check_accelerator
 from truedepth.sources import Source, open_source
 from truedepth.tensors import dtype_name
 from truedepth.timing import Case, Task
@@ -122,8 +123,8 @@ def predict(
     """
     source = open_source(model)
     where = device_of(device)
-    if ranks > 1 and link is None and where.type != default_device():
-        raise TruedepthError(f"Ranks run on {default_device()} here, not on {where}.")
+    if link is None:
+        check_accelerator(ranks, where)
     own = plan_of(source.config)
     num_layers = own.num_layers if own else source.num_layers
     if depth is not None:

@@ -17,6 +17,17 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from truedepth.errors import TruedepthError
 
 
+def check_accelerator(ranks: int, device: torch.device) -> None:
+    """Several ranks run on the machine's GPUs where it has some, else on its CPU.
+
+    Raises:
+        TruedepthError: The device is another.
+    """
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks > 1 and device.type != own:
+        raise TruedepthError(f"Ranks run on {own} here, not on {device}.")
+
+
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function(*arguments)` returns in the first of so many ranks.
 

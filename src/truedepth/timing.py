@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from statistics import median
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 REPETITIONS, WARMUPS = 5, 2
 
@@ -44,6 +47,27 @@ class Case:
     task: Task
     length: int
     batch: int = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Which models an engine runs, and how."""
+
+    model: str
+    """What `load` takes; for vLLM a directory or a hub id."""
+
+    against: str | None
+    """The same: the base."""
+
+    ranks: int
+    """Of tensor parallelism."""
+
+    device: str
+    dtype: torch.dtype
+    """Of weights."""
+
+    eager: bool
+    """Nothing is compiled. Otherwise vLLM compiles, and transformers on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 from truedepth.collectives import watched
 from truedepth.loading import load
 from truedepth.ranks import run_ranks
-from truedepth.timing import DECODED, Case, Collectives, Row, Task, interleaved
+from truedepth.timing import DECODED, Case, Collectives, Row, Setup, Task, interleaved
 
 
 class TransformersRunner:
@@ -119,57 +119,35 @@ def stopwatch(function: Callable[[], object], device: torch.device | str) -> flo
         return float(begin.elapsed_time(end)) / 1000
 
 
-def measure(
-    model: str,
-    base: str | None,
-    cases: list[Case],
-    repetitions: int,
-    ranks: int,
-    device: str | None,
-    dtype: torch.dtype,
-    eager: bool = False,
-) -> list[Row]:
+def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
     """Time a model and its base, in this process or over ranks.
 
     Args:
-        model: What `load` takes.
-        base: The same.
+        setup: The models, and how they run.
         cases: What to time.
         repetitions: Of each.
-        ranks: Of tensor parallelism.
-        device: As in `load`.
-        dtype: As in `load`.
-        eager: Compile nothing on a GPU either.
 
     Raises:
         TruedepthError: A model cannot be loaded.
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
-    compiled = False if eager else None
-    if ranks == 1:
-        return _measured(model, base, cases, repetitions, options, compiled)
-    options |= {"distributed_config": DistributedConfig(tp_size=ranks), "device_map": None}
-    rows: list[Row] = run_ranks(
-        ranks, _measured, model, base, cases, repetitions, options, compiled
-    )
+    if setup.ranks == 1:
+        return _measured(setup, cases, repetitions)
+    rows: list[Row] = run_ranks(setup.ranks, _measured, setup, cases, repetitions)
     return rows
 
 
-def _measured(
-    model: str,
-    base: str | None,
-    cases: list[Case],
-    repetitions: int,
-    options: dict[str, Any],
-    compiled: bool | None,
-) -> list[Row]:
-    """In this process; `options` are those of `load`."""
+def _measured(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
+    """In this process."""
+    options: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype}
+    if setup.ranks > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=setup.ranks)
+        options["device_map"] = None
 
     def runner(name: str) -> TransformersRunner:
-        return TransformersRunner(load(name, **options).model, compiled)
+        return TransformersRunner(load(name, **options).model, False if setup.eager else None)
 
     # Every case is compiled for itself; at a limit Dynamo would go on uncompiled without a word.
     limit = {"recompile_limit": 4 * len(cases) + 8, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limit):
-        against = runner(base) if base else None
-        return interleaved(runner(model), against, cases, repetitions)
+        against = runner(setup.against) if setup.against else None
+        return interleaved(runner(setup.model), against, cases, repetitions)

@@ -22,7 +22,7 @@ from truedepth.errors import TruedepthError
 from truedepth.inspection import inspect_model
 from truedepth.sources import open_source
 from truedepth.tensors import dtype_name
-from truedepth.timing import DECODED, Case, Collectives, Row, Task, interleaved
+from truedepth.timing import DECODED, Case, Collectives, Row, Setup, Task, interleaved
 
 KINDS = re.compile(r"all_?reduce|all_?gather|reduce_?scatter|cross_device_reduce", re.IGNORECASE)
 """Of operators on a CPU and kernels on a GPU that communicate."""
@@ -123,53 +123,42 @@ class VllmRunner:
         )
 
 
-def measure(
-    model: str,
-    base: str | None,
-    cases: list[Case],
-    repetitions: int,
-    ranks: int,
-    device: str | None,
-    dtype: torch.dtype,
-    eager: bool = False,
-) -> list[Row]:
+def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
     """Time a model and its base, each loaded once and idle while the other runs.
 
     Args:
-        model: A directory or hub id.
-        base: The same.
+        setup: The models, and how they run; the device must be what vLLM was built for.
         cases: What to time.
         repetitions: Of each.
-        ranks: Of tensor parallelism.
-        device: Must be the one that vLLM was built for.
-        dtype: Of weights.
-        eager: Compile nothing.
 
     Raises:
         TruedepthError: vLLM cannot load a model, or fails.
     """
     from vllm.platforms import current_platform
 
-    if device not in (None, current_platform.device_type):
-        raise TruedepthError(f"This vLLM runs on {current_platform.device_type}, not on {device}.")
+    if setup.device != current_platform.device_type:
+        raise TruedepthError(
+            f"This vLLM runs on {current_platform.device_type}, not on {setup.device}."
+        )
+    ranks = setup.ranks
     room, batch = max(case.length for case in cases) + 1 + DECODED, max(c.batch for c in cases)
     cores = sorted(os.sched_getaffinity(0))
     own = max(1, len(cores) // ranks)
     bound = [",".join(map(str, cores[i * own : (i + 1) * own])) for i in range(ranks)]
     for name, value in (
-        ("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(model, room * batch, dtype))),
+        ("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(setup.model, room * batch, setup.dtype))),
         ("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound) if ranks <= len(cores) else "nobind"),
     ):
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {
         "tensor_parallel_size": ranks,
-        "dtype": dtype_name(dtype),
-        "enforce_eager": eager,
+        "dtype": dtype_name(setup.dtype),
+        "enforce_eager": setup.eager,
         "skip_tokenizer_init": True,
         "max_model_len": room,
         "max_num_seqs": batch,
         "max_num_batched_tokens": max(2048, room * batch),  # a prompt is one pass
-        "gpu_memory_utilization": 0.9 if base is None else 0.45,
+        "gpu_memory_utilization": 0.45 if setup.against else 0.9,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "worker_extension_cls": f"{__name__}.{ProfiledWorker.__name__}",
@@ -182,8 +171,8 @@ def measure(
 
     with _logged() as log:
         try:
-            against = runner(base) if base else None
-            return interleaved(runner(model), against, cases, repetitions)
+            against = runner(setup.against) if setup.against else None
+            return interleaved(runner(setup.model), against, cases, repetitions)
         except (RuntimeError, ValueError, OSError, EngineDeadError) as error:
             log.seek(0)
             causes = [found.group() for line in log if (found := re.search(r"\w+Error: .*", line))]

@@ -84,9 +84,10 @@ def plot_benchmark(found: Benchmark, path: Path) -> None:
         lengths = [row.case.length for row in rows]
         axes.errorbar(lengths, middle, spread, fmt="o-", capsize=3, label=label)
     axes.axhline(1, color="tab:gray", linewidth=1)
-    ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
+    setup = found.setup
+    ranks = f", {setup.ranks} ranks" if setup.ranks > 1 else ""
     axes.set(
-        title=f"{found.model} against {found.against}\n{found.engine} on {found.device}{ranks}",
+        title=f"{setup.model} against {setup.against}\n{found.engine} on {setup.device}{ranks}",
         xlabel="tokens",
         ylabel="speed-up",
     )

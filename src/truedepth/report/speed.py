@@ -9,27 +9,30 @@ from rich.filesize import decimal
 from truedepth.benchmark import Benchmark
 from truedepth.prediction import Prediction
 from truedepth.report.tables import print_rows
+from truedepth.tensors import dtype_name
 from truedepth.timing import Case, Collectives, Row, Timing
 
 
 def print_benchmark(found: Benchmark) -> None:
     """Times, ratios, and what the ranks sent."""
-    ranks = f", {found.ranks} tensor-parallel ranks" if found.ranks > 1 else ""
-    eager = ", nothing compiled" if found.eager else ""
+    setup = found.setup
+    ranks = f", {setup.ranks} tensor-parallel ranks" if setup.ranks > 1 else ""
+    eager = ", nothing compiled" if setup.eager else ""
     runs = len(found.rows[0].model.seconds)
     print_rows(
         [
-            ("model", found.model),
-            *([("against", found.against)] if found.against else []),
+            ("model", setup.model),
+            *([("against", setup.against)] if setup.against else []),
             (
                 "engine",
-                f"{found.engine} {found.version} on {found.device}, {found.dtype}{ranks}{eager}",
+                f"{found.engine} {found.version} on {setup.device}, {dtype_name(setup.dtype)}"
+                f"{ranks}{eager}",
             ),
-            ("runs", f"{runs} of each" + (", in turn" if found.against else "")),
+            ("runs", f"{runs} of each" + (", in turn" if setup.against else "")),
         ]
     )
     print("\nMedian (range) in ms; of decode, a token's:\n")
-    both = found.against is not None
+    both = setup.against is not None
     print_rows(
         [
             (

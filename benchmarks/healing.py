@@ -5,8 +5,9 @@
         [--tokens 204800] [--runs kl,next-token,raw,lora] [--dtype bfloat16]
 
 Every run heals the calibrated conversion of a plan by distillation but for what its name says:
-`next-token` (the paper's objective), `raw` (not calibrated before), `lora`, `all`, `hidden`. Rows
-that are in the JSON file already are not measured again, and a run that was stopped goes on.
+`next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before), `lora`,
+`all`, `hidden`. Rows that are in the JSON file already are not measured again, and a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def variant(name: str, healing: Healing) -> Healing:
     changes: dict[str, Any] = {"learning_rate": float(rate)} if rate else {}
     if name == "next-token":
         changes["objective"] = Objective(next_token=1.0)
+    elif name == "blend":
+        changes["objective"] = Objective(next_token=0.2)
     elif name == "hidden":
         changes["objective"] = Objective(hidden=1.0)
     elif name in ("lora", "all"):

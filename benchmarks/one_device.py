@@ -28,6 +28,7 @@ from truedepth.engines.transformers import stopwatch
 from truedepth.loading import default_device, transformers_config
 from truedepth.plan import Plan
 from truedepth.registration import register
+from truedepth.timing import in_turn
 
 SHAPES: dict[str, dict[str, Any]] = {
     name: dict(
@@ -54,7 +55,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "Llama-2-7B": (32, 4096, 11008, 32, 32, 128, 32000, False),
     }.items()
 }
-WARMUPS = 2
 
 
 class Joined(nn.Module):
@@ -205,12 +205,8 @@ def main() -> None:
             for plan in plans
             for fused in (False, True)
         }
-        taken: dict[tuple[int, bool], list[float]] = {key: [] for key in decoders}
-        for run in range(WARMUPS + arguments.repetitions):
-            for key, decoder in decoders.items():
-                seconds = decoder.seconds()
-                if run >= WARMUPS:
-                    taken[key].append(seconds)
+        runs = [decoder.seconds for decoder in decoders.values()]
+        taken = dict(zip(decoders, in_turn(runs, arguments.repetitions), strict=True))
         for (depth, fused), decoder in decoders.items():
             seconds = median(taken[depth, fused])
             row = {

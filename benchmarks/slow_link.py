@@ -92,9 +92,7 @@ def main() -> None:
     for delay, row in zip(delays, measured, strict=True):
         before = found.before.total + delay * calls(row.base.collectives)
         after = found.after.total + delay * calls(row.model.collectives)
-        rows.append(
-            {"delay": delay, "predicted": before / after, "spread": row.spread, **row.to_dict()}
-        )
+        rows.append({"delay": delay, "predicted": before / after, **row.to_dict()})
         low, high = min(row.speedups), max(row.speedups)
         print(
             f"{delay * 1e6:6.0f} µs: {row.base.median * 1e3:7.1f} ms -> "

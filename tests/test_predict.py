@@ -9,7 +9,7 @@ import torch
 
 import truedepth as td
 from truedepth import layer_timing, prediction
-from truedepth.layer_timing import LayerTimes, layer_times, padded, rank_config
+from truedepth.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
 from truedepth.links import LINKS, parse_link
 from truedepth.loading import empty_model
 from truedepth.timing import Case, Collectives, Task
@@ -92,7 +92,10 @@ def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
 def test_a_share_has_one_rank_s_parameters(make_model):
     path = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
     config = json.loads((path / "config.json").read_text())
-    own = rank_config(padded(config, 2), 2) | {"num_hidden_layers": 2, "layer_widths": [1, 2]}
+    own = rank_config(unpaired_config(config, 2), 2) | {
+        "num_hidden_layers": 2,
+        "layer_widths": [1, 2],
+    }
     layers = empty_model(own, path).model.layers
     narrow, wide = (
         {name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers
@@ -108,7 +111,7 @@ def test_a_share_has_one_rank_s_parameters(make_model):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_layers_are_timed(make_model, ranks):
     path = make_model()
-    config = padded(json.loads((path / "config.json").read_text()), ranks)
+    config = unpaired_config(json.loads((path / "config.json").read_text()), ranks)
     case = Case(Task.decode, 4)
     found = layer_times(config, path, [1, 2], case, "cpu", torch.float32, ranks, 1 << 16)
     assert found.layers.keys() == {1, 2}
@@ -138,9 +141,9 @@ def test_times_of_layers_are_differences_of_stacks(monkeypatch):
             self.widths = widths
 
     monkeypatch.setattr(layer_timing, "TransformersRunner", lambda model: Runner(model.widths))
-    stacks = {"full": [1] * 6, "half": [1] * 3, "2": [2] * 3, "3": [3] * 2}
-    models = {name: Stack(widths) for name, widths in stacks.items()}
-    found = layer_timing._measure(models, stacks, Case(Task.decode, 4), "cpu", 8, 4096)
+    stacks = [(1, 6), (1, 3), (2, 3), (3, 2)]
+    models = {(width, layers): Stack([width] * layers) for width, layers in stacks}
+    found = layer_timing._measure(models, *stacks[:2], Case(Task.decode, 4), "cpu", 8, 4096)
     assert found.layers == {1: pytest.approx(3), 2: pytest.approx(5), 3: pytest.approx(7)}
     assert found.all_reduce == pytest.approx(0.5)
     assert found.rest == pytest.approx(4.5)

@@ -136,8 +136,8 @@ def predict(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """`128,1024` as numbers of at least 1."""
+    """`128,1024` as numbers."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
+    if not all(word.isdecimal() for word in words):
         raise TruedepthError(f"{option} takes numbers like 128 or 128,1024, not {text!r}.")
     return [int(word) for word in words]

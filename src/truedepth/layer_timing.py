@@ -9,12 +9,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -24,10 +26,10 @@ from truedepth.loading import empty_model, transformers_config
 from truedepth.modeling import PREFIX
 from truedepth.padding import KEY_VALUE, QUERY, head_padding
 from truedepth.ranks import run_ranks
-from truedepth.timing import Case
+from truedepth.timing import Case, in_turn
 
 ENOUGH = 1 << 28
-REPETITIONS, WARMUPS = 7, 2
+REPETITIONS = 7
 PRODUCTS = 4  # at a time: a GPU begins one late
 
 
@@ -51,7 +53,11 @@ class LayerTimes:
     """Of a large matrix, in bytes a second."""
 
 
-def padded(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+Stack = tuple[int, int]
+"""The width of its layers, and how many."""
+
+
+def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """The config of the layers, all of width 1, with heads that divide by the ranks.
 
     Raises:
@@ -70,7 +76,7 @@ def padded(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
 
 
 def rank_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """Of such a config, what one rank has."""
+    """Of an `unpaired_config`, what one rank has."""
     return dict(config) | {
         name: ceil(config[name] / ranks)
         for name in (QUERY, KEY_VALUE, "intermediate_size", "vocab_size")
@@ -90,7 +96,7 @@ def layer_times(
     """Measure.
 
     Args:
-        config: From `padded`; for one rank of several `rank_config` of it.
+        config: An `unpaired_config`; for one rank of several `rank_config` of it.
         where: The model, for error messages.
         widths: To measure.
         case: A decoding.
@@ -102,68 +108,63 @@ def layer_times(
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
     count = max(2 * max(widths), min(config["num_hidden_layers"], ceil(enough / size)))
-    stacks = {"full": [1] * count, "half": [1] * (count // 2)}
-    stacks |= {str(width): [width] * (count // width) for width in widths if width > 1}
-    measure = (stacks, case, device, size // ranks, min(enough, size * count) // ranks)
+    full, half = (1, count), (1, count // 2)
+    stacks = [full, half, *((width, count // width) for width in widths if width > 1)]
+    measure = (case, device, size // ranks, min(enough, size * count) // ranks)
 
-    def build(name: str) -> Any:
-        own = {**config, "num_hidden_layers": len(stacks[name]), "layer_widths": stacks[name]}
+    def build(stack: Stack) -> Any:
+        width, layers = stack
+        own = {**config, "num_hidden_layers": layers, "layer_widths": [width] * layers}
         return AutoModelForCausalLM.from_config(transformers_config(own, where), dtype=dtype)
 
     if ranks == 1:
-        models = {name: build(name).to(device).eval() for name in stacks}
-        return _measure(models, *measure)
+        models = {stack: build(stack).to(device).eval() for stack in stacks}
+        return _measure(models, full, half, *measure)
     with tempfile.TemporaryDirectory() as directory:
-        for name in stacks:
-            build(name).save_pretrained(Path(directory) / name)
-        found: LayerTimes = run_ranks(ranks, _measure_share, directory, ranks, dtype, *measure)
+        paths = {stack: Path(directory, "x".join(map(str, stack))) for stack in stacks}
+        for stack, path in paths.items():
+            build(stack).save_pretrained(path)
+        found: LayerTimes = run_ranks(ranks, _measure_shares, paths, dtype, full, half, *measure)
         return found
 
 
-def _measure_share(
-    directory: str, ranks: int, dtype: torch.dtype, stacks: Mapping[str, list[int]], *measure: Any
-) -> LayerTimes:
+def _measure_shares(paths: Mapping[Stack, Path], dtype: torch.dtype, *measure: Any) -> LayerTimes:
     """In one rank."""
+    sharded = DistributedConfig(tp_size=dist.get_world_size())
     models = {
-        name: AutoModelForCausalLM.from_pretrained(
-            Path(directory) / name,
-            dtype=dtype,
-            distributed_config=DistributedConfig(tp_size=ranks),
+        stack: AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, distributed_config=sharded
         ).eval()
-        for name in stacks
+        for stack, path in paths.items()
     }
-    return _measure(models, stacks, *measure)
+    return _measure(models, *measure)
 
 
 def _measure(
-    models: Mapping[str, nn.Module],
-    stacks: Mapping[str, list[int]],
+    models: Mapping[Stack, nn.Module],
+    full: Stack,
+    half: Stack,
     case: Case,
     device: str,
     layer: int,
     matrix: int,
 ) -> LayerTimes:
     """Of these stacks; a layer of width 1 has so many bytes, and a large matrix should."""
-    runners = {name: TransformersRunner(model) for name, model in models.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runners}
-    for run in range(WARMUPS + REPETITIONS):
-        for name, runner in runners.items():
-            seconds = runner.seconds(case)
-            if run >= WARMUPS:
-                taken[name].append(seconds)
-    half = median(taken["half"])
-    count, fewer = len(stacks["full"]), len(stacks["half"])
-    differences = [a - b for a, b in zip(taken["full"], taken["half"], strict=True)]
-    rest = max(0.0, half - fewer * median(differences) / (count - fewer))
-    sent = runners["full"].collectives(case)
+    runners = {stack: TransformersRunner(model) for stack, model in models.items()}
+    runs = [partial(runner.seconds, case) for runner in runners.values()]
+    taken = dict(zip(runners, in_turn(runs, REPETITIONS), strict=True))
+    layers, fewer = full[1], half[1]
+    differences = [a - b for a, b in zip(taken[full], taken[half], strict=True)]
+    rest = max(0.0, median(taken[half]) - fewer * median(differences) / (layers - fewer))
+    sent = runners[full].collectives(case)
     all_reduce = sent.seconds / sum(sent.calls.values()) if sent else 0.0
-    weights: Any = next(models["full"].parameters())
+    weights: Any = next(models[full].parameters())
     bandwidth = _bandwidth(matrix, weights.shape[-1], case.batch, device, weights.dtype)
-    totals = {1 if name == "full" else int(name): name for name in stacks if name != "half"}
     return LayerTimes(
         layers={
-            width: (median(taken[name]) - rest) / len(stacks[name]) - 2 * all_reduce
-            for width, name in totals.items()
+            stack[0]: (median(seconds) - rest) / stack[1] - 2 * all_reduce
+            for stack, seconds in taken.items()
+            if stack != half
         },
         weights=layer / bandwidth,
         rest=rest,
@@ -181,5 +182,5 @@ def _bandwidth(size: int, hidden: int, batch: int, device: str, dtype: torch.dty
         for _ in range(PRODUCTS):
             torch.mm(vectors, matrix.T)
 
-    times = [stopwatch(products, device) for _ in range(WARMUPS + REPETITIONS)]
-    return PRODUCTS * matrix.nbytes / median(times[WARMUPS:])
+    (times,) = in_turn([lambda: stopwatch(products, device)], REPETITIONS)
+    return PRODUCTS * matrix.nbytes / median(times)

@@ -16,7 +16,7 @@ import torch
 from truedepth.converted import plan_of
 from truedepth.errors import TruedepthError
 from truedepth.families import family_of
-from truedepth.layer_timing import LayerTimes, layer_times, padded, rank_config
+from truedepth.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
 from truedepth.links import Link
 from truedepth.loading import device_of, fast_dtype
 from truedepth.padding import head_padding
@@ -125,28 +125,11 @@ def predict(
     where = device_of(device)
     if link is None:
         check_accelerator(ranks, where)
-    own = plan_of(source.config)
-    num_layers = own.num_layers if own else source.num_layers
-    if depth is not None:
-        if not num_layers - num_layers // 2 <= depth <= num_layers:
-            raise TruedepthError(
-                f"{num_layers} layers in pairs have an effective depth of"
-                f" {num_layers - num_layers // 2} to {num_layers}, not {depth}."
-            )
-        plan = Plan.late_pairs(num_layers, num_layers - depth)
-    plan = plan or own
-    if plan is None:
-        raise TruedepthError(f"{source.name} is not converted yet: say what to pair.")
-    if plan.num_layers != num_layers:
-        raise TruedepthError(
-            f"The plan is for {plan.num_layers} layers; {source.name} has {num_layers}."
-        )
-    if own is None:
-        family_of(source.config, str(source.path))
+    plan = _plan(source, plan, depth)
     if dtype is None:
         given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
         dtype = fast_dtype(source, where) if where.type == "cpu" else getattr(torch, given)
-    config = padded(source.config, ranks)
+    config = unpaired_config(source.config, ranks)
     size = batch * config["hidden_size"] * dtype.itemsize
     if link is not None:
         config = rank_config(config, ranks)
@@ -190,3 +173,26 @@ def predict(
         before=token(plan.unpaired),
         after=token(plan),
     )
+
+
+def _plan(source: Source, plan: Plan | None, depth: int | None) -> Plan:
+    """What is predicted, of a model that can be paired or is."""
+    own = plan_of(source.config)
+    if own is None:
+        family_of(source.config, str(source.path))
+    num_layers = own.num_layers if own else source.num_layers
+    if depth is not None:
+        if not num_layers - num_layers // 2 <= depth <= num_layers:
+            raise TruedepthError(
+                f"{num_layers} layers in pairs have an effective depth of"
+                f" {num_layers - num_layers // 2} to {num_layers}, not {depth}."
+            )
+        plan = Plan.late_pairs(num_layers, num_layers - depth)
+    plan = plan or own
+    if plan is None:
+        raise TruedepthError(f"{source.name} is not converted yet: say what to pair.")
+    if plan.num_layers != num_layers:
+        raise TruedepthError(
+            f"The plan is for {plan.num_layers} layers; {source.name} has {num_layers}."
+        )
+    return plan

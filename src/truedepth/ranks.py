@@ -64,17 +64,17 @@ def _rank(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     gpus = torch.cuda.is_available()
-    if gpus:
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    dist.init_process_group(
-        "nccl" if gpus else "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=ranks,
-    )
     try:
+        if gpus:
+            torch.cuda.set_device(rank)
+        else:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        dist.init_process_group(
+            "nccl" if gpus else "gloo",
+            init_method=f"file://{directory}/store",
+            rank=rank,
+            world_size=ranks,
+        )
         result = function(*arguments)
     except Exception as error:
         said = (f"Rank {rank}: {type(error).__name__}: {error}", 1)

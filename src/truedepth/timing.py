@@ -5,9 +5,10 @@ The paper's three tasks: prefill, generation with a KV cache, and one token with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -133,14 +134,31 @@ class Row:
         return tuple(base / model for base, model in pairs)
 
     @property
-    def spread(self) -> tuple[float, float]:
+    def spread(self) -> tuple[float, float] | None:
         """How far neighbouring runs go below the ratio of medians, and above it."""
-        middle = self.speedup or 0.0
-        return max(0.0, middle - min(self.speedups)), max(0.0, max(self.speedups) - middle)
+        if self.speedup is None:
+            return None
+        low, high = min(self.speedups), max(self.speedups)
+        return max(0.0, self.speedup - low), max(0.0, high - self.speedup)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "speedup": self.speedup, "speedups": self.speedups}
+        ratios = {name: getattr(self, name) for name in ("speedup", "speedups", "spread")}
+        return asdict(self) | ratios
+
+
+def in_turn(
+    runs: Sequence[Callable[[], float]], repetitions: int = REPETITIONS, warmups: int = WARMUPS
+) -> list[tuple[float, ...]]:
+    """What every one of them returns again and again, in turn (A B A B …).
+
+    Args:
+        runs: The machine's noise falls on all of them alike.
+        repetitions: Kept, of each.
+        warmups: Runs before them that are not.
+    """
+    rounds = [[run() for run in runs] for _ in range(warmups + repetitions)]
+    return list(zip(*rounds[warmups:], strict=True))
 
 
 def interleaved(
@@ -150,7 +168,7 @@ def interleaved(
     repetitions: int = REPETITIONS,
     warmups: int = WARMUPS,
 ) -> list[Row]:
-    """Time both in turn (A B A B …), so that the machine's noise falls on both alike.
+    """Time both `in_turn`.
 
     Args:
         model: What is measured.
@@ -162,14 +180,10 @@ def interleaved(
     runners = [model] if base is None else [base, model]
     rows = []
     for case in cases:
-        taken: list[list[float]] = [[] for _ in runners]
-        for run in range(warmups + repetitions):
-            for runner, seconds in zip(runners, taken, strict=True):
-                elapsed = runner.seconds(case)
-                if run >= warmups:
-                    seconds.append(elapsed)
+        runs = [partial(runner.seconds, case) for runner in runners]
+        taken = in_turn(runs, repetitions, warmups)
         *before, after = (
-            Timing(tuple(seconds), runner.collectives(case))
+            Timing(seconds, runner.collectives(case))
             for runner, seconds in zip(runners, taken, strict=True)
         )
         rows.append(Row(case, after, before[0] if before else None))

@@ -35,7 +35,7 @@ class TransformersRunner:
         self._step = model
         if self._compiled:
             self._step = torch.compile(model, mode="reduce-overhead", dynamic=False)
-        self._cache: tuple[Case, Cache] | None = None
+        self._static: tuple[Case, StaticCache] | None = None
 
     @torch.inference_mode()
     def seconds(self, case: Case) -> float:
@@ -77,21 +77,19 @@ class TransformersRunner:
             token = output.logits[:, -1:].argmax(-1)
 
     def _cache_of(self, case: Case, ids: Tensor) -> Cache:
-        """Empty to generate, full to decode; the memory is that of the case's last run."""
-        decode = case.task is Task.decode
-        if self._cache is None or self._cache[0] != case:
-            room = case.length + DECODED
-            cache = StaticCache(self._model.config, room) if self._compiled else DynamicCache()
-            self._fill(cache, ids)  # a static cache must not take its memory in the compiled step
-            self._cache = case, cache
-        cache = self._cache[1]
-        if isinstance(cache, DynamicCache):
-            if added := cache.get_seq_length() - case.length * decode:
-                cache.crop(-added)
-            return cache
-        cache.reset()
-        if decode:
+        """Empty to generate, full to decode."""
+        cache = self._static_cache(case, ids) if self._compiled else DynamicCache()
+        if case.task is Task.decode:
             self._fill(cache, ids)
+        return cache
+
+    def _static_cache(self, case: Case, ids: Tensor) -> StaticCache:
+        """Empty; for CUDA graphs in the memory of the case's last run."""
+        if self._static is None or self._static[0] != case:
+            self._static = case, StaticCache(self._model.config, case.length + DECODED)
+            self._fill(self._static[1], ids)  # takes its memory outside the compiled step
+        cache = self._static[1]
+        cache.reset()
         return cache
 
     def _fill(self, cache: Cache, ids: Tensor) -> None:

@@ -80,7 +80,7 @@ def plot_benchmark(found: Benchmark, path: Path) -> None:
         lines.setdefault(f"{row.case.task.value}, batch {row.case.batch}", []).append(row)
     for label, rows in lines.items():
         middle = [row.speedup or 0.0 for row in rows]
-        spread = list(zip(*(row.spread for row in rows), strict=True))
+        spread = list(zip(*(row.spread or (0.0, 0.0) for row in rows), strict=True))
         lengths = [row.case.length for row in rows]
         axes.errorbar(lengths, middle, spread, fmt="o-", capsize=3, label=label)
     axes.axhline(1, color="tab:gray", linewidth=1)

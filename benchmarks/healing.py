@@ -5,9 +5,9 @@
         [--tokens 204800] [--runs kl,next-token,raw,lora] [--dtype bfloat16]
 
 Every run heals the calibrated conversion of a plan by distillation but for what its name says:
-`next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before), `lora`,
-`all`, `hidden`. Rows that are in the JSON file already are not measured again, and a run that was
-stopped goes on.
+`next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before),
+`lora`, `all`, `hidden`. Rows that are in the JSON file already are not measured again, and a run
+that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -40,14 +40,19 @@ ModelMaker = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
-    """`make_model(num_hidden_layers=4, …)` gives the directory of a random Llama; cached."""
+    """`make_model(num_hidden_layers=4, …)` gives the directory of a random model; cached."""
     made: dict[str, Path] = {}
 
-    def make(dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **options: Any) -> Path:
-        key = repr((dtype, shard_size, sorted(options.items())))
+    def make(
+        dtype: torch.dtype = torch.float32,
+        shard_size: str = "1GB",
+        family: type = LlamaConfig,
+        **options: Any,
+    ) -> Path:
+        key = repr((dtype, shard_size, family, sorted(options.items())))
         if key not in made:
             directory = tmp_path_factory.mktemp("model")
-            model = random_model(LlamaConfig(**TINY | options)).to(dtype)
+            model = random_model(family(**TINY | options)).to(dtype)
             model.save_pretrained(directory, max_shard_size=shard_size)
             byte_tokenizer().save_pretrained(directory)
             made[key] = directory
@@ -111,10 +116,14 @@ def random_ids(batch: int = 2, length: int = 17, seed: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logits(original: Any, ids: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+def reference_logits(
+    original: Any, ids: Tensor, groups: Sequence[Sequence[int]], window: int | None = None
+) -> Tensor:
     """Layer Parallelism as the paper writes it, with the original's own layers and norms.
 
     a = x + Σ_i A_i(N_i x)        y = a + Σ_i F_i(N'_i a)
+
+    With a window no token sees further back than so many, itself included.
     """
     body = original.model
     x = body.embed_tokens(ids)
@@ -122,6 +131,8 @@ def reference_logits(original: Any, ids: Tensor, groups: Sequence[Sequence[int]]
     rotary = body.rotary_emb(x, position_ids=positions)
     length = ids.shape[1]
     mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+    if window is not None:
+        mask = mask + torch.full((length, length), float("-inf")).tril(-window)
     for group in groups:
         layers = [body.layers[index] for index in group]
         a = x.clone()

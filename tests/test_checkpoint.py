@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from conftest import random_ids
-from truedepth.checkpoint import BLOCK_BYTES, atomic_directory, write_weights
+from truedepth.atomic import atomic_directory
+from truedepth.checkpoint import BLOCK_BYTES, write_weights
 from truedepth.tensors import LazyTensor, from_tensor
 
 PLAN = td.Plan(6, [[1, 2], [3, 4]])

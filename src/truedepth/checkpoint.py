@@ -1,8 +1,4 @@
-"""Writing a checkpoint: a directory that is either whole or not there.
-
-Everything is written to a hidden sibling directory, which is renamed when it is complete. The
-sibling is locked while it is written, so that a second run on the same output is refused, and what
-a killed run left behind is recognised and removed by the next.
+"""Writing a checkpoint.
 
 Shapes are known before values, so a shard's header is written first and its tensors are streamed
 after it, a block at a time: memory does not grow with the model.
@@ -10,13 +6,10 @@ after it, a block at a time: memory does not grow with the model.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +18,7 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from truedepth import modeling
+from truedepth.atomic import atomic_directory
 from truedepth.errors import TruedepthError
 from truedepth.progress import progress_bar
 from truedepth.sources import Source
@@ -51,72 +45,6 @@ _SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def check_output(out: Path, force: bool = False) -> None:
-    """Refuse at once what `atomic_directory` would refuse.
-
-    Raises:
-        TruedepthError: `out` exists and `force` is not given.
-    """
-    if os.path.lexists(out) and not force:
-        raise TruedepthError(f"{out} exists already; give --force to replace it.")
-
-
-@contextmanager
-def atomic_directory(out: Path, force: bool = False) -> Iterator[Path]:
-    """A directory to write to, which becomes `out` when the block ends without an exception.
-
-    With `force` an existing `out` is replaced at that moment and not before.
-
-    Raises:
-        TruedepthError: `out` exists, is being written by another run, or cannot be written. An
-            OSError of the block, such as a full disk, becomes one too.
-    """
-    out = out.resolve()
-    partial, replaced = (out.with_name(f".{out.name}.{what}") for what in ("partial", "replaced"))
-    lock = _locked_directory(partial, out)
-    try:
-        if replaced.exists() and not out.exists():  # a run was killed between its two renames
-            replaced.rename(out)
-        check_output(out, force)
-        _empty(partial)
-        yield partial
-        _sync(partial)
-        check_output(out, force)  # it may have appeared meanwhile
-        _exchange(partial, out, replaced)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise TruedepthError(
-                f"Writing {out} failed: {reason}; nothing of it was kept.", exit_code=1
-            ) from error
-        raise
-    finally:
-        os.close(lock)
-
-
-def _locked_directory(partial: Path, out: Path) -> int:
-    """Make the directory and lock it; the lock goes with the process, however it ends."""
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            partial.mkdir(exist_ok=True)
-            lock = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Between opening and locking, its owner may have renamed or removed it.
-                if partial.exists() and partial.stat().st_ino == os.fstat(lock).st_ino:
-                    return lock
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
-    except BlockingIOError as error:
-        raise TruedepthError(f"{out} is being written by another run.") from error
-    except OSError as error:
-        raise TruedepthError(f"Cannot write to {out}: {error.strerror}.") from error
 
 
 def write_checkpoint(
@@ -230,44 +158,3 @@ def _write_shard(
 def _write_block(file: BinaryIO, block: Tensor) -> int:
     raw = block.contiguous().reshape(-1).view(torch.uint8)
     return file.write(raw.numpy().data)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        _remove(entry)
-
-
-def _sync(directory: Path) -> None:
-    """Contents must reach the disk before the rename that vouches for them."""
-    for path in (*directory.rglob("*"), directory):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(partial: Path, out: Path, replaced: Path) -> None:
-    """Put `partial` in the place of `out`, which is back if that fails."""
-    if out.exists():
-        _remove(replaced)
-        out.rename(replaced)
-    try:
-        partial.rename(out)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(out)
-        raise
-    _sync_one(out.parent)
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

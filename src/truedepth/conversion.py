@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from truedepth import __version__
+from truedepth.atomic import check_output
 from truedepth.calibration_run import calibrated
 from truedepth.calibration_text import Calibration
 from truedepth.card import model_card
-from truedepth.checkpoint import check_output, write_checkpoint
+from truedepth.checkpoint import write_checkpoint
 from truedepth.converted import check_loadable, converted_config, converted_tensors
 from truedepth.errors import TruedepthError
 from truedepth.padding import head_padding, padded_tensors

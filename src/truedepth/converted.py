@@ -11,8 +11,8 @@ import torch
 
 from truedepth import modeling
 from truedepth.errors import TruedepthError
-from truedepth.loading import empty_model
-from truedepth.plan import Plan
+from truedepth.families import CONVERTED, head_dim
+from truedepth.loading import empty_model, transformers_config
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, dtype_name
 from truedepth.widen import widen
@@ -65,29 +65,35 @@ def converted_tensors(
 def converted_config(
     source: Source, groups: Sequence[Sequence[int]], tensors: Mapping[str, LazyTensor]
 ) -> dict[str, Any]:
-    """config.json of the model that `converted_tensors` gives these `tensors` of."""
+    """config.json of the model that `converted_tensors` gives these `tensors` of.
+
+    Raises:
+        TruedepthError: The layers of a group attend differently.
+    """
     prefix = source.family.class_prefix
+    original = transformers_config(source.config, source.path)
     config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
     bytes_by_dtype: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         bytes_by_dtype[tensor.dtype] += tensor.nbytes
     config["dtype"] = dtype_name(bytes_by_dtype.most_common(1)[0][0])
-    config["model_type"] = f"{modeling.PREFIX.lower()}_{source.family.model_type}"
+    config["model_type"] = f"{CONVERTED}{source.family.model_type}"
     config["architectures"] = [f"{modeling.PREFIX}{prefix}ForCausalLM"]
     config["auto_map"] = modeling.auto_map(prefix)
     config["tie_word_embeddings"] = _tied(source)
     config["num_hidden_layers"] = len(groups)
     config["layer_widths"] = [len(group) for group in groups]
+    # Of a wide layer it does not follow from the number of heads.
+    config["head_dim"] = head_dim(original.to_dict())
+    if kinds := getattr(original, "layer_types", None):
+        for group in groups:
+            if len({kinds[layer] for layer in group}) > 1:
+                raise TruedepthError(
+                    f"Layers {list(group)} cannot be joined: they attend differently"
+                    f" ({', '.join(kinds[layer] for layer in group)})."
+                )
+        config["layer_types"] = [kinds[group[0]] for group in groups]
     return config
-
-
-def plan_of(config: Mapping[str, Any]) -> Plan | None:
-    """The plan of a converted checkpoint, from its config.json; None for any other model."""
-    widths = config.get("layer_widths")
-    if not isinstance(widths, list) or not all(type(width) is int for width in widths):
-        return None
-    layers = iter(range(sum(widths)))
-    return Plan(sum(widths), [[next(layers) for _ in range(width)] for width in widths])
 
 
 def _tied(source: Source) -> bool:

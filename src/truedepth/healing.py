@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from truedepth import __version__
+from truedepth.atomic import check_output
 from truedepth.card import model_card
-from truedepth.checkpoint import check_output, write_checkpoint
+from truedepth.checkpoint import write_checkpoint
 from truedepth.conversion import check_apart
-from truedepth.converted import plan_of
 from truedepth.distillation import Distillation
 from truedepth.errors import TruedepthError
 from truedepth.heal_options import Healing, Train
@@ -41,7 +41,7 @@ from truedepth.heal_training import (
     student_of,
 )
 from truedepth.loading import default_device, fast_dtype, load
-from truedepth.plan import Plan
+from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source, open_source
 from truedepth.teacher import KeptPredictions, Original, Teacher
 from truedepth.tensors import dtype_name, from_tensor

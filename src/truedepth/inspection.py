@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truedepth.converted import plan_of
+from truedepth.families import head_dim, unconverted
 from truedepth.loading import empty_model
-from truedepth.plan import Plan
+from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source, open_source
 
 
@@ -70,14 +70,14 @@ def inspect_model(model: str | Path | Source) -> Info:
     return Info(
         name=source.name,
         origin=source.origin,
-        family=family.removeprefix("truedepth_"),
+        family=unconverted(family),
         plan=own,
         converted=plan is not None,
         parameters=empty.num_parameters(),
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=head_dim(config.to_dict()),
         ffn=config.intermediate_size,
         quantization=source.quantization,
         savings=() if plan else _savings(own.num_layers),

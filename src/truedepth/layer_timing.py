@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from truedepth.engines.transformers import TransformersRunner, stopwatch
+from truedepth.families import CONVERTED, head_dim, unconverted
 from truedepth.loading import empty_model, transformers_config
-from truedepth.modeling import PREFIX
 from truedepth.padding import KEY_VALUE, QUERY, head_padding
 from truedepth.ranks import run_ranks
 from truedepth.timing import Case, in_turn
@@ -63,15 +63,16 @@ def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     Raises:
         TruedepthError: The FFN's width does not divide by the ranks.
     """
-    heads, own = config[QUERY], f"{PREFIX.lower()}_"
+    heads = config[QUERY]
     return dict(config) | {
         KEY_VALUE: config.get(KEY_VALUE) or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "head_dim": head_dim(config),
         **head_padding(config, ranks),
         "pad_token_id": None,
         "num_hidden_layers": sum(config.get("layer_widths") or [1] * config["num_hidden_layers"]),
         "layer_widths": None,
-        "model_type": own + config["model_type"].removeprefix(own),
+        "layer_types": None,
+        "model_type": CONVERTED + unconverted(config["model_type"]),
     }
 
 

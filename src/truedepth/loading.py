@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from truedepth.errors import TruedepthError
+from truedepth.plan import plan_of
 from truedepth.registration import register
 from truedepth.sources import Source, open_source
 from truedepth.tensors import LazyTensor, common_dtype
@@ -50,9 +52,10 @@ def load(
 
     Args:
         model: A directory, `.gguf` file, hub id, `default`, or an open source. What is loaded
-            already is given back as it is.
+            already is given back as it is. A file that truedepth exported runs in llama.cpp.
         device: By default the first GPU, else the CPU.
-        dtype: By default float32 on a CPU and the checkpoint's own elsewhere.
+        dtype: By default float32 on a CPU and the checkpoint's own elsewhere. Not for llama.cpp,
+            which computes with the types that the file has.
         options: For transformers' `from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -62,6 +65,10 @@ def load(
         return model
     source = open_source(model)
     device = device_of(device)
+    if source.path.is_file() and plan_of(source.config):
+        from truedepth.engines.llama_cpp import load_llama_cpp
+
+        return Loaded(load_llama_cpp(source, device), source)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     options = {"dtype": dtype or "auto", "device_map": device, **options}
@@ -192,6 +199,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
 
 
 def _first_line(error: BaseException) -> str:
-    """The error's first line, as the end of a sentence."""
+    """The error's first line, or of a long one the beginning, as the end of a sentence."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}."
+    said = textwrap.shorten(lines[0], 200, placeholder=" …")
+    return f"{type(error).__name__}: {said.rstrip('.')}."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from truedepth.errors import TruedepthError
-from truedepth.families import Family
+from truedepth.families import Family, head_dim
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, stack_rows, zeros
 
@@ -46,8 +46,11 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     if key_value % ranks == 0:
         return {}
     padded = -(-key_value // ranks) * ranks
-    size = config.get("head_dim") or config["hidden_size"] // query
-    return {QUERY: padded * (query // key_value), KEY_VALUE: padded, "head_dim": size}
+    return {
+        QUERY: padded * (query // key_value),
+        KEY_VALUE: padded,
+        "head_dim": head_dim(config),
+    }
 
 
 def check_heads(source: Source, ranks: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,15 @@ class Plan:
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise TruedepthError(f"{path} is not valid YAML.") from error
         return cls.from_dict(data, str(path))
+
+
+def plan_of(config: Mapping[str, Any]) -> Plan | None:
+    """The plan of a converted checkpoint, from its config.json; None for any other model."""
+    widths = config.get("layer_widths")
+    if not isinstance(widths, list) or not all(type(width) is int for width in widths):
+        return None
+    layers = iter(range(sum(widths)))
+    return Plan(sum(widths), [[next(layers) for _ in range(width)] for width in widths])
 
 
 def parse_span(text: str) -> tuple[int, int]:

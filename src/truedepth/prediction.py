@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from truedepth.converted import plan_of
 from truedepth.errors import TruedepthError
 from truedepth.families import family_of
 from truedepth.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
 from truedepth.links import Link
 from truedepth.loading import device_of, fast_dtype
 from truedepth.padding import head_padding
-from truedepth.plan import Plan
+from truedepth.plan import Plan, plan_of
 from truedepth.progress import working
 from truedepth.ranks import check_accelerator
 from truedepth.sources import Source, open_source

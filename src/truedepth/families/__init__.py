@@ -84,8 +84,24 @@ class Family:
 def all_families() -> Iterator[Family]:
     """Every supported family."""
     from truedepth.families.llama import LLAMA
+    from truedepth.families.mistral import MISTRAL
+    from truedepth.families.qwen2 import QWEN2
 
-    yield LLAMA
+    yield from (LLAMA, MISTRAL, QWEN2)
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Of a config.json, which need not say it."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+CONVERTED = "truedepth_"
+"""Before the `model_type` of the original, that of a layer-parallel checkpoint."""
+
+
+def unconverted(model_type: str) -> str:
+    """`llama` for `truedepth_llama`."""
+    return model_type.removeprefix(CONVERTED)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -96,7 +112,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     model_type = str(config.get("model_type"))
     known = {family.model_type: family for family in all_families()}
-    if model_type.startswith("truedepth_"):
+    if model_type.startswith(CONVERTED):
         raise TruedepthError(
             f"{where} is layer-parallel already; convert the model that it was made from instead."
         )

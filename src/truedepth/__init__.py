@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from truedepth.calibration_text import Calibration
     from truedepth.conversion import calibrate, convert
     from truedepth.depth_study import study
+    from truedepth.engines.gguf import export
     from truedepth.evaluate import perplexity
     from truedepth.heal_options import Healing
     from truedepth.healing import heal
@@ -43,6 +44,7 @@ __all__ = [
     "bench",
     "calibrate",
     "convert",
+    "export",
     "heal",
     "load",
     "open_source",
@@ -61,6 +63,7 @@ _LAZY = {
     "bench": "truedepth.benchmark",
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
+    "export": "truedepth.engines.gguf",
     "heal": "truedepth.healing",
     "load": "truedepth.loading",
     "open_source": "truedepth.sources",

@@ -25,6 +25,7 @@ from truedepth.cli_options import (
     Weights,
     write_json,
 )
+from truedepth.engines.gguf_types import GGUFType
 from truedepth.errors import TruedepthError
 
 app = typer.Typer(
@@ -188,6 +189,33 @@ def evaluate(
     )
     write_json(json_path, measured.to_dict())
     print_rows(perplexity_rows(measured))
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Checkpoint that convert or heal wrote.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
+    kind: Annotated[
+        GGUFType,
+        typer.Option(
+            "--type",
+            case_sensitive=False,
+            help="Of matrices. auto is the checkpoint's own, without loss. From q6_k on llama.cpp's"
+            " quantizer makes them, which truedepth\\[gguf] brings.",
+        ),
+    ] = GGUFType.auto,
+    force: Force = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Write a layer-parallel checkpoint as a GGUF file that llama.cpp runs as it is."""
+    from truedepth.engines.gguf import export
+    from truedepth.report.pages import print_export
+
+    done = export(model, out, type=kind, force=force)
+    write_json(json_path, done.to_dict())
+    print_export(done)
 
 
 app.command()(cli_speed.bench)

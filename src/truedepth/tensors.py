@@ -101,6 +101,20 @@ def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
     )
 
 
+def pick_rows(tensor: LazyTensor, order: Tensor) -> LazyTensor:
+    """`[len(order), …]`: the rows of those numbers, one after another.
+
+    Of what lies between the rows of a block everything is read.
+    """
+
+    def rows(start: int, stop: int) -> Tensor:
+        picked = order[start:stop]
+        first, last = int(picked.min()), int(picked.max())
+        return tensor.rows(first, last + 1)[picked - first]
+
+    return LazyTensor((len(order), *tensor.shape[1:]), tensor.dtype, rows)
+
+
 def scale_columns(matrix: LazyTensor, scale: LazyTensor) -> LazyTensor:
     """`W diag(g)` in float32: column j of `[r, c]` times element j of `[c]`. Not rounded."""
 

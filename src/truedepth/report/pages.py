@@ -15,6 +15,7 @@ from truedepth.calibration_run import calibration_words
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.depth_study import Study
+from truedepth.engines.gguf import Export
 from truedepth.evaluate import Loss, perplexity_of
 from truedepth.healing import Healed
 from truedepth.inspection import Info
@@ -138,6 +139,18 @@ def print_conversion(done: Conversion, found: Search | None = None) -> None:
             *([("search", _search_rows(found)[-1][1])] if found else []),
             *_calibration_rows(done),
             ("written", f"{done.path} ({decimal(done.size)} of weights)"),
+        ]
+    )
+
+
+def print_export(done: Export) -> None:
+    """What was written, and how llama.cpp runs it."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in done.tensors.items())
+    print_rows(
+        [
+            ("written", f"{done.path} ({decimal(done.size)})"),
+            ("type", f"{done.type} (tensors: {kinds})"),
+            ("run it", f"llama-cli -m {done.path}, or truedepth generate {done.path} PROMPT"),
         ]
     )
 

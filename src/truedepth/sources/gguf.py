@@ -7,6 +7,7 @@ drops Llama 3's RoPE scaling, and reads all tensors at once.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,18 @@ import numpy as np
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.families import Family, family_of
+from truedepth.families import Family, family_of, unconverted
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA}
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "deci": gguf.MODEL_ARCH.DECI}
+"""The second only as truedepth writes it: a layer-parallel checkpoint."""
+
+CONFIG, GENERATION_CONFIG = "truedepth.config", "truedepth.generation_config"
+"""Metadata of such a file: the checkpoint's config.json and generation_config.json."""
 
 # llama.cpp's pre-tokenizers that take digits one by one before GPT-2's own split (llama-vocab.cpp).
 SINGLE_DIGITS = (
@@ -45,7 +50,7 @@ PLAIN = {
 
 
 def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") -> Source:
-    """Open a GGUF file of the llama architecture.
+    """Open a GGUF file of the llama architecture, or one that truedepth exported.
 
     Raises:
         TruedepthError: It is not a whole GGUF file, or of an architecture that is not supported.
@@ -64,12 +69,14 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
             f"{path} is of the GGUF architecture {architecture!r}, which is not supported;"
             f" supported: {', '.join(sorted(ARCHITECTURES))}."
         )
-    config = _config(path, reader)
+    config = _exported_config(path, reader) if architecture == "deci" else _config(path, reader)
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
         from tokenizers import pre_tokenizers
         from transformers import AutoTokenizer
 
+        if gguf.Keys.Tokenizer.HF_JSON in reader.fields:
+            return _original_tokenizer(reader)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if _value(reader, "tokenizer.ggml.pre") in SINGLE_DIGITS:
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -154,6 +161,37 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     return config
 
 
+def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+    """config.json of the checkpoint that truedepth exported."""
+    try:
+        config: dict[str, Any] = json.loads(_value(reader, CONFIG, "null")) or {}
+    except ValueError as error:
+        raise TruedepthError(f"{path} has no valid JSON under {CONFIG!r}.") from error
+    if not isinstance(config.get("layer_widths"), list):
+        raise TruedepthError(
+            f"{path} is of the GGUF architecture 'deci' and was not exported by truedepth, which"
+            " is not supported."
+        )
+    return config
+
+
+def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
+    """The tokenizer.json that the file carries, with what llama.cpp knows of special tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(_value(reader, gguf.Keys.Tokenizer.HF_JSON))
+    ids = {
+        f"{name}_token": _value(reader, f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=_value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE),
+        **{name: backend.id_to_token(token) for name, token in ids.items() if token is not None},
+    )
+
+
 def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's RoPE parameters whose frequency factors are `factors` (`[head_dim / 2]`).
 
@@ -178,7 +216,8 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> 
 def _tensors(
     path: Path, reader: gguf.GGUFReader, config: dict[str, Any]
 ) -> Mapping[str, LazyTensor]:
-    family = family_of(config, str(path))
+    original = {**config, "model_type": unconverted(config["model_type"])}
+    family, widths = family_of(original, str(path)), config.get("layer_widths")
     names = _transformers_names(family, config["num_hidden_layers"], reader)
     tensors = {}
     for tensor in reader.tensors:
@@ -189,11 +228,10 @@ def _tensors(
                 f"{path} has the tensor {tensor.name!r}, which has no known place."
             )
         name = names[tensor.name]
+        layer, rest = family.split(name)
         heads = None
-        if ".q_proj." in name:
-            heads = config["num_attention_heads"]
-        elif ".k_proj." in name:
-            heads = config["num_key_value_heads"]
+        if layer is not None and rest.startswith(("self_attn.q_proj.", "self_attn.k_proj.")):
+            heads = config[family.heads[rest.rpartition(".")[0]]] * (widths[layer] if widths else 1)
         tensors[name] = _lazy(tensor, heads)
     return tensors
 

@@ -1,12 +1,15 @@
-"""GGUF files of small Llamas, written from their state dicts by hand."""
+"""GGUF files of small Llamas, written from their state dicts by hand, and what can be exported."""
 
 from __future__ import annotations
 
 import gguf
 import numpy as np
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from conftest import TINY
+import truedepth as td
+from conftest import TINY, byte_tokenizer
+from truedepth.engines.gguf_tokenizer import WORDS
 
 
 def interleave(matrix, heads):
@@ -91,3 +94,71 @@ def gguf_alphabet():
 
 
 GGUF_TINY = TINY | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+PAIRS = [[2, 3], [4, 5]]
+MODELS = {
+    "unpaired": ({}, []),
+    "mixed widths": ({}, [[1, 2, 3], [4, 5]]),
+    "first layer in a group": ({}, [[0, 1]]),
+    "all layers in groups": ({}, [[0, 1], [2, 3], [4, 5]]),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, PAIRS),
+    "tied": ({"tie_word_embeddings": True}, PAIRS),
+    "head_dim": ({"head_dim": 32}, PAIRS),
+    "Llama 3": ({"rope_parameters": LLAMA3}, PAIRS),
+    "Mistral": ({"family": MistralConfig, "sliding_window": None}, PAIRS),
+    "Qwen2": ({"family": Qwen2Config}, PAIRS),
+}
+
+
+def converted(make_model, directory, options, groups, **more):
+    td.convert(make_model(**options), directory / "out", td.Plan(6, groups), **more)
+    return directory / "out"
+
+
+def with_words(name):
+    """A byte-level tokenizer that splits text as llama.cpp's `name` does."""
+    tokenizer = byte_tokenizer()
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if words == "digit"
+        else pre_tokenizers.Split(Regex(words), "isolated")
+        for words in WORDS[name]
+    ]
+    own = name in ("gpt-2", "smollm")
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
+def sentencepiece():
+    """A tokenizer as Llama 2 and Mistral have it."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = [("h", "e"), ("t", "he"), ("▁", "the"), ("c", "a"), ("▁", "ca"), ("▁ca", "t")]
+    for piece in [*"▁thecas", *("".join(pair) for pair in merges)]:
+        vocabulary.setdefault(piece, len(vocabulary))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )

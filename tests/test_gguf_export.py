@@ -9,50 +9,33 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from tokenizers import Regex, pre_tokenizers
+from transformers import MistralConfig, Qwen2Config
 from typer.testing import CliRunner
 
 import truedepth as td
 from conftest import byte_tokenizer
-from gguf_files import GGUF_NAMES, interleave
+from gguf_files import (
+    GGUF_NAMES,
+    LLAMA3,
+    MODELS,
+    PAIRS,
+    converted,
+    interleave,
+    sentencepiece,
+    with_words,
+    write_gguf,
+)
 from truedepth.atomic import atomic_file
 from truedepth.cli import app
 from truedepth.engines import gguf as exporter
 from truedepth.engines.gguf_tokenizer import WORDS
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
-PAIRS = [[2, 3], [4, 5]]
-MODELS = {
-    "unpaired": ({}, []),
-    "mixed widths": ({}, [[1, 2, 3], [4, 5]]),
-    "first layer in a group": ({}, [[0, 1]]),
-    "all layers in groups": ({}, [[0, 1], [2, 3], [4, 5]]),
-    "biases": ({"attention_bias": True, "mlp_bias": True}, PAIRS),
-    "tied": ({"tie_word_embeddings": True}, PAIRS),
-    "head_dim": ({"head_dim": 32}, PAIRS),
-    "Llama 3": ({"rope_parameters": LLAMA3}, PAIRS),
-    "Mistral": ({"family": MistralConfig, "sliding_window": None}, PAIRS),
-    "Qwen2": ({"family": Qwen2Config}, PAIRS),
-}
 
 
 @pytest.fixture(scope="session", params=MODELS)
 def checkpoint(request, make_model, tmp_path_factory):
     """A converted model of every kind."""
     return converted(make_model, tmp_path_factory.mktemp("export"), *MODELS[request.param])
-
-
-def converted(make_model, directory, options, groups, **more):
-    td.convert(make_model(**options), directory / "out", td.Plan(6, groups), **more)
-    return directory / "out"
 
 
 @pytest.fixture
@@ -206,8 +189,6 @@ def test_only_a_block_is_in_memory(pairs, tmp_path, monkeypatch):
 
 def test_a_gguf_source_goes_in_and_out(make_model, tmp_path):
     """A quantized source is dequantized once, and the file holds just that."""
-    from gguf_files import write_gguf
-
     original = td.load(make_model(tie_word_embeddings=True)).model
     write_gguf(tmp_path / "in.gguf", original, gguf.GGMLQuantizationType.Q8_0)
     said = CliRunner().invoke(
@@ -238,52 +219,12 @@ def test_a_chat_template_goes_along(pairs, tmp_path):
 # Tokenizers
 
 
-def with_words(name):
-    """A byte-level tokenizer that splits text as llama.cpp's `name` does."""
-    tokenizer = byte_tokenizer()
-    steps = [
-        pre_tokenizers.Digits(individual_digits=True)
-        if words == "digit"
-        else pre_tokenizers.Split(Regex(words), "isolated")
-        for words in WORDS[name]
-    ]
-    own = name in ("gpt-2", "smollm")
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    return tokenizer
-
-
 @pytest.mark.parametrize("name", WORDS)
 def test_splits_into_words_are_recognised(pairs, name, tmp_path):
     with_words(name).save_pretrained(pairs)
     td.export(pairs, tmp_path / "out.gguf")
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == name
-
-
-def sentencepiece():
-    """A tokenizer as Llama 2 and Mistral have it."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    merges = [("h", "e"), ("t", "he"), ("▁", "the"), ("c", "a"), ("▁", "ca"), ("▁ca", "t")]
-    for piece in [*"▁thecas", *("".join(pair) for pair in merges)]:
-        vocabulary.setdefault(piece, len(vocabulary))
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def test_sentencepiece(pairs, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from truedepth.errors import TruedepthError
 from truedepth.loading import device_of, fast_dtype
 from truedepth.padding import check_heads
+from truedepth.plan import plan_of
 from truedepth.progress import working
 from truedepth.ranks import check_accelerator
 from truedepth.sources import open_source
@@ -35,7 +36,7 @@ class Benchmark:
         """Plain data."""
         return {
             **asdict(self.setup),
-            "dtype": dtype_name(self.setup.dtype),
+            "dtype": dtype_name(self.setup.dtype) if self.setup.dtype else None,
             "engine": self.engine,
             "version": self.version,
             "rows": [row.to_dict() for row in self.rows],
@@ -59,7 +60,7 @@ def bench(
     """Time a model, and its base in turn with it.
 
     Args:
-        model: What `load` takes; for vLLM a directory or a hub id.
+        model: What `load` takes; for vLLM a directory or a hub id, for llama.cpp a GGUF file.
         against: The same.
         tasks: What to time.
         lengths: Tokens; every task at each.
@@ -70,7 +71,7 @@ def bench(
         repetitions: Timed runs of each model and case.
         device: As in `load`; vLLM has the one that it was built for.
         dtype: Of both; by default bfloat16 on CPUs that are fast at it and float32 on others, on a
-            GPU that of the model's weights.
+            GPU that of the model's weights. Not for llama.cpp, where files have their own types.
 
     Raises:
         TruedepthError: An option makes no sense, or a model cannot be run so.
@@ -81,22 +82,31 @@ def bench(
             raise TruedepthError(f"A {name} must be at least 1, not {min(values, default=None)}.")
     where = device_of(device)
     check_accelerator(ranks, where)
+    in_llama_cpp = engine is Engine.llama_cpp
+    if in_llama_cpp and (ranks > 1 or dtype):
+        raise TruedepthError(
+            "llama.cpp runs files as they are, in one process: no --tp or --dtype."
+        )
     setup = Setup(
         model=str(model),
         against=None if against is None else str(against),
         ranks=ranks,
         device=str(where),
-        dtype=dtype or fast_dtype(open_source(model), where),
+        dtype=None if in_llama_cpp else dtype or fast_dtype(open_source(model), where),
         eager=eager,
     )
     for name in filter(None, (setup.model, setup.against)):
         source = open_source(name)
         check_heads(source, ranks)
-        if not source.path.is_dir() and (ranks > 1 or engine is Engine.vllm):
+        if in_llama_cpp and source.path.is_dir():
+            raise TruedepthError(f"{name} is no GGUF file; write one with truedepth export.")
+        if source.path.is_file() and (ranks > 1 or engine is Engine.vllm):
             raise TruedepthError(
                 f"{name} is a GGUF file, which {engine.value} cannot run here; convert it"
                 " (--pairs 0 as it is)."
             )
+        if source.path.is_file() and plan_of(source.config) and not in_llama_cpp:
+            raise TruedepthError(f"{name} runs in llama.cpp: give --engine llama.cpp.")
     cases = [Case(task, n, batch) for task in tasks for n in lengths for batch in batches]
     measure, version = _engine(engine)
     with working(f"Timing {len(cases)} cases"):
@@ -112,6 +122,11 @@ def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:
         from truedepth.engines.transformers import measure
 
         return measure, transformers.__version__
+    if engine is Engine.llama_cpp:
+        from truedepth.engines.llama_cpp import library
+        from truedepth.engines.llama_cpp_runner import measure as measure_llama_cpp
+
+        return measure_llama_cpp, library().__version__
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm

@@ -74,11 +74,17 @@ def answer(
         stream: Print the answer as it comes.
 
     Raises:
-        TruedepthError: The prompt is empty, or the draft knows other tokens.
+        TruedepthError: The prompt is empty, or the draft knows other tokens or runs in llama.cpp.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     if not prompt.strip():
         raise TruedepthError("The prompt is empty.")
+    for each in (loaded, draft) if draft is not None else ():
+        if each.model._is_stateful:
+            raise TruedepthError(
+                f"{each.source.name} runs in llama.cpp and cannot be checked here; give the"
+                " checkpoint that it was exported from."
+            )
     if raw or not tokenizer.chat_template:
         inputs = tokenizer(prompt, return_tensors="pt")
     else:

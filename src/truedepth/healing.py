@@ -180,6 +180,8 @@ def _check(source: Source, original: Source, options: Healing, adapter: Path | N
         raise TruedepthError(
             f"{source.path} is not a checkpoint that truedepth has made; convert a model first."
         )
+    if source.path.is_file():
+        raise TruedepthError(f"{source.path} is a GGUF file; heal what it was exported from.")
     if not plan.paired_layers:
         raise TruedepthError(f"No layers of {source.path} are paired: there is nothing to heal.")
     if plan_of(original.config) is not None or original.num_layers != plan.num_layers:

@@ -39,6 +39,7 @@ class Engine(StrEnum):
 
     transformers = "transformers"
     vllm = "vllm"
+    llama_cpp = "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Setup:
     """Which models an engine runs, and how."""
 
     model: str
-    """What `load` takes; for vLLM a directory or a hub id."""
+    """What `load` takes; for vLLM a directory or a hub id, for llama.cpp a file."""
 
     against: str | None
     """The same: the base."""
@@ -64,8 +65,8 @@ class Setup:
     """Of tensor parallelism."""
 
     device: str
-    dtype: torch.dtype
-    """Of weights."""
+    dtype: torch.dtype | None
+    """Of weights; None for llama.cpp, where files have their own types."""
 
     eager: bool
     """Nothing is compiled. Otherwise vLLM compiles, and transformers on a GPU."""

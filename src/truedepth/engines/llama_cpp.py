@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,15 @@ class Context:
         Args:
             path: The file.
             device: `cpu`, or `cuda` for what of llama.cpp was built for GPUs.
-            exact: The KV cache in float32, and not in float16 as llama.cpp has it by default.
+            exact: The KV cache in float32 and no flash attention, which would round keys and values
+                to float16; else both as llama.cpp has them by default.
 
         Raises:
             TruedepthError: llama.cpp is not there, or cannot load the file.
         """
         self._lib, self._exact = library(), exact
-        self._model: Any = None
         self._context: Any = None
+        self._free: Callable[[], object] = lambda: None
         _messages.clear()
         options = self._lib.llama_model_default_params()
         options.n_gpu_layers = 0 if device == "cpu" else 1 << 20
@@ -111,6 +113,8 @@ class Context:
         vocabulary = self._lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(self._lib.llama_vocab_n_tokens(vocabulary))
         self._batch = self._lib.llama_batch_init(BATCH, 0, 1)
+        weakref.finalize(self, self._lib.llama_model_free, self._model)
+        weakref.finalize(self, self._lib.llama_batch_free, self._batch)
         self._capacity = 0
         self.held: list[int] = []
         """Tokens in the KV cache."""
@@ -128,20 +132,26 @@ class Context:
         shared = 0
         while shared < min(first, len(self.held)) and self.held[shared] == tokens[shared]:
             shared += 1
-        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, shared, -1)
-        self.held = list(tokens[:shared])
+        self.forget(shared)
         found = []
         for start in range(shared, len(tokens), BATCH):
             piece = tokens[start : start + BATCH]
             self.decode(piece, max(first - start, 0))
             if (outputs := start + len(piece) - max(first, start)) > 0:
-                held = self._lib.llama_get_logits(self._context)
-                address = ctypes.cast(
-                    held, ctypes.POINTER(ctypes.c_float * (outputs * self.vocabulary))
-                )
-                logits = torch.frombuffer(address.contents, dtype=torch.float32)
-                found.append(logits.view(outputs, self.vocabulary).clone())
+                found.append(self.logits(outputs))
         return torch.cat(found)
+
+    def logits(self, outputs: int) -> Tensor:
+        """`[outputs, vocabulary]` float32, of so many tokens, all that `decode` made some for."""
+        held = self._lib.llama_get_logits(self._context)
+        whole = ctypes.POINTER(ctypes.c_float * (outputs * self.vocabulary))
+        found = torch.frombuffer(ctypes.cast(held, whole).contents, dtype=torch.float32)
+        return found.view(outputs, self.vocabulary).clone()
+
+    def forget(self, kept: int = 0) -> None:
+        """Keep only so many of the tokens that are held."""
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, kept, -1)
+        del self.held[kept:]
 
     def decode(self, tokens: Sequence[int], quiet: int = 0) -> None:
         """Put at most `BATCH` tokens behind those held.
@@ -179,27 +189,21 @@ class Context:
         """Make room for so many tokens, if it is not there; then nothing is held."""
         if tokens <= self._capacity:
             return
-        if self._context:
-            self._lib.llama_free(self._context)
+        self._free()
         options = self._lib.llama_context_default_params()
         self._capacity = 1 << max(8, (tokens - 1).bit_length())
         options.n_ctx = self._capacity
         options.n_batch = options.n_ubatch = BATCH
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
-        options.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if self._exact:
+            options.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
             options.type_k = options.type_v = self._lib.GGML_TYPE_F32
         _messages.clear()
         self._context, self.held = self._lib.llama_init_from_model(self._model, options), []
         if not self._context:
             raise _failed(f"has no memory for {self._capacity} tokens")
-
-    def __del__(self) -> None:
-        if getattr(self, "_context", None):
-            self._lib.llama_free(self._context)
-        if getattr(self, "_model", None):
-            self._lib.llama_batch_free(self._batch)
-            self._lib.llama_model_free(self._model)
+        # Made after the model's, and so called before it.
+        self._free = weakref.finalize(self, self._lib.llama_free, self._context)
 
 
 class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -210,12 +214,12 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     """
 
     main_input_name = "input_ids"
+    _is_stateful = True  # transformers' word for models whose cache it cannot wind back
 
     def __init__(self, config: Any, context: Context) -> None:
         """Of a file in llama.cpp, and what transformers calls its config."""
         super().__init__(config)
         self.context = context
-        self.config.use_cache = False
 
     @property
     def device(self) -> torch.device:
@@ -257,10 +261,19 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 logits[row, wanted - (length - kept)] = found
         return CausalLMOutput(logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> dict[str, Any]:
         """The whole text every time."""
-        mask = options.get("attention_mask")
-        return {"input_ids": input_ids, "attention_mask": mask, "logits_to_keep": 1}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "logits_to_keep": logits_to_keep,
+        }
 
 
 def load_llama_cpp(source: Source, device: torch.device) -> LlamaCppForCausalLM:
@@ -273,5 +286,6 @@ def load_llama_cpp(source: Source, device: torch.device) -> LlamaCppForCausalLM:
     model = LlamaCppForCausalLM(config, Context(source.path, device=device.type))
     defaults = model.context.metadata(GENERATION_CONFIG)
     model.generation_config = GenerationConfig(**json.loads(defaults or "{}"))
+    model.generation_config.use_cache = False
     model.eval()
     return model

@@ -140,6 +140,7 @@ def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
         raise TruedepthError(
             f"This vLLM runs on {current_platform.device_type}, not on {setup.device}."
         )
+    assert setup.dtype is not None  # that is llama.cpp's way
     ranks = setup.ranks
     room, batch = max(case.length for case in cases) + 1 + DECODED, max(c.batch for c in cases)
     cores = sorted(os.sched_getaffinity(0))

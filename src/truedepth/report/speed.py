@@ -17,6 +17,7 @@ def print_benchmark(found: Benchmark) -> None:
     """Times, ratios, and what the ranks sent."""
     setup = found.setup
     ranks = f", {setup.ranks} tensor-parallel ranks" if setup.ranks > 1 else ""
+    dtype = f", {dtype_name(setup.dtype)}" if setup.dtype else ""
     eager = ", nothing compiled" if setup.eager else ""
     runs = len(found.rows[0].model.seconds)
     print_rows(
@@ -25,8 +26,7 @@ def print_benchmark(found: Benchmark) -> None:
             *([("against", setup.against)] if setup.against else []),
             (
                 "engine",
-                f"{found.engine} {found.version} on {setup.device}, {dtype_name(setup.dtype)}"
-                f"{ranks}{eager}",
+                f"{found.engine} {found.version} on {setup.device}{dtype}{ranks}{eager}",
             ),
             ("runs", f"{runs} of each" + (", in turn" if setup.against else "")),
         ]

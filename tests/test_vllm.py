@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from transformers import MistralConfig, Qwen2Config
 
 import truedepth as td
 
@@ -101,6 +102,21 @@ def check(path, prompts, tmp_path, **options):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, ranks):
     check(converted, prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({"family": MistralConfig, "sliding_window": None}, 1),
+        ({"family": MistralConfig, "sliding_window": 16}, 1),
+        ({"family": Qwen2Config}, 2),
+    ],
+    ids=["mistral", "mistral with a window", "qwen2"],
+)
+def test_other_families(make_model, options, ranks, prompts, tmp_path):
+    shapes = {name: size for name, size in SHAPES.items() if name != "head_dim"}
+    td.convert(make_model(**shapes, **options), tmp_path / "out", PLAN)
+    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
 
 
 def test_prefill_in_chunks_and_cached_prefixes(converted, prompts, tmp_path):

@@ -27,3 +27,18 @@ class TruedepthLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=WideLlamaDecoderLayer)
+
+
+class TruedepthMistralForCausalLM(TruedepthLlamaForCausalLM):
+    """Mistral, which is Llama to vLLM; the sliding window is the engine's matter."""
+
+
+class TruedepthQwen2ForCausalLM(TruedepthLlamaForCausalLM):
+    """Qwen2 as vLLM's Llama with biases on queries, keys and values.
+
+    vLLM's own Qwen2 takes no layers of another class.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        vllm_config.model_config.hf_config.qkv_bias = True
+        super().__init__(vllm_config=vllm_config, prefix=prefix)

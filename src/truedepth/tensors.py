@@ -124,6 +124,17 @@ def scale_columns(matrix: LazyTensor, scale: LazyTensor) -> LazyTensor:
     return LazyTensor(matrix.shape, torch.float32, rows)
 
 
+def scale_rows(tensor: LazyTensor, scale: LazyTensor) -> LazyTensor:
+    """Row i of `[r, …]` times element i of `[r]`, in float32. Not rounded."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        values = tensor.rows(start, stop).to(torch.float32)
+        each = scale.rows(start, stop).to(torch.float32)
+        return values * each.view(-1, *(1 for _ in tensor.shape[1:]))
+
+    return LazyTensor(tensor.shape, torch.float32, rows)
+
+
 def add(parts: Sequence[LazyTensor]) -> LazyTensor:
     """The sum of tensors of one shape in float32. Not rounded."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,12 +20,13 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from truedepth.atomic import atomic_file, check_output
+from truedepth.balance import balanced
 from truedepth.conversion import check_apart
 from truedepth.converted import check_loadable
 from truedepth.engines.gguf_tokenizer import add_tokenizer, check_tokenizer
 from truedepth.engines.gguf_types import GGUFType
 from truedepth.errors import TruedepthError
-from truedepth.families import unconverted
+from truedepth.families import family_of, unconverted
 from truedepth.loading import transformers_config
 from truedepth.plan import plan_of
 from truedepth.progress import progress_bar, working
@@ -172,7 +172,7 @@ def _details(config: Any) -> str | None:
 def _write(source: Source, path: Path, kind: GGUFType) -> None:
     """The whole file, in a type that needs no llama.cpp."""
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURE])
-    tensors = dict(gguf_tensors(source))
+    tensors = dict(gguf_tensors(source, kind.quantized))
     stored = {name: storage(kind, name, tensor) for name, tensor in tensors.items()}
     _add_metadata(writer, source, kind)
     add_tokenizer(writer, source)
@@ -238,12 +238,18 @@ def _write_block(
     file.write(np.ascontiguousarray(array).data)
 
 
-def gguf_tensors(source: Source) -> Mapping[str, LazyTensor]:
-    """The tensors of the file, by llama.cpp's names and with its order of rows."""
+def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
+    """The tensors of the file, by llama.cpp's names and with its order of rows.
+
+    Args:
+        source: A checkpoint that the architecture computes.
+        balance: Rescale them, so that a quantizer loses less.
+    """
     config = transformers_config(source.config, source.path)
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in source.tensors.items():
+    held = balanced_tensors(source) if balance else source.tensors
+    for name, tensor in held.items():
         module, _, part = name.rpartition(".")
         rotated = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         if heads := rotated.get(module.rpartition(".")[2]):
@@ -252,6 +258,21 @@ def gguf_tensors(source: Source) -> Mapping[str, LazyTensor]:
         tensors[f"{names.get_name(module)}.{part}"] = tensor
     if config.rope_parameters["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = from_tensor(rope_factors(config))
+    return tensors
+
+
+def balanced_tensors(source: Source) -> dict[str, LazyTensor]:
+    """A checkpoint's tensors by transformers' names, every layer `balanced`. Reads all weights."""
+    original = unconverted(source.config["model_type"])
+    family = family_of({**source.config, "model_type": original}, str(source.path))
+    tensors = dict(source.tensors)
+    for index in range(source.num_layers):
+        prefix = family.layer.format(index)
+        layer = {
+            name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)
+        }
+        for name, tensor in balanced(family, layer).items():
+            tensors[prefix + name] = tensor
     return tensors
 
 

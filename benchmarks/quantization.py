@@ -1,0 +1,187 @@
+"""What quantization does to a model and to its paired forms.
+
+    python benchmarks/quantization.py --plan FILE [--plan FILE…] --calibration FILE
+        [--calibration FILE…] --text FILE [--text FILE…] --directory DIR --json PATH
+        [--types f16,q8_0,q4_0,q4_k_m,int8,int4] [--windows 16]
+
+Every model is measured against the original in float32: the model as it is, each plan of it
+calibrated, and for comparison the model with its norms' gains folded and nothing paired, and each
+plan as it is. Types of GGUF run in llama.cpp, int8 and int4 are torchao's of weights alone, in
+transformers. `plain` rows are exported without balancing, and `quantized first` rows are calibrated
+from and toward weights that had been rounded to q4_0 before.
+
+Rows that are in the JSON file already are not measured again. Needs llama-cpp-python and torchao.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torchao.quantization import (
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
+
+import truedepth as td
+from truedepth.calibration_text import Calibration
+from truedepth.checkpoint import write_weights
+from truedepth.engines import gguf as exporter
+from truedepth.loading import Loaded
+from truedepth.plan import Plan
+from truedepth.sources import Source
+from truedepth.tensors import ones, scale_columns
+
+PARTS = ("nll", "excess", "excess_stderr", "kl", "tokens")
+TORCHAO = {
+    "int8": Int8WeightOnlyConfig(),
+    "int4": IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(32)),  # noqa: B009
+}
+SMALL = "q4_0"
+"""The type of the comparisons."""
+
+
+def main() -> None:
+    """Measure row after row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--plan", type=Path, action="append", required=True)
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
+    parser.add_argument("--calibration-tokens", type=int, default=Calibration.tokens)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--types", default="f16,q8_0,q4_0,q4_k_m,int8,int4")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    given = parser.parse_args()
+    given.directory.mkdir(parents=True, exist_ok=True)
+    source = td.open_source(given.model)
+    rows: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    original = td.load(source, dtype=torch.float32)
+    types = given.types.split(",")
+    for name, checkpoint, kind in jobs(source, given, types):
+        if name in rows:
+            continue
+        model, size = quantized(checkpoint, kind, given.directory, plain="plain" in name)
+        rows[name] = {"bytes": size}
+        for text in given.text:
+            found = td.perplexity(model, against=original, text=text, windows=given.windows)
+            rows[name][text.name] = {part: getattr(found, part) for part in PARTS}
+        print(name, json.dumps(rows[name]), flush=True)
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def jobs(
+    source: Source, given: argparse.Namespace, types: list[str]
+) -> Iterator[tuple[str, Path, str]]:
+    """Name, checkpoint and type of every row."""
+    calibration = Calibration(text=given.calibration, tokens=given.calibration_tokens)
+    depth = source.num_layers
+    whole = checkpoint_of(source, given.directory / f"{depth}", Plan(depth))
+    plans = [Plan.from_yaml(path) for path in given.plan]
+    calibrated = {
+        plan.effective_depth: checkpoint_of(
+            source, given.directory / f"{plan.effective_depth}-calibrated", plan, calibration
+        )
+        for plan in plans
+    }
+    for size, checkpoint in {depth: whole, **calibrated}.items():
+        for kind in ("f32", *types):
+            yield f"{size}, {kind}", checkpoint, kind
+        for kind in types:
+            if kind not in ("f16", *TORCHAO):
+                yield f"{size}, {kind}, plain", checkpoint, kind
+    yield f"{depth}, gains folded, {SMALL}, plain", folded(whole, given.directory), SMALL
+    for plan in plans:
+        name = f"{plan.effective_depth}, not calibrated"
+        checkpoint = checkpoint_of(source, given.directory / f"{plan.effective_depth}-raw", plan)
+        yield f"{name}, f32", checkpoint, "f32"
+        yield f"{name}, {SMALL}", checkpoint, SMALL
+        yield f"{name}, {SMALL}, plain", checkpoint, SMALL
+    first = rounded(source, whole, given.directory)
+    for plan in plans:
+        name = f"{plan.effective_depth}, quantized first"
+        directory = given.directory / f"{plan.effective_depth}-quantized-first"
+        yield f"{name}, {SMALL}", checkpoint_of(first, directory, plan, calibration), SMALL
+
+
+def checkpoint_of(
+    source: Source, path: Path, plan: Plan, calibration: Calibration | None = None
+) -> Path:
+    """Converted, unless it is there."""
+    if not path.exists():
+        td.convert(source, path, plan, calibration=calibration, dtype=torch.float32)
+    return path
+
+
+def quantized(
+    checkpoint: Path, kind: str, directory: Path, *, plain: bool
+) -> tuple[Loaded, int | None]:
+    """A checkpoint in a type, and the bytes that it takes where a file has it."""
+    if kind == "f32":
+        loaded = td.load(checkpoint, dtype=torch.float32)
+        return loaded, sum(p.nbytes for p in loaded.model.parameters())
+    if kind in TORCHAO:
+        loaded = td.load(checkpoint, dtype=torch.float32)
+        quantize_(loaded.model, TORCHAO[kind])
+        return loaded, None
+    out = directory / "quantized.gguf"
+    unchanged = patch.object(exporter, "balanced", lambda family, layer: dict(layer))
+    if plain:
+        with unchanged:
+            done = td.export(checkpoint, out, type=kind, force=True)
+    else:
+        done = td.export(checkpoint, out, type=kind, force=True)
+    return td.load(out), done.size
+
+
+def folded(whole: Path, directory: Path) -> Path:
+    """The unpaired checkpoint with its gains in the matrices: exact, as in a group."""
+    out = directory / "folded"
+    if out.exists():
+        return out
+    source = td.open_source(whole)
+    family = td.open_source("default").family
+    tensors = dict(source.tensors)
+    for layer in range(source.num_layers):
+        prefix = family.layer.format(layer)
+        for read, norm in family.reads.items():
+            gain = source.tensors[f"{prefix}{norm}.weight"]
+            name = f"{prefix}{read}.weight"
+            tensors[name] = scale_columns(source.tensors[name], gain)
+            tensors[f"{prefix}{norm}.weight"] = ones(gain.shape[0], torch.float32)
+    return rewritten(whole, out, tensors)
+
+
+def rounded(source: Source, whole: Path, directory: Path) -> Source:
+    """The original with weights as the small type has them, as an ordinary checkpoint."""
+    out = directory / "rounded"
+    if not out.exists():
+        td.export(whole, directory / "rounded.gguf", type=SMALL, force=True)
+        tensors = td.open_source(directory / "rounded.gguf").tensors
+        rewritten(whole, out, tensors)
+        config = {**source.config, "tie_word_embeddings": "lm_head.weight" not in tensors}
+        (out / "config.json").write_text(json.dumps(config))
+    return td.open_source(out)
+
+
+def rewritten(whole: Path, out: Path, tensors: Any) -> Path:
+    """A copy of a checkpoint with other weights."""
+    partial = out.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(whole, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_weights(partial, tensors)
+    partial.rename(out)
+    return out
+
+
+if __name__ == "__main__":
+    main()

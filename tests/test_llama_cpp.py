@@ -16,7 +16,6 @@ from truedepth.engines.llama_cpp import Context
 from truedepth.timing import Engine, Task
 
 pytestmark = pytest.mark.gguf
-llama_cpp = pytest.importorskip("llama_cpp")
 
 TEXTS = (
     "the cat sat on the mat",
@@ -24,6 +23,14 @@ TEXTS = (
     "I'll say IT'S 100% don't—naïve café 東京 🙂 <end> x",
     "def f(x):\n    return x ** 2  # comment\n",
 )
+
+
+@pytest.fixture
+def llama_cpp():
+    """The package as released, which is not there where these tests are only collected."""
+    import llama_cpp
+
+    return llama_cpp
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -117,7 +124,7 @@ def test_the_default_model(default, prose):
     assert abs(found.excess) < 1e-5 and abs(found.kl) < 1e-7
 
 
-def test_the_default_model_in_llama_cpps_own_interface(default):
+def test_the_default_model_in_llama_cpps_own_interface(default, llama_cpp):
     """Loaded as released, with its own tokenizer and chat format."""
     model = llama_cpp.Llama(str(default / "out.gguf"), n_ctx=512, verbose=False)
     original = td.load(default / "out").tokenizer
@@ -152,7 +159,7 @@ def test_k_quants(default, tmp_path):
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_tokens_are_the_originals(make_model, name, tmp_path):
+def test_tokens_are_the_originals(make_model, llama_cpp, name, tmp_path):
     checkpoint = converted(make_model, tmp_path, {}, PAIRS)
     tokenizer = with_words(name)
     tokenizer.save_pretrained(checkpoint)
@@ -166,7 +173,7 @@ def test_tokens_are_the_originals(make_model, name, tmp_path):
         assert td.open_source(tmp_path / "out.gguf").tokenizer(text) == tokenizer(text)
 
 
-def test_sentencepiece_tokens_are_the_originals(make_model, tmp_path):
+def test_sentencepiece_tokens_are_the_originals(make_model, llama_cpp, tmp_path):
     checkpoint = converted(make_model, tmp_path, {"bos_token_id": 1, "eos_token_id": 2}, PAIRS)
     tokenizer = sentencepiece()
     tokenizer.save_pretrained(checkpoint)

@@ -36,7 +36,7 @@ from truedepth.calibration_text import Calibration
 from truedepth.checkpoint import write_weights
 from truedepth.engines import gguf as exporter
 from truedepth.loading import Loaded
-from truedepth.plan import Plan
+from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source
 from truedepth.tensors import ones, scale_columns
 
@@ -99,7 +99,7 @@ def jobs(
         for kind in types:
             if kind not in ("f16", *TORCHAO):
                 yield f"{size}, {kind}, plain", checkpoint, kind
-    yield f"{depth}, gains folded, {SMALL}, plain", folded(whole, given.directory), SMALL
+    yield f"{depth}, gains folded, {SMALL}, plain", folded(source, whole, given.directory), SMALL
     for plan in plans:
         name = f"{plan.effective_depth}, not calibrated"
         checkpoint = checkpoint_of(source, given.directory / f"{plan.effective_depth}-raw", plan)
@@ -119,6 +119,8 @@ def checkpoint_of(
     """Converted, unless it is there."""
     if not path.exists():
         td.convert(source, path, plan, calibration=calibration, dtype=torch.float32)
+    if plan_of(td.open_source(path).config) != Plan(plan.num_layers, plan.groups):
+        raise SystemExit(f"{path} was converted with another plan: give another --directory.")
     return path
 
 
@@ -143,13 +145,13 @@ def quantized(
     return td.load(out), done.size
 
 
-def folded(whole: Path, directory: Path) -> Path:
+def folded(original: Source, whole: Path, directory: Path) -> Path:
     """The unpaired checkpoint with its gains in the matrices: exact, as in a group."""
     out = directory / "folded"
     if out.exists():
         return out
     source = td.open_source(whole)
-    family = td.open_source("default").family
+    family = original.family
     tensors = dict(source.tensors)
     for layer in range(source.num_layers):
         prefix = family.layer.format(layer)

@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 import truedepth as td
-from conftest import TINY, byte_tokenizer
+from conftest import TINY
 from truedepth.engines.gguf_tokenizer import WORDS
 
 
@@ -113,30 +113,45 @@ MODELS = {
     "biases": ({"attention_bias": True, "mlp_bias": True}, PAIRS),
     "tied": ({"tie_word_embeddings": True}, PAIRS),
     "head_dim": ({"head_dim": 32}, PAIRS),
+    "padded heads": ({"num_key_value_heads": 1}, PAIRS, {"pad_heads": 2}),
     "Llama 3": ({"rope_parameters": LLAMA3}, PAIRS),
     "Mistral": ({"family": MistralConfig, "sliding_window": None}, PAIRS),
     "Qwen2": ({"family": Qwen2Config}, PAIRS),
 }
 
 
-def converted(make_model, directory, options, groups, **more):
-    td.convert(make_model(**options), directory / "out", td.Plan(6, groups), **more)
+def converted(make_model, directory, options, groups, more=None):
+    """A checkpoint of a random model, whose name is `out`."""
+    td.convert(make_model(**options), directory / "out", td.Plan(6, groups), **more or {})
     return directory / "out"
+
+
+MERGES = (
+    *("1 2", "12 3", "123 4", "' l", "'l l", "Ċ Ċ", "! Ċ", "Ġ Ġ", "l C", "Ġ 1", "t h", "th e"),
+    *("Ġ the", "e Ġ", "l l", "a t", "z zz", "z z"),
+)
+"""Most across places where one way of splitting into words splits and another does not."""
 
 
 def with_words(name):
     """A byte-level tokenizer that splits text as llama.cpp's `name` does."""
-    tokenizer = byte_tokenizer()
+    words = WORDS[name]
+    vocabulary = {token: index for index, token in enumerate(["<end>", *gguf_alphabet()])}
+    merges = [tuple(merge.split()) for merge in MERGES]
+    for left, right in merges:
+        vocabulary.setdefault(left, len(vocabulary))
+        vocabulary.setdefault(left + right, len(vocabulary))
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=words.whole))
     steps = [
         pre_tokenizers.Digits(individual_digits=True)
-        if words == "digit"
-        else pre_tokenizers.Split(Regex(words), "isolated")
-        for words in WORDS[name]
+        if pattern == "digit"
+        else pre_tokenizers.Split(Regex(pattern), "isolated")
+        for pattern in words.patterns
     ]
-    own = name in ("gpt-2", "smollm")
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    return tokenizer
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.then_gpt2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
 
 
 def sentencepiece():

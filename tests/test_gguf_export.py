@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import MistralConfig, Qwen2Config
 from typer.testing import CliRunner
 
@@ -157,7 +157,7 @@ def test_the_checkpoints_own_type_is_the_default(make_model, tmp_path):
     for dtype, kind in ((torch.float16, "F16"), (torch.bfloat16, "BF16")):
         directory = tmp_path / kind
         directory.mkdir()
-        checkpoint = converted(make_model, directory, {}, PAIRS, dtype=dtype)
+        checkpoint = converted(make_model, directory, {}, PAIRS, {"dtype": dtype})
         done = td.export(checkpoint, directory / "out.gguf")
         assert done.type == kind.lower() and done.tensors[kind] == 4 * 7 + 2
         before, after = td.open_source(checkpoint), td.open_source(directory / "out.gguf")
@@ -226,6 +226,49 @@ def test_splits_into_words_are_recognised(pairs, name, tmp_path):
     td.export(pairs, tmp_path / "out.gguf")
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == name
+
+
+def test_qwen2s_normalizer_is_left_out_and_others_are_refused(pairs, tmp_path):
+    tokenizer = with_words("qwen2")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(pairs)
+    td.export(pairs, tmp_path / "out.gguf")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(pairs)
+    refused(pairs, "not one that llama")
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(pairs)
+    refused(pairs, "not one that llama")
+
+
+def test_words_that_are_tokens(pairs):
+    """Llama 3 takes them whole, and so does llama.cpp."""
+    tokenizer = with_words("llama-bpe")
+    tokenizer.backend_tokenizer.model = with_words("qwen2").backend_tokenizer.model
+    tokenizer.save_pretrained(pairs)
+    refused(pairs, "not one that llama")
+
+
+def test_special_tokens_that_only_the_config_names(pairs, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(pairs)
+    edited(pairs, bos_token_id=7, eos_token_id=[5, 6])
+    td.export(pairs, tmp_path / "out.gguf")
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == 7
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 5
+    refused(edited(pairs, eos_token_id=None), "what ends a text")
+
+
+def test_chat_templates_by_name(pairs, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(pairs)
+    td.export(pairs, tmp_path / "out.gguf")
+    read = td.open_source(tmp_path / "out.gguf").tokenizer.chat_template
+    assert read == tokenizer.chat_template
 
 
 def test_sentencepiece(pairs, tmp_path):
@@ -346,6 +389,22 @@ def test_values_beyond_float16(pairs):
     save_file(tensors, pairs / "model.safetensors", metadata={"format": "pt"})
     refused(pairs, "blk.0.ffn_up.weight has values .* beyond f16", type="f16")
     td.export(pairs, pairs.parent / "out.gguf", type="bf16")
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+def test_values_that_are_no_numbers(pairs, kind):
+    tensors = load_file(pairs / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, pairs / "model.safetensors", metadata={"format": "pt"})
+    refused(pairs, "no numbers", type=kind)
+
+
+def test_a_matrix_of_another_type_is_not_rounded(make_model, tmp_path):
+    checkpoint = converted(make_model, tmp_path, {}, PAIRS, {"dtype": torch.bfloat16})
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(tensors["lm_head.weight"].shape)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert td.export(checkpoint, tmp_path / "out.gguf").type == "f32"
 
 
 def test_rows_that_blocks_do_not_divide(make_model, tmp_path):

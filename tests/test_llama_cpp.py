@@ -1,5 +1,6 @@
 """Exported files in llama.cpp itself, against transformers."""
 
+import itertools
 import json
 import shutil
 
@@ -22,6 +23,7 @@ TEXTS = (
     "  two spaces, a\ttab\n\n\nlines   \n and 1234567 numbers 3.14",
     "I'll say IT'S 100% don't—naïve café 東京 🙂 <end> x",
     "def f(x):\n    return x ** 2  # comment\n",
+    "Hello!\n\nI'll see the 12 cats, she'll see camelCase zzz",
 )
 
 
@@ -155,7 +157,17 @@ def test_k_quants(default, tmp_path):
     assert done.size < 0.25 * whole
     found = td.perplexity(tmp_path / "out.gguf", against=default / "out", windows=2, window=128)
     assert 0.001 < found.kl < 0.5
-    assert td.open_source(tmp_path / "out.gguf").config == td.open_source(default / "out").config
+    exported = td.open_source(tmp_path / "out.gguf")
+    assert exported.config == td.open_source(default / "out").config
+    gain = exported.tensors["model.layers.20.input_layernorm.weight"].read()
+    assert gain.std() > 0.1  # balanced
+
+
+def test_splits_into_words_differ():
+    """Or the next test would say nothing."""
+    found = {name: [with_words(name)(text)["input_ids"] for text in TEXTS] for name in WORDS}
+    for name, other in itertools.combinations(WORDS, 2):
+        assert found[name] != found[other], (name, other)
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -179,8 +191,8 @@ def test_sentencepiece_tokens_are_the_originals(make_model, llama_cpp, tmp_path)
     tokenizer.save_pretrained(checkpoint)
     td.export(checkpoint, tmp_path / "out.gguf")
     model = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=512, verbose=False)
-    for text in ("the cat sat", "cats the  he\nté 🙂"):
-        assert model.tokenize(text.encode()) == tokenizer(text)["input_ids"]
+    for text in ("the cat sat", "cats the  he\nté 🙂", " the", "<s>the", "</s>"):
+        assert model.tokenize(text.encode(), special=True) == tokenizer(text)["input_ids"]
 
 
 def test_bench(default, tmp_path):

@@ -25,7 +25,7 @@ from truedepth.cli_options import (
     Weights,
     write_json,
 )
-from truedepth.engines.gguf_types import GGUFType
+from truedepth.engines.gguf_types import MatrixType
 from truedepth.errors import TruedepthError
 
 app = typer.Typer(
@@ -198,14 +198,14 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
     kind: Annotated[
-        GGUFType,
+        MatrixType,
         typer.Option(
             "--type",
             case_sensitive=False,
             help="Of matrices. auto is the checkpoint's own, without loss. From q6_k on llama.cpp's"
             " quantizer makes them, which truedepth\\[gguf] brings.",
         ),
-    ] = GGUFType.auto,
+    ] = MatrixType.auto,
     force: Force = False,
     json_path: JsonPath = None,
 ) -> None:

@@ -83,8 +83,9 @@ def converted_config(
     config["tie_word_embeddings"] = _tied(source)
     config["num_hidden_layers"] = len(groups)
     config["layer_widths"] = [len(group) for group in groups]
-    # Of a wide layer it does not follow from the number of heads.
+    # Of a wide layer these do not follow from the number of heads.
     config["head_dim"] = head_dim(original.to_dict())
+    config["num_key_value_heads"] = original.num_key_value_heads
     if kinds := getattr(original, "layer_types", None):
         for group in groups:
             if len({kinds[layer] for layer in group}) > 1:

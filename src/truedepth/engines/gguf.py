@@ -24,15 +24,15 @@ from truedepth.balance import balanced
 from truedepth.conversion import check_apart
 from truedepth.converted import check_loadable
 from truedepth.engines.gguf_tokenizer import add_tokenizer, check_tokenizer
-from truedepth.engines.gguf_types import GGUFType
+from truedepth.engines.gguf_types import MatrixType
 from truedepth.errors import TruedepthError
-from truedepth.families import family_of, unconverted
+from truedepth.families import original_family, unconverted
 from truedepth.loading import transformers_config
 from truedepth.plan import plan_of
 from truedepth.progress import progress_bar, working
 from truedepth.sources import Source, open_source
-from truedepth.sources.gguf import CONFIG, GENERATION_CONFIG
-from truedepth.tensors import LazyTensor, from_tensor, pick_rows
+from truedepth.sources.gguf import CONFIG, GENERATION_CONFIG, to_llama_cpp
+from truedepth.tensors import LazyTensor, common_dtype, from_tensor, pick_rows
 
 ARCHITECTURE = gguf.MODEL_ARCH.DECI
 
@@ -43,12 +43,16 @@ BLOCK_BYTES = 1 << 22
 """Of a tensor, in memory at a time."""
 
 
+EXACT = {torch.float16: MatrixType.f16, torch.bfloat16: MatrixType.bf16}
+"""The type that holds a dtype's values; float32 for all others."""
+
+
 @dataclass(frozen=True)
 class Export:
     """What `export` did."""
 
     path: Path
-    type: GGUFType
+    type: MatrixType
     size: int
     """Bytes of the file."""
 
@@ -69,7 +73,7 @@ def export(
     model: str | Path | Source,
     out: str | Path,
     *,
-    type: GGUFType | str = "auto",
+    type: MatrixType | str = "auto",
     force: bool = False,
 ) -> Export:
     """Write a layer-parallel checkpoint as one GGUF file.
@@ -89,7 +93,7 @@ def export(
             the model exactly, the quantizer is missing, or `out` cannot be written.
     """
     source, out = open_source(model), Path(out).expanduser()
-    kind = GGUFType.of(type)
+    kind = MatrixType.of(type)
     if kind.needs_llama_cpp:
         from truedepth.engines.llama_cpp import library
 
@@ -101,16 +105,17 @@ def export(
     check_output(out, force)
     check_loadable(source.config, source.tensors, source.path)
     check_tokenizer(source)
-    if kind is GGUFType.auto:
-        kind = GGUFType.of_checkpoint(source.config.get("dtype"))
+    if kind is MatrixType.auto:
+        matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) > 1]
+        kind = EXACT.get(common_dtype(matrices), MatrixType.f32)
     with atomic_file(out, force) as partial:
         if not kind.needs_llama_cpp:
-            _write(source, partial, kind)
+            _write(source, partial, kind, balance=kind.quantized)
         else:
             from truedepth.engines.llama_cpp import quantize
 
             whole = partial.with_suffix(".whole")
-            _write(source, whole, GGUFType.of_checkpoint(source.config.get("dtype")))
+            _write(source, whole, MatrixType.f32, balance=True)
             with working(f"Quantizing to {kind.value}"):
                 quantize(whole, partial, kind.value)
             whole.unlink()
@@ -169,10 +174,10 @@ def _details(config: Any) -> str | None:
     return None
 
 
-def _write(source: Source, path: Path, kind: GGUFType) -> None:
+def _write(source: Source, path: Path, kind: MatrixType, *, balance: bool) -> None:
     """The whole file, in a type that needs no llama.cpp."""
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURE])
-    tensors = dict(gguf_tensors(source, kind.quantized))
+    tensors = gguf_tensors(source, balance)
     stored = {name: storage(kind, name, tensor) for name, tensor in tensors.items()}
     _add_metadata(writer, source, kind)
     add_tokenizer(writer, source)
@@ -197,7 +202,7 @@ def _write(source: Source, path: Path, kind: GGUFType) -> None:
     writer.close()
 
 
-def storage(kind: GGUFType, name: str, tensor: LazyTensor) -> tuple[GGMLQuantizationType, int]:
+def storage(kind: MatrixType, name: str, tensor: LazyTensor) -> tuple[GGMLQuantizationType, int]:
     """A tensor's type in a file of some type, and the bytes of its rows.
 
     Vectors are float32. Embedding and head have eight bits where the rest has fewer.
@@ -225,17 +230,18 @@ def _write_block(
 ) -> None:
     values = block.to(torch.float32).contiguous()
     if ggml is GGMLQuantizationType.BF16:
-        if not (rounded := values.to(torch.bfloat16)).isfinite().all():
-            raise TruedepthError(f"{name} has values that are no numbers, or beyond bf16.")
-        file.write(rounded.view(torch.uint8).numpy().data)
-        return
-    with np.errstate(over="ignore"):
-        array = gguf.quantize(values.numpy(), ggml)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        rounded = values.to(torch.bfloat16)
+        data: Any = rounded.view(torch.uint8).numpy()
+        finite = rounded.isfinite().all()
+    else:
+        with np.errstate(all="ignore"):
+            data = np.ascontiguousarray(gguf.quantize(values.numpy(), ggml))
+        finite = values.isfinite().all() and (data.dtype.kind != "f" or np.isfinite(data).all())
+    if not finite:
         raise TruedepthError(
             f"{name} has values that are no numbers, or beyond {ggml.name.lower()}; try --type f32."
         )
-    file.write(np.ascontiguousarray(array).data)
+    file.write(data.data)
 
 
 def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
@@ -254,7 +260,8 @@ def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
         rotated = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         if heads := rotated.get(module.rpartition(".")[2]):
             layer = config.per_layer_config[int(name.split(".")[2])]
-            tensor = pick_rows(tensor, interleaved(tensor.shape[0], getattr(layer, heads)))
+            order = to_llama_cpp(tensor.shape[0], getattr(layer, heads))
+            tensor = pick_rows(tensor, torch.from_numpy(order))
         tensors[f"{names.get_name(module)}.{part}"] = tensor
     if config.rope_parameters["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = from_tensor(rope_factors(config))
@@ -263,8 +270,7 @@ def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
 
 def balanced_tensors(source: Source) -> dict[str, LazyTensor]:
     """A checkpoint's tensors by transformers' names, every layer `balanced`. Reads all weights."""
-    original = unconverted(source.config["model_type"])
-    family = family_of({**source.config, "model_type": original}, str(source.path))
+    family = original_family(source.config, str(source.path))
     tensors = dict(source.tensors)
     for index in range(source.num_layers):
         prefix = family.layer.format(index)
@@ -276,14 +282,6 @@ def balanced_tensors(source: Source) -> dict[str, LazyTensor]:
     return tensors
 
 
-def interleaved(rows: int, heads: int) -> torch.Tensor:
-    """`[rows]` int64: which row of transformers' llama.cpp has in each place.
-
-    llama.cpp rotates neighbouring rows of queries and keys, transformers the two halves of a head.
-    """
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-
-
 def rope_factors(config: Any) -> torch.Tensor:
     """`[head_dim / 2]` float32: what llama.cpp divides RoPE's frequencies by."""
     scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
@@ -292,7 +290,7 @@ def rope_factors(config: Any) -> torch.Tensor:
     return factors
 
 
-def _add_metadata(writer: GGUFWriter, source: Source, kind: GGUFType) -> None:
+def _add_metadata(writer: GGUFWriter, source: Source, kind: MatrixType) -> None:
     config = transformers_config(source.config, source.path)
     layers, head_dim = config.per_layer_config, config.head_dim
     made = config.truedepth or {}

@@ -3,52 +3,81 @@
 llama.cpp has two kinds that matter here: byte-level BPE (`gpt2`), whose split of text into words it
 knows by name, and SentencePiece's BPE (`llama`), which merges by scores. The original is carried
 along as it is, too, for programs that can use it.
+
+Small things llama.cpp does its own way, with every file: it does not normalize (Qwen2's NFC), its
+pattern for Tekken takes accented capitals for the ends of words, and with SentencePiece it puts a
+space after special tokens too where the tokenizer puts one before a text.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, Keys, TokenType
 
 from truedepth.errors import TruedepthError
+from truedepth.loading import transformers_config
 from truedepth.sources import Source
 from truedepth.text import beginning
 
+
+@dataclass(frozen=True)
+class Words:
+    """How text is split into words before it is merged."""
+
+    patterns: tuple[str, ...] = ()
+    """One after another; `digit` takes digits one by one."""
+
+    then_gpt2: bool = False
+    """GPT-2's own pattern after them."""
+
+    whole: bool = False
+    """Words that are tokens are not merged but taken (`ignore_merges`)."""
+
+
 WORDS = {
-    "gpt-2": (),
-    "smollm": (r"digit",),
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-2": Words(then_gpt2=True),
+    "smollm": Words(("digit",), then_gpt2=True),
+    "llama-bpe": Words(
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        whole=True,
     ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": Words(
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
     ),
-    "tekken": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": Words(
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        whole=True,
     ),
 }
-"""llama.cpp's name (llama-vocab.cpp) -> what splits a text into words, before or instead of GPT-2's
-own pattern, which is used where the last of these is not a pattern."""
+"""By llama.cpp's name (llama-vocab.cpp)."""
 
 SPACE = "▁"
 
 
 def check_tokenizer(source: Source) -> None:
-    """Raises TruedepthError where llama.cpp would cut text into other tokens."""
+    """Raises TruedepthError where llama.cpp is not known to have the tokenizer."""
     _kind(source, _definition(source))
+    _special(source)
 
 
 def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
     """Vocabulary, merges, special tokens and chat template.
 
     Raises:
-        TruedepthError: llama.cpp would cut text into other tokens.
+        TruedepthError: llama.cpp is not known to have the tokenizer.
     """
     tokenizer, definition = source.tokenizer, _definition(source)
     model, words = _kind(source, definition)
@@ -72,9 +101,8 @@ def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
         }
         writer.add_token_scores([ranks.get(name, -1e6) for name in names])
         writer.add_add_space_prefix(_begins_with_space(definition))
-    for name in ("bos", "eos", "unk", "sep", "pad"):
-        if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
+    for name, token in _special(source).items():
+        getattr(writer, f"add_{name}_token_id")(token)
     writer.add_add_bos_token(bool(beginning(tokenizer)))
     ids = tokenizer("x")["input_ids"]
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
@@ -104,29 +132,41 @@ def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
         f"The tokenizer of {source.path} is not one that llama.cpp is known to have: byte-level BPE"
         f" that splits words as {', '.join(WORDS)} do, or SentencePiece's BPE."
     )
-    if definition["model"]["type"] != "BPE":
+    model, normalizers = definition["model"], _steps(definition.get("normalizer"))
+    kinds = {step["type"] for step in steps}
+    if model["type"] != "BPE":
         raise refused
-    if definition["model"].get("byte_fallback"):
-        if any(step["type"] == "ByteLevel" for step in steps):
+    if model.get("byte_fallback"):
+        spaces = [step for step in normalizers if step["type"] in ("Prepend", "Replace")]
+        if kinds - {"Metaspace"} or spaces != normalizers:
             raise refused
         return "llama", "default"
     *before, last = steps or [{}]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+    if (
+        last.get("type") != "ByteLevel"
+        or last.get("add_prefix_space")
+        or {step["type"] for step in normalizers} - {"NFC"}
+    ):
         raise refused
-    found = tuple(map(_pattern, before))
+    found = Words(
+        tuple(map(_pattern, before)),
+        bool(last.get("use_regex", True)),
+        bool(model.get("ignore_merges")),
+    )
     for name, words in WORDS.items():
-        own = not words or words == ("digit",)
-        if found == words and bool(last.get("use_regex", True)) == own:
+        if found == words:
             return "gpt2", name
     raise refused
 
 
-def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre_tokenizer is None:
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of a pre-tokenizer or normalizer, those of sequences one by one."""
+    if part is None:
         return []
-    if pre_tokenizer["type"] == "Sequence":
-        return [step for inner in pre_tokenizer["pretokenizers"] for step in _steps(inner)]
-    return [pre_tokenizer]
+    if part["type"] == "Sequence":
+        inner = part.get("pretokenizers") or part.get("normalizers") or []
+        return [step for each in inner for step in _steps(each)]
+    return [part]
 
 
 def _pattern(step: dict[str, Any]) -> str:
@@ -137,6 +177,27 @@ def _pattern(step: dict[str, Any]) -> str:
     return str(step["type"])
 
 
+def _special(source: Source) -> dict[str, int]:
+    """Special tokens by name; what the tokenizer does not say the config may.
+
+    Raises:
+        TruedepthError: No token ends a text; llama.cpp would take an ordinary one.
+    """
+    config = transformers_config(source.config, source.path)
+    found = {}
+    for name in ("bos", "eos", "unk", "sep", "pad"):
+        token = getattr(source.tokenizer, f"{name}_token_id", None)
+        if token is None:
+            token = getattr(config, f"{name}_token_id", None)
+        if isinstance(token, list):
+            token = token[0] if token else None
+        if token is not None and 0 <= token < config.vocab_size:
+            found[name] = int(token)
+    if "eos" not in found:
+        raise TruedepthError(f"Neither tokenizer nor config of {source.path} say what ends a text.")
+    return found
+
+
 def _tokens(
     source: Source, definition: dict[str, Any], *, byte_tokens: bool
 ) -> tuple[list[str], list[TokenType]]:
@@ -145,7 +206,7 @@ def _tokens(
     by_id = {index: name for name, index in source.tokenizer.get_vocab().items()}
     unknown = source.tokenizer.unk_token_id
     names, types = [], []
-    for index in range(source.config["vocab_size"]):
+    for index in range(transformers_config(source.config, source.path).vocab_size):
         name, kind = by_id.get(index), TokenType.NORMAL
         if name is None:
             name, kind = f"[PAD{index}]", TokenType.UNUSED
@@ -166,6 +227,4 @@ def _begins_with_space(definition: dict[str, Any]) -> bool:
     steps = _steps(definition.get("pre_tokenizer"))
     if any(step["type"] == "Metaspace" for step in steps):
         return all(step.get("prepend_scheme", "always") != "never" for step in steps)
-    normalizer = definition.get("normalizer") or {"type": ""}
-    inner = normalizer.get("normalizers", [normalizer])
-    return any(step["type"] == "Prepend" for step in inner)
+    return any(step["type"] == "Prepend" for step in _steps(definition.get("normalizer")))

@@ -7,7 +7,7 @@ from enum import StrEnum
 from truedepth.errors import TruedepthError
 
 
-class GGUFType(StrEnum):
+class MatrixType(StrEnum):
     """By llama.cpp's names; `auto` is the checkpoint's own."""
 
     auto = "auto"
@@ -32,7 +32,7 @@ class GGUFType(StrEnum):
     iq4_xs = "iq4_xs"
 
     @classmethod
-    def of(cls, name: str) -> GGUFType:
+    def of(cls, name: str) -> MatrixType:
         """By its name, in small or capital letters.
 
         Raises:
@@ -44,11 +44,6 @@ class GGUFType(StrEnum):
             raise TruedepthError(
                 f"There is no type {name!r}; there are {', '.join(cls)}."
             ) from None
-
-    @classmethod
-    def of_checkpoint(cls, dtype: object) -> GGUFType:
-        """That which holds a checkpoint's weights exactly, by its config's dtype."""
-        return {"float16": cls.f16, "bfloat16": cls.bf16}.get(str(dtype), cls.f32)
 
     @property
     def needs_llama_cpp(self) -> bool:

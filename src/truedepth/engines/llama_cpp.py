@@ -38,7 +38,7 @@ def library() -> Any:
     except (ImportError, OSError, RuntimeError) as error:  # the last where its library is broken
         raise TruedepthError(
             "This needs llama.cpp: pip install 'truedepth[gguf]' (it is built on the way, which"
-            " takes a C++ compiler and minutes)."
+            f" takes a C++ compiler and minutes). {error}."
         ) from error
     llama_cpp.llama_log_set(_listen(llama_cpp), ctypes.c_void_p(0))
     return llama_cpp
@@ -190,9 +190,10 @@ class Context:
         if tokens <= self._capacity:
             return
         self._free()
+        self._capacity = 0
         options = self._lib.llama_context_default_params()
-        self._capacity = 1 << max(8, (tokens - 1).bit_length())
-        options.n_ctx = self._capacity
+        capacity = 1 << max(8, (tokens - 1).bit_length())
+        options.n_ctx = capacity
         options.n_batch = options.n_ubatch = BATCH
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         if self._exact:
@@ -201,9 +202,11 @@ class Context:
         _messages.clear()
         self._context, self.held = self._lib.llama_init_from_model(self._model, options), []
         if not self._context:
-            raise _failed(f"has no memory for {self._capacity} tokens")
+            self._free = lambda: None
+            raise _failed(f"has no memory for {capacity} tokens")
         # Made after the model's, and so called before it.
         self._free = weakref.finalize(self, self._lib.llama_free, self._context)
+        self._capacity = capacity
 
 
 class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -285,7 +288,11 @@ def load_llama_cpp(source: Source, device: torch.device) -> LlamaCppForCausalLM:
     config = transformers_config(source.config, source.path)
     model = LlamaCppForCausalLM(config, Context(source.path, device=device.type))
     defaults = model.context.metadata(GENERATION_CONFIG)
-    model.generation_config = GenerationConfig(**json.loads(defaults or "{}"))
+    model.generation_config = (
+        GenerationConfig(**json.loads(defaults))
+        if defaults
+        else GenerationConfig.from_model_config(config)
+    )
     model.generation_config.use_cache = False
     model.eval()
     return model

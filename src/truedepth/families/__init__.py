@@ -128,3 +128,12 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             " folded exactly; convert the unquantized model and quantize the result."
         )
     return known[model_type]
+
+
+def original_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a model, or of the original of a layer-parallel checkpoint.
+
+    Raises:
+        TruedepthError: As `family_of` does.
+    """
+    return family_of({**config, "model_type": unconverted(str(config.get("model_type")))}, where)

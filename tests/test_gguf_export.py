@@ -195,7 +195,7 @@ def test_a_gguf_source_goes_in_and_out(make_model, tmp_path):
     said = CliRunner().invoke(
         app, ["convert", str(tmp_path / "in.gguf"), str(tmp_path / "out"), "--layers", "2-5"]
     )
-    assert said.exit_code == 0
+    assert said.exit_code == 0 and "once, from Q8_0" in said.output
     td.export(tmp_path / "out", tmp_path / "out.gguf")
     before, after = td.open_source(tmp_path / "in.gguf"), td.open_source(tmp_path / "out.gguf")
     for layer, now in ((0, 0), (1, 1)):

@@ -34,6 +34,9 @@ class Conversion:
     size: int
     """Bytes of the weights."""
 
+    quantization: str | None = None
+    """Of the source, whose weights were dequantized."""
+
     calibration: dict[str, Any] | None = None
     """What was calibrated on, and what it gained on held-out windows."""
 
@@ -44,6 +47,7 @@ class Conversion:
             "source": self.source,
             "origin": self.origin,
             "size": self.size,
+            "quantization": self.quantization,
             "plan": self.plan.to_dict(),
             "calibration": self.calibration,
             "effective_depth": self.plan.effective_depth,
@@ -117,7 +121,7 @@ def convert(
     if calibration is not None:
         shutil.rmtree(kept, ignore_errors=True)
     record = config["truedepth"]["calibration"]
-    return Conversion(out, plan, source.name, source.origin, size, record)
+    return Conversion(out, plan, source.name, source.origin, size, source.quantization, record)
 
 
 def check_conversion(source: Source, out: str | Path, force: bool, pad_heads: int = 1) -> None:

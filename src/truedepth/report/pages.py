@@ -135,6 +135,7 @@ def print_conversion(done: Conversion, found: Search | None = None) -> None:
     print_rows(
         [
             ("model", f"{done.source} ({done.origin})"),
+            *([("dequantized", f"once, from {done.quantization}")] if done.quantization else []),
             *_plan_rows(done.plan),
             *([("search", _search_rows(found)[-1][1])] if found else []),
             *_calibration_rows(done),

@@ -46,7 +46,8 @@ def test_the_commands(model, prose, tmp_path):
             command += ["--lengths", "8", "--repetitions", "1"]
         subprocess.run([TRUEDEPTH, *command[1:]], cwd=tmp_path, check=True)
     assert set(names) == {
-        *("bench", "convert", "eval", "generate", "heal", "info", "plan", "predict", "study")
+        *("bench", "convert", "eval", "export", "generate", "heal", "info", "plan", "predict"),
+        "study",
     }
 
 

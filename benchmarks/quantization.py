@@ -39,7 +39,7 @@ from truedepth.engines.gguf_types import MatrixType
 from truedepth.loading import Loaded
 from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source
-from truedepth.tensors import ones, scale_columns
+from truedepth.tensors import constant, scale_columns
 
 PARTS = ("nll", "excess", "excess_stderr", "kl", "tokens")
 TORCHAO = {
@@ -157,11 +157,12 @@ def folded(original: Source, whole: Path, directory: Path) -> Path:
     tensors = dict(source.tensors)
     for layer in range(source.num_layers):
         prefix = family.layer.format(layer)
-        for read, norm in family.reads.items():
+        for read in family.reads:
+            norm = family.norm_before(read)
             gain = source.tensors[f"{prefix}{norm}.weight"]
             name = f"{prefix}{read}.weight"
             tensors[name] = scale_columns(source.tensors[name], gain)
-            tensors[f"{prefix}{norm}.weight"] = ones(gain.shape[0], torch.float32)
+            tensors[f"{prefix}{norm}.weight"] = constant(1.0, gain.shape[0], torch.float32)
     return rewritten(whole, out, tensors)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truedepth.converted import sublayers
 from truedepth.layer_stack import run_branch
 from truedepth.loading import Loaded
 from truedepth.plan import Plan
@@ -30,7 +31,7 @@ class _SideBySide(nn.Module):
 
     def __init__(self, loaded: Loaded, members: Sequence[nn.Module]) -> None:
         super().__init__()
-        self._family = loaded.source.family
+        self._sublayers = sublayers(loaded.source.family, loaded.model.config)
         self.members = nn.ModuleList(members)
 
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
@@ -38,8 +39,8 @@ class _SideBySide(nn.Module):
         x = hidden_states.float()
         y = x
         for member in self.members:
-            attended = run_branch(self._family, member, 0, x, call)
-            y = y + attended + run_branch(self._family, member, 1, x + attended, call)
+            attended = run_branch(self._sublayers, member, 0, x, call)
+            y = y + attended + run_branch(self._sublayers, member, 1, x + attended, call)
         return y.to(hidden_states.dtype)
 
 

@@ -1,68 +1,111 @@
-"""Families beside Llama: the same files, other details."""
+"""Every family against its own layers, and what upstream must not change unseen."""
+
+from __future__ import annotations
 
 import json
 
 import pytest
 import torch
-from transformers import MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Qwen2Config
 from typer.testing import CliRunner
 
 import truedepth as td
-from conftest import TINY, random_ids, reference_logits
+from conftest import random_ids
+from family_models import CASES, options_of, side_by_side
 from truedepth.cli import app
+from truedepth.families import all_families
 from truedepth.heal_options import TextPart
 from truedepth.inspection import inspect_model
+from truedepth.loading import empty_model
 
-PLAN = td.Plan(6, [[2, 3], [4, 5]])
-WINDOW = {"use_sliding_window": True, "sliding_window": 8}
-FAMILIES = (
-    {"family": MistralConfig, "sliding_window": None},
-    {"family": MistralConfig, "sliding_window": 8},
-    {"family": MistralConfig, "sliding_window": None, "head_dim": 32},
-    {"family": Qwen2Config},
-    {
-        "family": Qwen2Config,
-        "use_sliding_window": True,
-        "sliding_window": 8,
-        "max_window_layers": 0,
-    },
-    {
-        "family": Qwen2Config,
-        "use_sliding_window": True,
-        "sliding_window": 8,
-        "max_window_layers": 6,
-    },
-)
+GROUPS = [[0], [1, 2], [3, 4, 5]]
+PARALLEL = {"cohere", "cohere, norms", "cohere2", "pythia"}
+CLOSE = {"atol": 1e-4, "rtol": 0}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def named(options):
-    return " ".join(
-        value.__name__ if name == "family" else f"{name}={value}" for name, value in options.items()
-    )
+@pytest.fixture(scope="module")
+def converted(make_model, tmp_path_factory):
+    """`converted(case)` gives the original and the converted model's directory; cached."""
+    made = {}
+
+    def convert(case, **options):
+        key = (case, *sorted(options.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("family") / "out"
+            td.convert(make_model(**options_of(case)), out, td.Plan(6, GROUPS), **options)
+            made[key] = make_model(**options_of(case)), out
+        return made[key]
+
+    return convert
 
 
-@pytest.mark.parametrize("options", FAMILIES, ids=named)
-@pytest.mark.parametrize("pad_heads", [1, 4])
-def test_pairing_is_exact(make_model, options, pad_heads, tmp_path):
-    source = make_model(**options)
-    td.convert(source, tmp_path / "out", PLAN, pad_heads=pad_heads)
-    window = options.get("sliding_window") if options.get("max_window_layers") != 6 else None
-    original, converted = td.load(source).model, td.load(tmp_path / "out").model
+def test_every_family_has_a_case():
+    covered = {options_of(case)["family"].model_type for case in CASES}
+    assert covered == {family.model_type for family in all_families()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_groups_are_exact(converted, case):
+    source, out = converted(case)
+    original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     ids = random_ids()
-    expected = reference_logits(original, ids, PLAN.groups, window)
+    expected = side_by_side(original, ids, GROUPS, case in PARALLEL)
+    apart = (original(ids).logits - expected).abs().max()
+    assert apart > 1e-2  # or a model that was not grouped at all would pass
+    config = json.loads((out / "config.json").read_text())
+    if CASES[case].get("branches"):
+        assert config["side_by_side"]
+    else:
+        assert config["layer_widths"] == [1, 2, 3] and "side_by_side" not in config
+    model = td.load(out).model
     with torch.inference_mode():
-        assert (converted(ids).logits - expected).abs().max() < 1e-4
-        greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        with_cache = converted.generate(ids, **greedy)
-        assert torch.equal(with_cache, converted.generate(ids, use_cache=False, **greedy))
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+
+        padding = torch.zeros(2, 3, dtype=torch.int64)
+        mask = torch.cat([padding, torch.ones_like(ids)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = model(torch.cat([padding, ids], 1), attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(padded.logits[:, 3:], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("options", FAMILIES, ids=named)
-def test_calibration_and_healing(make_model, options, prose, tmp_path):
-    source = make_model(**options)
+@pytest.mark.parametrize("case", CASES)
+def test_cached_decoding_saving_and_loading(converted, case, tmp_path):
+    _, out = converted(case)
+    model, ids = td.load(out).model, random_ids()
+    with torch.inference_mode():
+        tokens = model.generate(ids, **GREEDY)
+        assert torch.equal(tokens, model.generate(ids, use_cache=False, **GREEDY))
+        model.save_pretrained(tmp_path / "saved")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+        assert torch.equal(saved(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "granite", "cohere, norms", "glm"])
+def test_padded_heads_are_exact(converted, case):
+    source, out = converted(case, pad_heads=4)
+    original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    expected = side_by_side(original, random_ids(), GROUPS, case in PARALLEL)
+    model = td.load(out).model
+    assert model.config.num_key_value_heads == 4
+    torch.testing.assert_close(model(random_ids()).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("case", ["phi3", "olmo2"])
+def test_heads_that_cannot_be_padded(make_model, case, tmp_path):
+    with pytest.raises(td.TruedepthError, match="cannot be padded"):
+        td.convert(make_model(**options_of(case)), tmp_path / "out", td.Plan(6, []), pad_heads=4)
+
+
+REPAIRED = ("mistral, window", "qwen2", "qwen3", "phi3", "granite", "gemma", "cohere", "starcoder2")
+
+
+@pytest.mark.parametrize("case", REPAIRED)
+def test_calibration_and_healing(make_model, case, prose, tmp_path):
+    source, plan = make_model(**options_of(case)), td.Plan(6, [[2, 3], [4, 5]])
     text = td.Calibration(text=[prose], tokens=4096)
-    td.convert(source, tmp_path / "raw", PLAN)
-    td.convert(source, tmp_path / "calibrated", PLAN, calibration=text)
+    td.convert(source, tmp_path / "raw", plan)
+    td.convert(source, tmp_path / "calibrated", plan, calibration=text)
     healing = td.Healing(
         text=(TextPart(str(prose)),),
         tokens=4096,
@@ -79,23 +122,110 @@ def test_calibration_and_healing(make_model, options, prose, tmp_path):
     assert healed < calibrated < raw
 
 
-def test_layers_that_attend_differently_are_not_joined(make_model, tmp_path):
-    source = make_model(family=Qwen2Config, **WINDOW, max_window_layers=3)
-    with pytest.raises(td.TruedepthError, match=r"\[2, 3\] cannot be joined: they attend diff"):
-        td.convert(source, tmp_path / "out", PLAN)
-    plan = td.Plan(6, [[0, 1], [3, 4]])
-    td.convert(source, tmp_path / "out", plan)
-    kinds = json.loads((tmp_path / "out/config.json").read_text())["layer_types"]
-    assert kinds == ["full_attention"] * 2 + ["sliding_attention"] * 2
-    assert td.load(tmp_path / "out").model(random_ids()).logits.isfinite().all()
+def test_branch_groups_are_healed_and_their_wide_neighbours_calibrated(make_model, prose, tmp_path):
+    source = make_model(**options_of("smollm3"))  # its layers 3 and 4 have no RoPE
+    plan = td.Plan(6, [[0, 1], [2, 3]])
+    text = td.Calibration(text=[prose], tokens=4096)
+    td.convert(source, tmp_path / "raw", plan)
+    td.convert(source, tmp_path / "calibrated", plan, calibration=text)
+    config = json.loads((tmp_path / "calibrated" / "config.json").read_text())
+    assert (config["layer_widths"], config["side_by_side"]) == ([2, 1, 1, 1, 1], [[1, 2]])
+    healing = td.Healing(
+        text=(TextPart(str(prose)),),
+        tokens=4096,
+        sequence_length=64,
+        batch_size=4,
+        micro_batch_size=4,
+        learning_rate=1e-3,
+    )
+    td.heal(tmp_path / "calibrated", tmp_path / "healed", teacher=source, healing=healing)
+    raw, calibrated, healed = (
+        td.perplexity(tmp_path / name, against=source, text=prose, window=64, windows=16).kl
+        for name in ("raw", "calibrated", "healed")
+    )
+    assert healed < calibrated < raw
+    before, after = (td.open_source(tmp_path / name).tensors for name in ("calibrated", "healed"))
+    changed = {
+        int(name.split(".")[2])
+        for name, tensor in before.items()
+        if not torch.equal(tensor.read(), after[name].read())
+    }
+    assert changed == {0, 1, 2}
 
 
-@pytest.mark.parametrize("options", FAMILIES, ids=named)
-def test_info_and_predict(make_model, options, tmp_path):
-    source = make_model(**options)
-    td.convert(source, tmp_path / "out", PLAN)
-    for model in (source, tmp_path / "out"):
+def test_only_branch_groups_have_nothing_to_calibrate(make_model, prose, tmp_path):
+    source = make_model(**options_of("olmo2"))
+    with pytest.raises(td.TruedepthError, match="All groups of the plan are branch groups"):
+        td.convert(
+            source,
+            tmp_path / "out",
+            td.Plan(6, [[2, 3]]),
+            calibration=td.Calibration(text=[prose], tokens=4096),
+        )
+
+
+def test_branch_groups_leave_weights_as_they_are(converted):
+    source, out = converted("gemma2")
+    before, after = td.open_source(source).tensors, td.open_source(out).tensors
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].read(), after[name].read()) for name in before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_info_and_predict(converted, case):
+    source, out = converted(case)
+    for model in (source, out):
         said = CliRunner().invoke(app, ["info", str(model)])
-        assert said.exit_code == 0 and options["family"].model_type in said.output
-        assert td.predict(model, PLAN if model == source else None).speedup > 0
-    assert inspect_model(source).head_dim == options.get("head_dim", TINY["hidden_size"] // 4)
+        assert said.exit_code == 0, said.output
+        assert options_of(case)["family"].model_type in said.output
+    assert inspect_model(out).plan == td.Plan(6, GROUPS)
+
+
+def test_mixtures_of_experts_are_refused_with_the_reason(make_model, tmp_path):
+    small = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(td.TruedepthError, match=r"mixture of experts.*not the best few"):
+        td.convert(make_model(family=MixtralConfig, **small), tmp_path / "out", td.Plan(6, []))
+
+
+@pytest.mark.parametrize("family", list(all_families()), ids=lambda family: family.model_type)
+def test_upstream_layers_are_what_widening_knows(family, make_model):
+    """Fails when a layer of the installed transformers gains or loses a parameter or a module."""
+    case = next(c for c in CASES if options_of(c)["family"].model_type == family.model_type)
+    source = td.open_source(make_model(**options_of(case)))
+    layer = empty_model(source.config, source.path).base_model.layers[0]
+    attention, ffn = family.sublayers
+    known = {attention.module, ffn.module, *filter(None, (attention.norm, ffn.norm))}
+    known |= set(filter(None, (attention.post_norm, ffn.post_norm)))
+    children = {
+        name for name, module in layer.named_children() if any(True for _ in module.parameters())
+    }
+    assert children == known
+    held = {name.rpartition(".")[0] for name, _ in layer.named_parameters()}
+    if family.branches_only:
+        assert set(family.reads) | set(family.writes) <= held
+    else:
+        optional = set(family.head_norms)
+        assert set(family.modules) - optional <= held <= set(family.modules)
+
+
+def test_what_an_upstream_layer_has_beyond_that_is_noticed(make_model, tmp_path):
+    source = td.open_source(make_model(family=Qwen2Config))
+    tensors = dict(source.tensors)
+    for layer in range(6):
+        tensors[f"model.layers.{layer}.self_attn.sinks"] = tensors["model.norm.weight"]
+    changed = type(source)(
+        **{
+            name: getattr(source, name)
+            for name in ("name", "origin", "path", "config", "load_tokenizer", "save_companions")
+        },
+        read_tensors=lambda: tensors,
+    )
+    with pytest.raises(td.TruedepthError, match=r"'self_attn\.sinks', which the family qwen2"):
+        td.convert(changed, tmp_path / "out", td.Plan(6, [[2, 3]]))
+
+
+def test_gpt_neox_without_parallel_residual_is_sequential(make_model):
+    config = GPTNeoXConfig(use_parallel_residual=False)
+    (family,) = (each for each in all_families() if each.model_type == "gpt_neox")
+    assert not family.is_parallel(config)
+    assert family.is_parallel(GPTNeoXConfig())

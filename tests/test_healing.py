@@ -19,6 +19,7 @@ from conftest import torchrun
 from truedepth import cli
 from truedepth.distillation import Distillation
 from truedepth.evaluate import window_measures
+from truedepth.families import original_family
 from truedepth.heal_options import Healing, Objective, TextPart, Train
 from truedepth.heal_training import is_trained, original_beside, student_of
 from truedepth.teacher import KeptPredictions, Original
@@ -47,6 +48,11 @@ def options(prose):
         eval_every=4,
         device="cpu",
     )
+
+
+def student_to_train(source, train):
+    family = original_family(source.config, str(source.path))
+    return student_of(source, is_trained(family, source.config, train), torch.float32)
 
 
 def weights(path):
@@ -165,7 +171,9 @@ def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
 @pytest.mark.parametrize("objective", [Objective(), Objective(0.3, 2.0, 0.5), Objective(1.0)])
 def test_the_loss_is_as_written_down(make_model, converted, objective):
     source, original = td.open_source(converted), td.open_source(make_model())
-    student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
+    student = student_of(
+        source, is_trained(original.family, source.config, Train.paired), torch.float32
+    )
     model = original_beside(student, original, PLAN, torch.float32)
     ids = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(0))
     teacher = Original(model)
@@ -192,20 +200,26 @@ def test_the_loss_is_as_written_down(make_model, converted, objective):
 
 def test_what_is_frozen_and_the_same_is_in_memory_once(make_model, converted):
     source, original = td.open_source(converted), td.open_source(make_model())
-    student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
+    student = student_of(
+        source, is_trained(original.family, source.config, Train.paired), torch.float32
+    )
     teacher = original_beside(student, original, PLAN, torch.float32)
     ours = {id(parameter) for parameter in student.parameters()}
     own = {n for n, parameter in teacher.named_parameters() if id(parameter) not in ours}
     paired = tuple(f"model.layers.{layer}." for layer in (1, 2, 4, 5))
     assert own == {n for n, _ in teacher.named_parameters() if n.startswith(paired)}
-    everything = student_of(source, is_trained(original.family, PLAN, Train.all), torch.float32)
+    everything = student_of(
+        source, is_trained(original.family, source.config, Train.all), torch.float32
+    )
     teacher = original_beside(everything, original, PLAN, torch.float32)
     assert not {id(p) for p in teacher.parameters()} & {id(p) for p in everything.parameters()}
 
 
 def test_kept_predictions_say_what_the_original_says(make_model, converted, tmp_path):
     source, original = td.open_source(converted), td.open_source(make_model())
-    student = student_of(source, is_trained(original.family, PLAN, Train.paired), torch.float32)
+    student = student_of(
+        source, is_trained(original.family, source.config, Train.paired), torch.float32
+    )
     model = original_beside(student, original, PLAN, torch.float32)
     ids = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(0))
     numbers = torch.tensor([4, 0, 2])

@@ -35,7 +35,7 @@ def balanced(family: Family, layer: Mapping[str, LazyTensor]) -> dict[str, LazyT
     """
     found = dict(layer)
     for norm in family.norms:
-        reads = [f"{name}.weight" for name, before in family.reads.items() if before == norm]
+        reads = [f"{name}.weight" for name in family.reads_behind(norm)]
         sizes = _sizes(torch.stack([_column_squares(found[name]) for name in reads]).sum(0))
         for name in reads:
             found[name] = scale_columns(found[name], from_tensor(1 / sizes))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from truedepth.families import Family
 from truedepth.ridge import Fit, Regression
 from truedepth.walk import Walk
+from truedepth.widen import packed_sizes
 
 HOLD_OUT = 8  # one window in so many chooses the penalties
 
@@ -72,39 +73,44 @@ class Calibrator:
         """
         walk = self.walk
         walk.separate()
-        wide = walk.converted.layer(index)
+        (wide,) = walk.converted.layers(index)
+        (place,) = walk.converted.places[index]
         windows = len(self._held)
-        seen = [[walk.states(windows) for _ in group] for _ in self._family.branches]
+        seen = [[walk.states(windows) for _ in group] for _ in self._family.sublayers]
         attended = walk.states(windows)  # x + Σ_i A_i
         for batch, _ in walk.fitted:
             attended[batch] = walk.original[batch]
         for member, original in enumerate(group):
             layer = walk.originals.layer(original)
             for batch, calls in walk.batches:
-                x = walk.take(walk.original, batch)
+                x = y = walk.take(walk.original, batch)
                 for branch in (0, 1):
-                    added = walk.originals.branch(layer, branch, x, calls[original])
+                    entered = x if walk.originals.parallel else y
+                    added = walk.originals.branch(layer, branch, entered, calls[original])
                     if batch.start < windows:
-                        seen[branch][member][batch] = self._normalised(wide, branch, x)
+                        seen[branch][member][batch] = self._normalised(wide, branch, entered)
                         if branch == 0:
                             attended[batch] += added.to(attended)
-                    x = x + added
-                walk.original[batch] = x
-        found = Refit(walk.converted.weights(index), {})
+                    y = y + added
+                walk.original[batch] = y
+        found = Refit(walk.converted.weights(place), {})
+        inputs = walk.copied(walk.current) if walk.converted.parallel else walk.current
         for branch in (0, 1):
-            self._refit_reads(wide, branch, group, seen[branch], found)
+            self._refit_reads(wide, branch, group, seen[branch], inputs, found)
             seen[branch].clear()
-            self._refit_write(wide, branch, group, walk.original if branch else attended, found)
+            wanted = walk.original if branch else attended
+            self._refit_write(wide, branch, group, inputs, wanted, found)
             for batch, calls in walk.batches:
-                call = calls[group[0]]
-                walk.run(walk.converted, wide, call, walk.current, batch, branches=(branch,))
+                x = walk.take(inputs, batch)
+                added = walk.converted.branch(wide, branch, x, calls[group[0]])
+                walk.current[batch] = walk.take(walk.current, batch) + added
         return found
 
     def refit_aside(self, index: int, group: Sequence[int]) -> Tensor:
         """`Walk.detour` of the group refitted there by itself; the walk stays where it is."""
         aside = copy.copy(self)
         aside.walk = copy.copy(self.walk)
-        aside.walk.original = self.walk.copied()
+        aside.walk.original = self.walk.copied(self.walk.original)
         aside.walk.current = aside.walk.original
         aside.refit(index, group)
         return aside.walk.current[len(self._held) :].clone()
@@ -115,6 +121,7 @@ class Calibrator:
         branch: int,
         group: Sequence[int],
         seen: Sequence[Tensor],
+        inputs: Tensor,
         found: Refit,
     ) -> None:
         """The maps behind a norm, each member's by one map of their input."""
@@ -122,34 +129,47 @@ class Calibrator:
         width, device = walk.originals.hidden_size, walk.originals.device
         sums = [Regression(width, width, device) for _ in group]
         for batch, _ in walk.fitted:
-            x = self._normalised(wide, branch, walk.take(walk.current, batch))
+            x = self._normalised(wide, branch, walk.take(inputs, batch))
             for member, regression in enumerate(sums):
                 regression.add(x, walk.take(seen[member], batch), self._held[batch])
         fits = [regression.solve(torch.eye(width)) for regression in sums]
-        norm = self._family.branches[branch][0]
-        names = [name for name, before in self._family.reads.items() if before == norm]
+        inside = self._family.sublayers[branch].module
+        names = [name for name in self._family.reads if name.startswith(f"{inside}.")]
+        sizes = walk.originals.config.to_dict()
         for name in names:
-            rows = found.weights[f"{name}.weight"].chunk(len(group))
-            maps = [member @ fit.weight for member, fit in zip(rows, fits, strict=True)]
+            weight = found.weights[f"{name}.weight"]
+            maps = [
+                member @ fit.weight
+                for part in torch.split(
+                    weight, packed_sizes(self._family, name, sizes, len(weight))
+                )
+                for member, fit in zip(part.chunk(len(group)), fits, strict=True)
+            ]
             self._replace(wide, f"{name}.weight", torch.cat(maps), found)
         for layer, fit in zip(group, fits, strict=True):
             found.fits[f"{', '.join(names)} of layer {layer}"] = fit
 
     def _refit_write(
-        self, wide: nn.Module, branch: int, group: Sequence[int], wanted: Tensor, found: Refit
+        self,
+        wide: nn.Module,
+        branch: int,
+        group: Sequence[int],
+        inputs: Tensor,
+        wanted: Tensor,
+        found: Refit,
     ) -> None:
         """The map that writes a branch's output, toward the states that are wanted behind it."""
         walk, name = self.walk, self._family.writes[branch]
         module = wide.get_submodule(name)
         bias = getattr(module, "bias", None)
+        multiplier = getattr(wide, self._family.multiplier) if self._family.multiplier else 1.0
         prior = found.weights[f"{name}.weight"]
         regression = Regression(prior.shape[1], prior.shape[0], walk.originals.device)
         features: list[Tensor] = []
         hook = module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         for batch, calls in walk.fitted:
-            x = walk.take(walk.current, batch)
-            walk.converted.branch(wide, branch, x, calls[group[0]])
-            target = walk.take(wanted, batch) - x
+            walk.converted.branch(wide, branch, walk.take(inputs, batch), calls[group[0]])
+            target = (walk.take(wanted, batch) - walk.take(walk.current, batch)) / multiplier
             if bias is not None:
                 target = target - bias
             regression.add(features.pop(), target, self._held[batch])
@@ -164,5 +184,8 @@ class Calibrator:
 
     def _normalised(self, wide: nn.Module, branch: int, x: Tensor) -> Tensor:
         """What the maps of a branch read, before any gain: a wide layer's gains are ones."""
-        normed: Tensor = wide.get_submodule(self._family.branches[branch][0])(x)
+        norm = self._family.sublayers[branch].norm
+        if norm is None:
+            return x
+        normed: Tensor = copy.deepcopy(wide.get_submodule(norm)).float()(x)
         return normed

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from truedepth.calibration import Calibrator, Refit
 from truedepth.calibration_text import Calibration, calibration_windows
-from truedepth.converted import converted_config, converted_tensors
+from truedepth.converted import converted_config, converted_tensors, places_of_groups
+from truedepth.errors import TruedepthError
 from truedepth.evaluate import Loss
 from truedepth.layer_stack import LayerStack
 from truedepth.plan import Plan
@@ -56,6 +57,12 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
     Raises:
         TruedepthError: Text or options do not fit, or another run is at work in the directory.
     """
+    places = places_of_groups(source, plan.groups)
+    if not any(len(place) < len(group) for place, group in zip(places, plan.groups, strict=True)):
+        raise TruedepthError(
+            f"All groups of the plan are branch groups of {source.config['model_type']}, whose"
+            " layers stay as they are; convert it with --no-calibrate."
+        )
     text = calibration_windows(source, options, max(plan.widths))
     _, dtype = options.place(source)
     settings = {
@@ -83,15 +90,16 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
         with progress_bar("Calibrating layers", len(plan.groups)) as advance:
             for index, group in enumerate(plan.groups):
                 path = kept / f"layer-{index:04d}.safetensors"
-                if len(group) == 1:
+                wide = len(group) > 1 and walk.converted.is_wide(index)
+                if not wide:
                     walk.advance(index, group)
                 elif path.exists():
                     walk.advance(index, group, load_file(path))
                 else:
                     _save(calibrator.refit(index, group), path)
-                if len(group) > 1:
+                if wide:
                     weights, gains["+".join(map(str, group))] = _read(path)
-                    prefix = source.family.layer.format(index)
+                    prefix = source.family.layer.format(*walk.converted.places[index])
                     replaced |= {prefix + name: tensor for name, tensor in weights.items()}
                 advance(1)
         check = Loss.of(walk.losses()[0], options.window) if len(text.check) else None
@@ -120,10 +128,13 @@ def walk_of(
     """
     tensors = converted_tensors(source, groups, torch.float32)
     config = converted_config(source, groups, tensors)
+    places = places_of_groups(source, groups)
     device, dtype = options.place(source)
     return Walk(
         LayerStack(source, device=device, dtype=dtype),
-        LayerStack(source, device=device, dtype=dtype, config=config, tensors=tensors),
+        LayerStack(
+            source, device=device, dtype=dtype, config=config, tensors=tensors, places=places
+        ),
         torch.cat([fitted, measured]),
         measured=len(measured),
         activation_dtype=options.activation_dtype,

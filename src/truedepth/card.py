@@ -7,6 +7,7 @@ from typing import Any
 
 from truedepth import __version__
 from truedepth.calibration_run import calibration_words
+from truedepth.converted import as_run
 from truedepth.plan import Plan
 from truedepth.sources import Source
 
@@ -56,7 +57,8 @@ def model_card(
             f" {loss['kl']:.4f}.\n"
         )
     without = "" if healing else " without training"
-    before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
+    before = plan.unpaired.all_reduces_per_token(2)
+    after = as_run(source, plan).all_reduces_per_token(2)
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation
@@ -65,8 +67,8 @@ tags: [truedepth, layer-parallelism]
 
 # {source.name.rpartition("/")[2]}, {plan.num_layers} layers at depth {plan.effective_depth}
 
-{source.name} with {plan.paired_layers} of its {plan.num_layers} layers running side by side in wide
-layers (Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__}{without}.
+{source.name} with {plan.paired_layers} of its {plan.num_layers} layers running side by side
+(Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__}{without}.
 
     {plan}
 

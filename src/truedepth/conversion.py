@@ -15,7 +15,7 @@ from truedepth.calibration_run import calibrated
 from truedepth.calibration_text import Calibration
 from truedepth.card import model_card
 from truedepth.checkpoint import write_checkpoint
-from truedepth.converted import check_loadable, converted_config, converted_tensors
+from truedepth.converted import as_run, check_loadable, converted_config, converted_tensors
 from truedepth.errors import TruedepthError
 from truedepth.padding import head_padding, padded_tensors
 from truedepth.plan import Plan
@@ -33,6 +33,9 @@ class Conversion:
     origin: str
     size: int
     """Bytes of the weights."""
+
+    run: Plan
+    """With the layers of branch groups by themselves, as engines run them."""
 
     quantization: str | None = None
     """Of the source, whose weights were dequantized."""
@@ -54,7 +57,7 @@ class Conversion:
             "paired_layers": self.plan.paired_layers,
             "all_reduces_per_token": {
                 "original": self.plan.unpaired.all_reduces_per_token(2),
-                "converted": self.plan.all_reduces_per_token(2),
+                "converted": self.run.all_reduces_per_token(2),
             },
         }
 
@@ -121,7 +124,16 @@ def convert(
     if calibration is not None:
         shutil.rmtree(kept, ignore_errors=True)
     record = config["truedepth"]["calibration"]
-    return Conversion(out, plan, source.name, source.origin, size, source.quantization, record)
+    return Conversion(
+        path=out,
+        plan=plan,
+        source=source.name,
+        origin=source.origin,
+        size=size,
+        run=as_run(source, plan),
+        quantization=source.quantization,
+        calibration=record,
+    )
 
 
 def check_conversion(source: Source, out: str | Path, force: bool, pad_heads: int = 1) -> None:

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from truedepth.heal_options import Objective
-from truedepth.plan import Plan
+from truedepth.output_head import OutputHead
+from truedepth.plan import Plan, places_of
 from truedepth.teacher import Outputs, Reference, Teacher, chunks, run
 
 
@@ -46,7 +47,12 @@ class Distillation(nn.Module):
         self.student = student
         self._teacher, self._validation = teacher, validation
         self._objective = objective
-        self._alike = [(i + 1, group[-1] + 1) for i, group in enumerate(plan.groups) if group[1:]]
+        places = places_of(student.config.to_dict())
+        self._alike = [
+            (place[-1] + 1, group[-1] + 1)
+            for group, place in zip(plan.groups, places, strict=True)
+            if group[1:]
+        ]
 
     def forward(self, input_ids: Tensor, number: Tensor, measure: bool = False) -> Tensor:
         """The loss; with `measure`, `[windows, 4]` as `evaluate.window_measures` has them.
@@ -70,7 +76,7 @@ class Distillation(nn.Module):
         def loss_of(chunk: slice, logits: Tensor) -> Tensor:
             return self._predicted(logits, targets[chunk], chunk, reference)
 
-        head = self.student.get_output_embeddings()
+        head = OutputHead(self.student)
         summed: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
             states, head, loss_of, targets, *head.parameters()
         )
@@ -97,7 +103,7 @@ class Distillation(nn.Module):
     def _measures(self, ids: Tensor, number: Tensor) -> Tensor:
         states, _ = run(self.student, ids, False)
         reference, _ = self._validation.look(ids, number, 1.0, False)
-        targets, head = ids[:, 1:].flatten(), self.student.get_output_embeddings()
+        targets, head = ids[:, 1:].flatten(), OutputHead(self.student)
         rows = []
         for chunk in chunks(targets):
             logits, wanted = head(states[chunk]).float(), targets[chunk]
@@ -121,7 +127,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         states: Tensor,
-        head: nn.Module,
+        head: OutputHead,
         loss: Callable[[slice, Tensor], Tensor],
         targets: Tensor,
         *parameters: nn.Parameter,

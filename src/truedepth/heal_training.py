@@ -30,7 +30,7 @@ from truedepth.evaluate import Loss
 from truedepth.families import Family
 from truedepth.heal_options import Healing, Objective, Train
 from truedepth.loading import filled_model
-from truedepth.plan import Plan
+from truedepth.plan import Plan, paired_places, places_of
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
 
@@ -69,7 +69,12 @@ def original_beside(
         shared: False for a model of its own.
     """
     theirs: dict[str, nn.Parameter] = dict(student.named_parameters()) if shared else {}
-    places = {group[0]: index for index, group in enumerate(plan.groups) if len(group) == 1}
+    places = {  # of original layers that are layers of the student too
+        layer: index
+        for group, place in zip(plan.groups, places_of(student.config.to_dict()), strict=True)
+        if len(group) == len(place)
+        for layer, index in zip(group, place, strict=True)
+    }
 
     def parameter(name: str, tensor: LazyTensor) -> nn.Parameter:
         layer, rest = source.family.split(name)
@@ -84,15 +89,15 @@ def original_beside(
     return filled_model(source, parameter)
 
 
-def is_trained(family: Family, plan: Plan, train: Train) -> Callable[[str], bool]:
+def is_trained(family: Family, config: Mapping[str, Any], train: Train) -> Callable[[str], bool]:
     """Whether the parameter of that name is trained; with LoRA none of the checkpoint's own is."""
-    wide = {index for index, group in enumerate(plan.groups) if len(group) > 1}
+    paired = paired_places(config)
     return lambda name: (
-        train is Train.all or (train is Train.paired and family.split(name)[0] in wide)
+        train is Train.all or (train is Train.paired and family.split(name)[0] in paired)
     )
 
 
-def add_lora(student: PreTrainedModel, family: Family, plan: Plan, rank: int) -> Any:
+def add_lora(student: PreTrainedModel, family: Family, rank: int) -> Any:
     """Low-rank additions to the linear maps of wide layers, in place.
 
     Returns:
@@ -106,11 +111,8 @@ def add_lora(student: PreTrainedModel, family: Family, plan: Plan, rank: int) ->
     except ImportError as error:
         raise TruedepthError("LoRA needs peft: `pip install truedepth[heal]`.") from error
     maps = "|".join(map(re.escape, (*family.reads, *family.writes)))
-    layers = "|".join(
-        re.escape(family.layer.format(index))
-        for index, group in enumerate(plan.groups)
-        if len(group) > 1
-    )
+    paired = sorted(paired_places(student.config.to_dict()))
+    layers = "|".join(re.escape(family.layer.format(index)) for index in paired)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({layers})({maps})")
     inject_adapter_in_model(config, student)
     for name, parameter in student.named_parameters():

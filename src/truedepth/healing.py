@@ -292,7 +292,7 @@ def _student_with_teachers(
     teachers: tuple[Teacher, Teacher]
     if options.keep_predictions:
         teachers = _kept_predictions(original, text, options, dtype, state, directory)
-    student = student_of(source, is_trained(original.family, plan, options.train), dtype)
+    student = student_of(source, is_trained(original.family, source.config, options.train), dtype)
     if not options.keep_predictions:
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
         model = original_beside(student, original, plan, dtype, shared=not sharded)
@@ -300,7 +300,7 @@ def _student_with_teachers(
         teachers = teacher, teacher
     lora = None
     if options.train is Train.lora:
-        lora = add_lora(student, original.family, plan, options.rank)
+        lora = add_lora(student, original.family, options.rank)
     if options.gradient_checkpointing:
         older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
         getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})

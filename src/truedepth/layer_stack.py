@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from truedepth.families import Family
+from truedepth.converted import sublayers
 from truedepth.loading import empty_model
+from truedepth.modeling import run_sublayer
+from truedepth.output_head import OutputHead
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
 
@@ -37,6 +39,7 @@ class LayerStack:
         dtype: torch.dtype,
         config: Mapping[str, Any] | None = None,
         tensors: Mapping[str, LazyTensor] | None = None,
+        places: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Load what is outside the layers.
 
@@ -46,6 +49,7 @@ class LayerStack:
             dtype: In which.
             config: Of a conversion of that model; by default its own.
             tensors: Likewise.
+            places: Of its groups, as `places_of_groups` gives them.
         """
         self._family = source.family
         self._tensors = source.tensors if tensors is None else tensors
@@ -59,6 +63,9 @@ class LayerStack:
         for name, buffer in self._model.named_buffers():
             set_module_tensor_to_device(self._model, name, self.device, buffer)
         self._empty = list(self._model.base_model.layers)
+        self.places = places or [(index,) for index in range(len(self._empty))]
+        self._sublayers = sublayers(self._family, self._model.config)
+        self._head = OutputHead(self._model)
         self._calls: Calls = []
         self._model.base_model.layers = nn.ModuleList(map(self._hollow, self._empty))
 
@@ -83,6 +90,20 @@ class LayerStack:
         size: int = self._model.config.hidden_size
         return size
 
+    def is_wide(self, group: int) -> bool:
+        """Whether a group is one layer here."""
+        return len(self.places[group]) == 1
+
+    @property
+    def config(self) -> Any:
+        """The model's, transformers' own."""
+        return self._model.config
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and FFN read the same state."""
+        return bool(self._sublayers["parallel"])
+
     def weights(self, index: int) -> dict[str, Tensor]:
         """The weights of a layer by name within it, in float32."""
         prefix = self._family.layer.format(index)
@@ -94,11 +115,12 @@ class LayerStack:
     def _hollow(self, layer: nn.Module) -> nn.Module:
         """The layer's own code around an attention that only records what it is called with."""
         hollow = copy.deepcopy(layer)
-        (_, attention), (_, ffn) = self._family.branches
-        for name in self._family.norms:
-            hollow.set_submodule(name, nn.Identity())
-        hollow.set_submodule(ffn, _Nothing())
-        hollow.set_submodule(attention, _Recorder(self._calls))
+        attention, ffn = self._family.sublayers
+        for name in (attention.norm, attention.post_norm, ffn.norm, ffn.post_norm):
+            if name is not None:
+                hollow.set_submodule(name, nn.Identity())
+        hollow.set_submodule(ffn.module, _Nothing())
+        hollow.set_submodule(attention.module, _Recorder(self._calls))
         return hollow
 
     def _put(self, module: nn.Module, name: str, tensor: LazyTensor) -> None:
@@ -111,6 +133,10 @@ class LayerStack:
         for name, _ in list(layer.named_parameters()):
             self._put(layer, name, self._tensors[prefix + name])
         return layer
+
+    def layers(self, group: int) -> list[nn.Module]:
+        """The layers that run side by side for a group: one wide layer, or its branches."""
+        return [self.layer(index) for index in self.places[group]]
 
     @torch.inference_mode()
     def start(self, ids: Tensor) -> tuple[Tensor, Calls]:
@@ -130,26 +156,25 @@ class LayerStack:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """Of the last layer's output, `[..., hidden]` to `[..., vocabulary]`."""
-        normed = self._model.base_model.norm(x.to(self.device, self._dtype))
-        logits: Tensor = self._model.get_output_embeddings()(normed)
-        return logits
+        """Of the last layer's output, `[positions, hidden]` to `[positions, vocabulary]`."""
+        norm = self._model.get_submodule(self._family.outside[1])
+        return self._head(norm(x.to(self.device, self._dtype)))
 
     def branch(self, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]) -> Tensor:
         """`run_branch` of a layer of this stack."""
-        _, body = self._family.branches[number]
+        body = self._family.sublayers[number].module
         size = sum(parameter.numel() for parameter in layer.get_submodule(body).parameters())
         self._evaluated += size * x.shape[0] * x.shape[1]
-        return run_branch(self._family, layer, number, x, call)
+        return run_branch(self._sublayers, layer, number, x, call)
 
 
 def run_branch(
-    family: Family, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]
+    sublayers: dict[str, Any], layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]
 ) -> Tensor:
     """`A(N x)` (number 0) or `F(N' x)` (number 1) of one layer.
 
     Args:
-        family: Of the layer.
+        sublayers: What the layers of its model compute.
         layer: With its weights.
         number: Of the branch.
         x: `[windows, length, hidden]`, the residual stream.
@@ -158,12 +183,9 @@ def run_branch(
     Returns:
         `[windows, length, hidden]` float32, whatever the layer computes in.
     """
-    norm, body = family.branches[number]
-    normed = layer.get_submodule(norm)(x.to(next(layer.parameters()).dtype))
-    module = layer.get_submodule(body)
-    output = module(normed) if number else module(hidden_states=normed, **call)
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first.float()
+    which, options = ("ffn", {}) if number else ("attention", call)
+    x = x.to(next(layer.parameters()).dtype)
+    return run_sublayer(layer, sublayers, which, x, **options).float()
 
 
 class _Recorder(nn.Module):
@@ -173,9 +195,9 @@ class _Recorder(nn.Module):
         super().__init__()
         self._calls = calls
 
-    def forward(self, **kwargs: Any) -> tuple[Tensor, None]:
-        self._calls.append(kwargs)
-        return torch.zeros_like(kwargs["hidden_states"]), None
+    def forward(self, hidden_states: Tensor, **call: Any) -> tuple[Tensor, None]:
+        self._calls.append({"hidden_states": hidden_states, **call})
+        return torch.zeros_like(hidden_states), None
 
 
 class _Nothing(nn.Module):

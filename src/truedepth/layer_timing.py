@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from truedepth.engines.transformers import TransformersRunner, stopwatch
-from truedepth.families import CONVERTED, head_dim, unconverted
+from truedepth.families import CONVERTED, KEY_VALUE, QUERY, head_dim, unconverted
 from truedepth.loading import empty_model, transformers_config
-from truedepth.padding import KEY_VALUE, QUERY, head_padding
+from truedepth.padding import head_padding
 from truedepth.ranks import run_ranks
 from truedepth.timing import Case, in_turn
 

@@ -5,6 +5,9 @@ the model family's own decoder layer, built from the model's config with head co
 multiplied by that number; the rest of the model is the family's own code, so that attention back
 ends, caches, generation and tensor-parallel plans are those of the original.
 
+Layers that cannot be one wide layer keep their places, `config.side_by_side` says which of them run
+on one input, and `config.sublayers` what such a layer computes.
+
 `TruedepthLlamaForCausalLM` and its like are made from `transformers.LlamaForCausalLM` and its like
 when they are first asked for. This file is copied into every checkpoint and imports nothing but
 transformers, so that checkpoints load with `trust_remote_code=True` where truedepth is not there.
@@ -15,7 +18,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor, nn
 
 PREFIX = "Truedepth"
 
@@ -42,9 +47,13 @@ class LayerConfig:
 
 
 class LayerWidthsConfig:
-    """Adds `layer_widths` (one integer a layer) and `truedepth` (how it was made) to a config."""
+    """Adds to a config `layer_widths` (one integer a layer), `side_by_side` (layers of each branch
+    group), `sublayers` (what these compute) and `truedepth` (how it was made).
+    """
 
     layer_widths: list[int] | None = None
+    side_by_side: list[list[int]] | None = None
+    sublayers: dict[str, Any] | None = None
     truedepth: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -58,6 +67,10 @@ class LayerWidthsConfig:
             )
         if len(widths) != depth:
             raise ValueError(f"layer_widths has {len(widths)} entries for {depth} hidden layers")
+        for group in self.side_by_side or ():
+            first, size = group[0], len(group)
+            if group != list(range(first, first + size)) or first < 0 or first + size > depth:
+                raise ValueError(f"side_by_side must have consecutive layers, not {group}")
 
     def validate_architecture(self) -> None:
         """Heads need not divide the hidden size: `head_dim` is given, and heads may be padded."""
@@ -75,11 +88,14 @@ class LayerWidthsConfig:
 
 
 class LayerWidthsModel:
-    """Replaces the layers that are wider than one by the family's own layer, built wider."""
+    """Replaces the layers that are wider than one by the family's own layer, built wider, and those
+    of branch groups by `Branch`.
+    """
 
     def __init__(self, config: Any) -> None:
         ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
             raise ValueError(
                 f"{heads} heads and {kv_heads} KV heads do not divide by {ranks} tensor-parallel"
@@ -90,7 +106,99 @@ class LayerWidthsModel:
         for index, layer_config in enumerate(config.per_layer_config):
             if layer_config is not config:
                 layers[index] = type(layers[index])(layer_config, index)
+                _give_heads_their_gains(layers[index], layer_config)
+        for group in config.side_by_side or ():
+            for index in group:
+                Branch.put_in_place_of(layers[index], config.sublayers)
+            layers[group[0]].is_first, layers[group[-1]].is_last = True, True
+            # in a tuple, or they would be parts of the last layer too
+            layers[group[-1]].members = tuple(layers[index] for index in group)
         self.post_init()  # type: ignore[attr-defined]
+
+
+def _give_heads_their_gains(layer: nn.Module, config: Any) -> None:
+    """The heads of a wide layer come from layers with norms of their own."""
+    heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
+    for module in list(layer.modules()):
+        for name, norm in module.named_children():
+            if name in heads and norm.weight.ndim == 1:
+                setattr(module, name, HeadNorm(norm, heads[name]))
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every head, each with gains of its own: weight `[heads, head_dim]`."""
+
+    def __init__(self, norm: Any, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach().expand(heads, -1).clone())
+        self.variance_epsilon = norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., heads, head_dim]`, of tensor parallelism a rank's heads."""
+        gains: Tensor = self.weight
+        held = hidden_states.shape[-2]
+        if held < len(gains):
+            start = torch.distributed.get_rank() % (len(gains) // held) * held
+            gains = gains[start : start + held]
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return gains * x.to(hidden_states.dtype)
+
+
+class Branch:
+    """Mixed into a layer of a branch group, whose layers run on one input x:
+
+        a = x + Σ A_i(x)        y = a + Σ F_i(a)
+
+    A_i and F_i are attention and FFN of layer i with their norms. Layers before the last pass on x
+    and what there is of a, `[2, batch, length, hidden]`; the last gives y.
+    """
+
+    is_first = is_last = False
+    members: tuple[Any, ...] = ()
+    sublayers: dict[str, Any]
+
+    @classmethod
+    def put_in_place_of(cls, layer: Any, sublayers: dict[str, Any]) -> None:
+        """Make a layer one of a branch group."""
+        own = type(layer)
+        layer.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__})
+        layer.sublayers = sublayers
+
+    def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
+        """Of x, or of x and a, what comes next."""
+        x, a = (hidden_states, hidden_states) if self.is_first else hidden_states.unbind(0)
+        a = a + run_sublayer(self, self.sublayers, "attention", x, *args, **call)
+        if not self.is_last:
+            return torch.stack([x, a])
+        y, entered = a, x if self.sublayers["parallel"] else a
+        for member in self.members:
+            y = y + run_sublayer(member, self.sublayers, "ffn", entered)
+        return y
+
+
+def run_sublayer(
+    layer: Any, sublayers: dict[str, Any], which: str, x: Tensor, *args: Any, **call: Any
+) -> Tensor:
+    """What a layer's attention or FFN adds to the residual stream.
+
+    Args:
+        layer: With its weights.
+        sublayers: Their modules, the norms before and behind them, and the layer's multiplier.
+        which: `attention` or `ffn`.
+        x: `[batch, length, hidden]`.
+        args: Given to the attention, as the layer gets them.
+        call: Likewise.
+    """
+    module, norm, post_norm = sublayers[which]
+    if norm is not None:
+        x = layer.get_submodule(norm)(x)
+    output = layer.get_submodule(module)(x, *args, **call)
+    added: Tensor = output[0] if isinstance(output, tuple) else output
+    if post_norm is not None:
+        added = layer.get_submodule(post_norm)(added)
+    multiplier = sublayers["multiplier"]
+    return added if multiplier is None else added * getattr(layer, multiplier)
 
 
 _AUTO_CLASSES = {
@@ -133,9 +241,14 @@ def _model_class(name: str, base: Any) -> Any:
     return type(name, (LayerWidthsModel, base), body)
 
 
-def auto_map(class_prefix: str) -> dict[str, str]:
-    """config.json's `auto_map`: where transformers finds the classes when it runs remote code."""
+def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
+    """config.json's `auto_map`: where transformers finds the classes when it runs remote code.
+
+    Args:
+        classes: The family's config, model and model with a head.
+    """
     module = __name__.rpartition(".")[2]
     return {
-        auto: f"{module}.{PREFIX}{class_prefix}{suffix}" for suffix, auto in _AUTO_CLASSES.items()
+        auto: f"{module}.{PREFIX}{name}"
+        for name, auto in zip(classes, _AUTO_CLASSES.values(), strict=True)
     }

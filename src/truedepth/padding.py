@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from truedepth.errors import TruedepthError
-from truedepth.families import Family, head_dim
+from truedepth.families import KEY_VALUE, QUERY, Family, head_dim, original_family
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor, stack_rows, zeros
-
-QUERY, KEY_VALUE = "num_attention_heads", "num_key_value_heads"
 
 
 def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
@@ -45,6 +43,12 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     key_value = config.get(KEY_VALUE) or query
     if key_value % ranks == 0:
         return {}
+    family = original_family(config, "The model")
+    if not family.heads:
+        raise TruedepthError(
+            f"{query} heads and {key_value} KV heads do not divide by {ranks} ranks, and heads of"
+            f" the family {family.model_type} cannot be padded."
+        )
     padded = -(-key_value // ranks) * ranks
     return {
         QUERY: padded * (query // key_value),
@@ -86,6 +90,8 @@ def padded_tensors(
     def padded(name: str, tensor: LazyTensor) -> LazyTensor:
         layer, rest = family.split(name)
         module, _, kind = rest.rpartition(".")
+        if layer is not None and module in family.head_norms and len(tensor.shape) > 1:
+            return _pad_rows(tensor, widths[layer], padding[family.head_norms[module]])
         if layer is None or module not in family.heads:
             return tensor
         size = padding[family.heads[module]] * padding["head_dim"]

@@ -218,7 +218,31 @@ def plan_of(config: Mapping[str, Any]) -> Plan | None:
     if not isinstance(widths, list) or not all(type(width) is int for width in widths):
         return None
     layers = iter(range(sum(widths)))
-    return Plan(sum(widths), [[next(layers) for _ in range(width)] for width in widths])
+    sizes = [sum(widths[index] for index in place) for place in places_of(config)]
+    return Plan(sum(widths), [[next(layers) for _ in range(size)] for size in sizes])
+
+
+def places_of(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """The layers of a converted model that stand for each group of its plan, by its config.json.
+
+    A wide layer stands for a group by itself; the layers of a branch group are as many as it has.
+    """
+    depth = len(config["layer_widths"])
+    branches = {group[0]: tuple(group) for group in config.get("side_by_side") or ()}
+    inside = {index for group in branches.values() for index in group[1:]}
+    return [branches.get(index, (index,)) for index in range(depth) if index not in inside]
+
+
+def paired_places(config: Mapping[str, Any]) -> set[int]:
+    """The layers of a converted model that stand for, or are in, groups of two and more."""
+    plan = plan_of(config)
+    groups = plan.groups if plan else ()
+    return {
+        index
+        for group, place in zip(groups, places_of(config), strict=True)
+        if len(group) > 1
+        for index in place
+    }
 
 
 def parse_span(text: str) -> tuple[int, int]:

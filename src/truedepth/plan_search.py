@@ -242,7 +242,8 @@ class _Searcher:
                 walk.onward(layer, [x for group, x in states.items() if group[-1] < layer])
                 for index, group in enumerate(groups):
                     if group[0] == layer:
-                        aside = calibrator.refit_aside if refitted else walk.detour
+                        refit = refitted and walk.converted.is_wide(index)
+                        aside = calibrator.refit_aside if refit else walk.detour
                         states[group] = aside(index, group)
                 walk.advance(layer, (layer,))
                 advance(1)
@@ -271,7 +272,7 @@ class _Searcher:
             with progress_bar(title, len(plan.groups)) as advance:
                 for index, group in enumerate(plan.groups):
                     self._check_time()
-                    if self._calibrate and len(group) > 1:
+                    if self._calibrate and len(group) > 1 and walk.converted.is_wide(index):
                         calibrator.refit(index, group)
                     else:
                         walk.advance(index, group)

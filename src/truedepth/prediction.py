@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from truedepth.converted import as_run
 from truedepth.errors import TruedepthError
 from truedepth.families import family_of
 from truedepth.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
@@ -125,6 +126,7 @@ def predict(
     if link is None:
         check_accelerator(ranks, where)
     plan = _plan(source, plan, depth)
+    run = as_run(source, plan)
     if dtype is None:
         given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
         dtype = fast_dtype(source, where) if where.type == "cpu" else getattr(torch, given)
@@ -136,7 +138,7 @@ def predict(
         measured = layer_times(
             config,
             source.path,
-            sorted({1, *plan.widths}),
+            sorted({1, *run.widths}),
             Case(Task.decode, length, batch),
             str(where),
             dtype,
@@ -170,7 +172,7 @@ def predict(
         padded=bool(head_padding(source.config, ranks)),
         measured=measured,
         before=token(plan.unpaired),
-        after=token(plan),
+        after=token(run),
     )
 
 

@@ -12,9 +12,9 @@ def register() -> None:
     from truedepth import modeling
 
     for family in all_families():
-        prefix = f"{modeling.PREFIX}{family.class_prefix}"
-        config = getattr(modeling, f"{prefix}Config")
+        config, model, for_causal_lm = (
+            getattr(modeling, f"{modeling.PREFIX}{name}") for name in family.classes
+        )
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, getattr(modeling, f"{prefix}Model"), exist_ok=True)
-        for_causal_lm = getattr(modeling, f"{prefix}ForCausalLM")
+        AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, for_causal_lm, exist_ok=True)

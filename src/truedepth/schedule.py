@@ -21,9 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from truedepth.converted import sublayers
 from truedepth.evaluate import window_measures
 from truedepth.layer_stack import run_branch
 from truedepth.loading import Loaded
+from truedepth.output_head import OutputHead
 
 Form = Literal["lp", "par", "merge"]
 
@@ -106,15 +108,22 @@ class Runner:
         self._model: Any = loaded.model
         self._ids = ids.to(loaded.model.device)
         self._family = loaded.source.family
+        self._sublayers = sublayers(self._family, self._model.config)
+        self._head = OutputHead(self._model)
         self.layers: list[nn.Module] = list(self._model.base_model.layers)
         self._scratch: nn.Module | None = None
         self._record()
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a layer's attention and FFN read the same state: then LP and PAR are one."""
+        return bool(self._sublayers["parallel"])
 
     @torch.inference_mode()
     def _record(self) -> None:
         calls: dict[int, dict[str, Any]] = {}
         embedded: list[Tensor] = []
-        attention = self._family.branches[0][1]
+        attention = self._family.attention.module
 
         def record_call(index: int) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -190,7 +199,8 @@ class Runner:
             `[windows]` float64, nats a token.
         """
         dtype = self._model.get_output_embeddings().weight.dtype
-        normed = self._model.base_model.norm(x.to(dtype))[:, :-1]
+        norm = self._model.get_submodule(self._family.outside[1])
+        normed = norm(x.to(dtype))[:, :-1]
         rows = []
         for hidden, targets in zip(normed, self._ids[:, 1:], strict=True):
             predictions = partial(self._logits, hidden)
@@ -198,8 +208,7 @@ class Runner:
         return torch.stack(rows)
 
     def _logits(self, hidden: Tensor, positions: slice) -> Tensor:
-        logits: Tensor = self._model.get_output_embeddings()(hidden[positions])
-        return logits
+        return self._head(hidden[positions])
 
     def branch(self, number: int, layer: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
         """`A_i(N_i x)` (number 0) or `F_i(N'_i x)` (number 1), in float32.
@@ -208,7 +217,7 @@ class Runner:
         """
         self.evaluated += 0.5
         module = module or self.layers[layer]
-        return run_branch(self._family, module, number, x, self._calls[layer])
+        return run_branch(self._sublayers, module, number, x, self._calls[layer])
 
     def mean_layer(self, layers: Sequence[int]) -> nn.Module:
         """A layer whose parameters are the means of those layers'; valid until the next call."""
@@ -238,8 +247,9 @@ class _Node:
     def own_ffn(self, layer: int) -> Tensor:
         """`F_i(N'_i (x + A_i(N_i x)))`: the FFN that sees its own layer's attention only."""
         if layer not in self._own_ffns:
-            a = self._x + self.attention(layer)
-            self._own_ffns[layer] = self._runner.branch(1, layer, a)
+            parallel = self._runner.parallel
+            entered = self._x if parallel else self._x + self.attention(layer)
+            self._own_ffns[layer] = self._runner.branch(1, layer, entered)
         return self._own_ffns[layer]
 
     def run(self, step: Step) -> Tensor:
@@ -247,13 +257,14 @@ class _Node:
         if step.form == "merge":
             mean = self._runner.mean_layer(step.layers)
             a = self._x + self._runner.branch(0, step.layers[0], self._x, mean)
-            return a + self._runner.branch(1, step.layers[0], a, mean)
+            entered = self._x if self._runner.parallel else a
+            return a + self._runner.branch(1, step.layers[0], entered, mean)
         a = self._x
         for layer in step.layers:
             a = a + self.attention(layer)
         y = a
         for layer in step.layers:
-            if step.form == "par" or len(step.layers) == 1:
+            if step.form == "par" or len(step.layers) == 1 or self._runner.parallel:
                 y = y + self.own_ffn(layer)
             else:
                 y = y + self._runner.branch(1, layer, a)

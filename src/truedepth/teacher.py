@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from truedepth.output_head import OutputHead
 from truedepth.progress import progress_bar
 
 CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}  # whose logits are in memory at a time
@@ -67,7 +68,7 @@ class _Whole:
     """Predictions computed from the last hidden states, when they are asked for."""
 
     def __init__(self, model: PreTrainedModel, states: Tensor, temperature: float) -> None:
-        self._head, self._states = model.get_output_embeddings(), states
+        self._head, self._states = OutputHead(model), states
         self._temperature = temperature
         self._last: tuple[slice, Tensor] | None = None  # a chunk is asked for several times
 

@@ -63,9 +63,11 @@ def from_tensor(tensor: Tensor) -> LazyTensor:
     )
 
 
-def ones(size: int, dtype: torch.dtype) -> LazyTensor:
-    """`[size]` ones."""
-    return LazyTensor((size,), dtype, lambda start, stop: torch.ones(stop - start, dtype=dtype))
+def constant(value: float, size: int, dtype: torch.dtype) -> LazyTensor:
+    """`[size]` times the same value."""
+    return LazyTensor(
+        (size,), dtype, lambda start, stop: torch.full((stop - start,), value, dtype=dtype)
+    )
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
@@ -115,11 +117,12 @@ def pick_rows(tensor: LazyTensor, order: Tensor) -> LazyTensor:
     return LazyTensor((len(order), *tensor.shape[1:]), tensor.dtype, rows)
 
 
-def scale_columns(matrix: LazyTensor, scale: LazyTensor) -> LazyTensor:
-    """`W diag(g)` in float32: column j of `[r, c]` times element j of `[c]`. Not rounded."""
+def scale_columns(matrix: LazyTensor, scale: LazyTensor, offset: float = 0.0) -> LazyTensor:
+    """`W diag(g + offset)` in float32: column j of `[r, c]` times that of `[c]`. Not rounded."""
 
     def rows(start: int, stop: int) -> Tensor:
-        return matrix.rows(start, stop).to(torch.float32) * scale.read().to(torch.float32)
+        gains = scale.read().to(torch.float32)
+        return matrix.rows(start, stop).to(torch.float32) * (gains + offset if offset else gains)
 
     return LazyTensor(matrix.shape, torch.float32, rows)
 

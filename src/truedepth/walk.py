@@ -100,13 +100,13 @@ class Walk:
     def separate(self) -> None:
         """From the first group on the two models' states differ."""
         if self.current is self.original:
-            self.current = self.copied()
+            self.current = self.copied(self.original)
 
-    def copied(self) -> Tensor:
-        """The original's states once more."""
-        states = self.states(len(self._ids))
-        states.copy_(self.original)
-        return states
+    def copied(self, states: Tensor) -> Tensor:
+        """The same states once more."""
+        copy = self.states(len(states))
+        copy.copy_(states)
+        return copy
 
     @torch.inference_mode()
     def advance(
@@ -121,29 +121,35 @@ class Walk:
         """
         if len(group) > 1 or self.current is not self.original:
             self.separate()
-            wide = self.converted.layer(index)
-            wide.load_state_dict(dict(weights or {}), strict=False)
+            layers = self.converted.layers(index)
+            layers[0].load_state_dict(dict(weights or {}), strict=False)
             for batch, calls in self.batches:
-                self.run(self.converted, wide, calls[group[0]], self.current, batch)
+                self.run(self.converted, layers, [calls[i] for i in group], self.current, batch)
         for layer in group:
             module = self.originals.layer(layer)
             for batch, calls in self.batches:
-                self.run(self.originals, module, calls[layer], self.original, batch)
+                self.run(self.originals, [module], [calls[layer]], self.original, batch)
 
     def run(
         self,
         stack: LayerStack,
-        layer: nn.Module,
-        call: Mapping[str, Any],
+        layers: Sequence[nn.Module],
+        calls: Sequence[Mapping[str, Any]],
         states: Tensor,
         batch: slice,
-        branches: Sequence[int] = (0, 1),
     ) -> None:
-        """Take some windows' states past branches of a layer, in place."""
+        """Take some windows' states past layers that run side by side, in place.
+
+        Calls are of the original layers; a wide layer takes the first of them.
+        """
         x = self.take(states, batch)
-        for branch in branches:
-            x = x + stack.branch(layer, branch, x, call)
-        states[batch] = x
+        a = x
+        for layer, call in zip(layers, calls, strict=False):
+            a = a + stack.branch(layer, 0, x, call)
+        entered = x if stack.parallel else a
+        for layer, call in zip(layers, calls, strict=False):
+            a = a + stack.branch(layer, 1, entered, call)
+        states[batch] = a
 
     @torch.inference_mode()
     def detour(self, index: int, group: Sequence[int]) -> Tensor:
@@ -157,7 +163,7 @@ class Walk:
             `[measured windows, length, hidden]`. Both models stay where they are.
         """
         states = self.original[self._first :].clone()
-        self._run_measured(self.converted, self.converted.layer(index), group[0], states)
+        self._run_measured(self.converted, self.converted.layers(index), group, states)
         return states
 
     @torch.inference_mode()
@@ -165,12 +171,14 @@ class Walk:
         """Run states of the measured windows through an original layer, in place."""
         module = self.originals.layer(layer)
         for each in states:
-            self._run_measured(self.originals, module, layer, each)
+            self._run_measured(self.originals, [module], [layer], each)
 
-    def _run_measured(self, stack: LayerStack, layer: nn.Module, call: int, states: Tensor) -> None:
+    def _run_measured(
+        self, stack: LayerStack, layers: list[nn.Module], group: Sequence[int], states: Tensor
+    ) -> None:
         for batch, calls in self.measured:
             rows = slice(batch.start - self._first, batch.stop - self._first)
-            self.run(stack, layer, calls[call], states, rows)
+            self.run(stack, layers, [calls[layer] for layer in group], states, rows)
 
     @torch.inference_mode()
     def losses(self, states: Sequence[Tensor] = ()) -> Tensor:

@@ -23,6 +23,7 @@ from truedepth.atomic import atomic_file, check_output
 from truedepth.balance import balanced
 from truedepth.conversion import check_apart
 from truedepth.converted import check_loadable
+from truedepth.engines import LLAMA_CPP_FAMILIES
 from truedepth.engines.gguf_tokenizer import add_tokenizer, check_tokenizer
 from truedepth.engines.gguf_types import MatrixType
 from truedepth.errors import TruedepthError
@@ -35,9 +36,6 @@ from truedepth.sources.gguf import CONFIG, GENERATION_CONFIG, to_llama_cpp
 from truedepth.tensors import LazyTensor, common_dtype, from_tensor, pick_rows
 
 ARCHITECTURE = gguf.MODEL_ARCH.DECI
-
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Whose layers that architecture computes."""
 
 BLOCK_BYTES = 1 << 22
 """Of a tensor, in memory at a time."""
@@ -143,6 +141,8 @@ def _check_source(source: Source) -> None:
 
 def _place(source: Source) -> str | None:
     """Why the architecture has none for a model's tensors."""
+    if source.config.get("side_by_side"):
+        return "it runs no layers side by side, but as wide layers"
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
     homeless = {
         re.sub(r"^model\.layers\.\d+\.", "", tensor)
@@ -151,7 +151,7 @@ def _place(source: Source) -> str | None:
     }
     if homeless:
         return f"it has no place for {', '.join(sorted(homeless))}"
-    if (family := unconverted(source.config["model_type"])) not in FAMILIES:
+    if (family := unconverted(source.config["model_type"])) not in LLAMA_CPP_FAMILIES:
         return f"it is not known to compute what the family {family!r} does"
     return None
 

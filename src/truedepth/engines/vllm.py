@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from truedepth.engines import VLLM_FAMILIES
 from truedepth.errors import TruedepthError
 from truedepth.families import all_families
 from truedepth.modeling import PREFIX
@@ -24,6 +25,8 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for family in all_families():
+        if family.model_type not in VLLM_FAMILIES:
+            continue
         name = f"{PREFIX}{family.class_prefix}ForCausalLM"
         ModelRegistry.register_model(name, f"{MODELS}:{name}")
 

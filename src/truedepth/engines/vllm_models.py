@@ -18,7 +18,10 @@ class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """vLLM's Llama layer, as wide as the checkpoint says."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
-        config = vllm_config.model_config.hf_config.per_layer_config[extract_layer_index(prefix)]
+        whole = vllm_config.model_config.hf_config
+        if whole.side_by_side:
+            raise ValueError("vLLM runs no branch groups: layers side by side that are not one")
+        config = whole.per_layer_config[extract_layer_index(prefix)]
         super().__init__(vllm_config, prefix, config=config, **options)
 
 

@@ -1,22 +1,37 @@
-"""What widening has to know of a model family, one small file a family.
+"""What the package has to know of a model family, one small file a family.
 
-Families are data. A decoder layer reads the residual stream through linear maps that follow a norm,
-and writes to it through linear maps whose output is added to it; that, and the names, is all that
-widening needs.
+Families are data. A decoder layer adds two things to the residual stream, attention and FFN, each
+behind a norm of its own. Linear maps read the normed stream and write to it; the names of all these
+are what widening needs, and docs/families.md says how to write them down.
+
+Some layers cannot become one wide layer, because something nonlinear stands between their output
+and the stream, or because they attend in different ways. They run side by side as they are: a
+*branch group*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from truedepth.errors import TruedepthError
 
+QUERY, KEY_VALUE, FFN = "num_attention_heads", "num_key_value_heads", "intermediate_size"
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Attention or FFN: `x + post_norm(module(norm(x)))`, each by its name within a layer."""
+
+    module: str
+    norm: str | None
+    post_norm: str | None = None
+
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one family's tensors, as transformers calls them."""
+    """Names of one family's tensors, as transformers calls them, and what its layers do."""
 
     model_type: str
     """`model_type` in config.json."""
@@ -24,49 +39,109 @@ class Family:
     class_prefix: str
     """What transformers' class names begin with: `Llama` for `LlamaForCausalLM`."""
 
-    reads: Mapping[str, str]
-    """Linear maps that read the residual stream -> the norm before them, whose gain they absorb."""
+    reads: tuple[str, ...]
+    """Linear maps that read the normed residual stream; they absorb their norm's gain."""
 
-    writes: tuple[str, ...]
-    """Linear maps whose output is added to the residual stream."""
+    writes: tuple[str, str]
+    """Linear maps whose output goes to the residual stream, of attention and FFN."""
 
     heads: Mapping[str, str]
     """Linear maps whose rows (or columns, where they write) are heads -> what config.json calls the
-    number of these."""
+    number of these. None where heads cannot be padded."""
+
+    body_prefix: str = ""
+    """The same of the config and the model without a head, where these have another."""
+
+    attention: Sublayer = Sublayer("self_attn", "input_layernorm")
+    ffn: Sublayer = Sublayer("mlp", "post_attention_layernorm")
+
+    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Linear maps that are several in one, one under another -> what config.json calls the size of
+    each: `(QUERY, KEY_VALUE, KEY_VALUE)`, counted in heads, or `(FFN, FFN)`."""
+
+    head_norms: Mapping[str, str] = field(default_factory=dict)
+    """Norms over single heads -> what config.json calls the number of these. Their gains do not
+    fold: in a wide layer every head has its own."""
+
+    gain_offset: float = 0.0
+    """What is added to a norm's weight to give its gain: 1 for Gemma."""
+
+    parallel: bool | str = False
+    """Whether attention and FFN read the same state, or what the config calls that."""
+
+    multiplier: str | None = None
+    """What a layer calls the number that the outputs of its attention and FFN are multiplied by."""
+
+    per_layer: tuple[str, ...] = ("layer_types",)
+    """Lists in the config with one entry a layer. Layers that differ in one are not joined."""
+
+    branches_only: str = ""
+    """Why layers of this family cannot become one wide layer, as the end of a sentence."""
 
     obsolete: tuple[str, ...] = ()
     """Tensors of a layer that old checkpoints carry and no current model class reads."""
 
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names in files -> what transformers makes of them when it loads these."""
+
     layer: str = "model.layers.{}."
     """Prefix of the tensors of one layer."""
 
-    outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "lm_head")
-    """Modules that belong to no layer."""
+    outside: tuple[str, str, str] = ("model.embed_tokens", "model.norm", "lm_head")
+    """Modules that belong to no layer: embedding, final norm, head."""
 
-    tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
-    """The tensor that tied embeddings leave out, and the one that stands for it."""
+    @property
+    def classes(self) -> tuple[str, str, str]:
+        """Transformers' classes: config, model, model with a head."""
+        body = self.body_prefix or self.class_prefix
+        return f"{body}Config", f"{body}Model", f"{self.class_prefix}ForCausalLM"
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        """Attention and FFN."""
+        return self.attention, self.ffn
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """The norms of a layer, each once, in the order of their first use."""
-        return tuple(dict.fromkeys(self.reads.values()))
+        """The norms that maps read, each once."""
+        return tuple(dict.fromkeys(each.norm for each in self.sublayers if each.norm))
 
-    @property
-    def branches(self) -> tuple[tuple[str, str], ...]:
-        """Norm and module of attention, then of FFN: `(("input_layernorm", "self_attn"), …)`."""
-        pairs = ((norm, name.rpartition(".")[0]) for name, norm in self.reads.items())
-        return tuple(dict.fromkeys(pairs))
+    def norm_before(self, name: str) -> str | None:
+        """The norm that the map of that name, or any other part of a sublayer, reads."""
+        inside = (each for each in self.sublayers if name.startswith(f"{each.module}."))
+        return next(inside).norm
+
+    def reads_behind(self, norm: str | None) -> list[str]:
+        """The maps that read a norm."""
+        return [name for name in self.reads if self.norm_before(name) == norm]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every module of a layer that has parameters."""
-        return (*self.norms, *self.reads, *self.writes)
+        """Every module of a layer that widening knows."""
+        return (*self.norms, *self.reads, *self.head_norms, *self.writes)
 
     @property
     def layer_tensors(self) -> set[str]:
-        """Every tensor that a layer may have: all weights, and biases but of norms."""
-        weights = {f"{module}.weight" for module in self.modules}
-        return weights | {f"{module}.bias" for module in (*self.reads, *self.writes)}
+        """Every tensor that a layer may have for widening: weights and biases."""
+        return {f"{module}.{part}" for module in self.modules for part in ("weight", "bias")}
+
+    @property
+    def tied(self) -> tuple[str, str]:
+        """The tensor that tied embeddings leave out, and the one that stands for it."""
+        return f"{self.outside[2]}.weight", f"{self.outside[0]}.weight"
+
+    def is_parallel(self, config: Any) -> bool:
+        """Whether attention and FFN of a model with that config (transformers') read one state."""
+        return bool(
+            getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
+        )
+
+    def current_name(self, tensor: str) -> str:
+        """What transformers calls the tensor of that name in a file."""
+        for old, new in self.renamed.items():
+            if tensor.startswith(old):
+                return new + tensor.removeprefix(old)
+        return tensor
 
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` as `(3, "mlp.up_proj.weight")`.
@@ -80,28 +155,84 @@ class Family:
                 return int(index), rest
         return None, tensor
 
+    def why_branches(self, config: Any, group: Sequence[int]) -> str:
+        """Why the layers of a group cannot be one wide layer, as the end of a sentence; else "".
+
+        Args:
+            config: The original's, transformers' own.
+            group: Layers of the original.
+        """
+        if self.branches_only and len(group) > 1:
+            return self.branches_only
+        for key in self.per_layer:
+            entries = getattr(config, key, None)
+            if entries and len(found := dict.fromkeys(entries[layer] for layer in group)) > 1:
+                said = ", ".join(map(str, found))
+                return f"they differ in {key} ({said})"
+        return ""
+
 
 def all_families() -> Iterator[Family]:
     """Every supported family."""
-    from truedepth.families.llama import LLAMA
-    from truedepth.families.mistral import MISTRAL
-    from truedepth.families.qwen2 import QWEN2
+    from truedepth.families import (
+        cohere,
+        gemma,
+        glm,
+        gpt_neox,
+        granite,
+        llama,
+        mistral,
+        olmo,
+        phi,
+        qwen,
+        smollm3,
+        starcoder2,
+    )
 
-    yield from (LLAMA, MISTRAL, QWEN2)
+    for module in (
+        llama,
+        mistral,
+        qwen,
+        smollm3,
+        phi,
+        granite,
+        gemma,
+        glm,
+        cohere,
+        olmo,
+        starcoder2,
+        gpt_neox,
+    ):
+        yield from module.FAMILIES
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
     """Of a config.json, which need not say it."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return int(config.get("head_dim") or config["hidden_size"] // config[QUERY])
 
 
 CONVERTED = "truedepth_"
 """Before the `model_type` of the original, that of a layer-parallel checkpoint."""
 
+MIXTURES = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+"""What configs call the number of experts."""
+
 
 def unconverted(model_type: str) -> str:
     """`llama` for `truedepth_llama`."""
     return model_type.removeprefix(CONVERTED)
+
+
+def known_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of an original's config.json, if it is supported."""
+    return {family.model_type: family for family in all_families()}.get(
+        str(config.get("model_type"))
+    )
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -111,12 +242,19 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         TruedepthError: The family is unknown, or this model of it cannot be widened exactly.
     """
     model_type = str(config.get("model_type"))
-    known = {family.model_type: family for family in all_families()}
     if model_type.startswith(CONVERTED):
         raise TruedepthError(
             f"{where} is layer-parallel already; convert the model that it was made from instead."
         )
-    if model_type not in known:
+    family = known_family(config)
+    if family is None:
+        known = (family.model_type for family in all_families())
+        if any(config.get(key) for key in MIXTURES):
+            raise TruedepthError(
+                f"{where} ({model_type}) is a mixture of experts: each of its layers' routers takes"
+                " the best few of its own experts, which are not the best few of two layers'"
+                " experts together, so pairs of such layers are no wide layer; not supported."
+            )
         raise TruedepthError(
             f"{where} is of the family {model_type!r}, which is not supported;"
             f" supported: {', '.join(sorted(known))}."
@@ -127,7 +265,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where} holds quantized weights ({method or 'of an unknown method'}), which cannot be"
             " folded exactly; convert the unquantized model and quantize the result."
         )
-    return known[model_type]
+    return family
 
 
 def original_family(config: Mapping[str, Any], where: str) -> Family:

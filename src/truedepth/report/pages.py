@@ -35,7 +35,7 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
     rows = [
         ("model", info.name),
         ("found", info.origin + (f" ({info.quantization})" if info.quantization else "")),
-        ("family", f"{info.family}, widened exactly, groups of any size"),
+        ("family", info.family),
         ("layers", str(plan.num_layers)),
         (
             "a layer",
@@ -46,9 +46,10 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         ("KV cache", f"{decimal(cache)} a token in {name}"),
     ]
     if info.converted:
-        print_rows([*rows, *_plan_rows(plan)])
+        print_rows([*rows, *_plan_rows(plan, info.run), *_branch_rows(info)])
         return
-    print_rows([*rows, ("can be paired", f"all layers, 0 to {plan.num_layers - 1}")])
+    paired = f"all layers, 0 to {plan.num_layers - 1}, in groups of any size, exactly"
+    print_rows([*rows, ("can be paired", paired), *_branch_rows(info)])
     print("\nWhat pairing would save (weights and KV cache stay the same):\n")
     full = plan.all_reduces_per_token(2)
     print_rows(
@@ -136,7 +137,7 @@ def print_conversion(done: Conversion, found: Search | None = None) -> None:
         [
             ("model", f"{done.source} ({done.origin})"),
             *([("dequantized", f"once, from {done.quantization}")] if done.quantization else []),
-            *_plan_rows(done.plan),
+            *_plan_rows(done.plan, done.run),
             *([("search", _search_rows(found)[-1][1])] if found else []),
             *_calibration_rows(done),
             ("written", f"{done.path} ({decimal(done.size)} of weights)"),
@@ -203,7 +204,7 @@ def print_demo(demo: Demo) -> None:
     print_rows(
         [
             ("model", f"{done.source} ({done.origin})"),
-            *_plan_rows(plan),
+            *_plan_rows(plan, done.run),
             *_calibration_rows(done),
             ("weights", decimal(done.size) + (f", kept in {done.path}" if demo.kept else "")),
         ]
@@ -216,7 +217,7 @@ def print_demo(demo: Demo) -> None:
             (
                 "all-reduces a token, tensor parallel",
                 str(plan.unpaired.all_reduces_per_token(2)),
-                str(plan.all_reduces_per_token(2)),
+                str(done.run.all_reduces_per_token(2)),
             ),
             ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
             ("excess loss, nats a token", "", excess_text(measured)),
@@ -296,13 +297,27 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
     print("\nWritten: " + ", ".join(map(str, written)))
 
 
+def _branch_rows(info: Info) -> list[tuple[str, str]]:
+    """Which groups are no wide layers, and which engines run the model."""
+    rows = []
+    if info.branches:
+        begin = ", ".join(map(str, info.branches[:4])) + (", …" if len(info.branches) > 4 else "")
+        which = f"those that begin with layer {begin}"
+        if len(info.branches) == info.plan.num_layers - 1:
+            which = "all"
+        said = f"{which}: {info.branch_reason}" if info.branch_reason else which
+        rows = [("branch groups", said), ("", "exact too, but they save no all-reduces")]
+    engines = (name if not why else f"{name}: no, {why}" for name, why in info.engines.items())
+    return [*rows, ("engines", "; ".join(engines))]
+
+
 def _correlation(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:+.2f}"
 
 
-def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+def _plan_rows(plan: Plan, run: Plan | None = None) -> list[tuple[str, str]]:
     depths = f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})"
-    before, after = plan.unpaired.all_reduces_per_token(2), plan.all_reduces_per_token(2)
+    before, after = plan.unpaired.all_reduces_per_token(2), (run or plan).all_reduces_per_token(2)
     return [
         ("plan", str(plan)),
         ("effective depth", depths),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.families import Family, family_of
+from truedepth.families import Family, family_of, known_family
 from truedepth.tensors import LazyTensor
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class Source:
 
         A hub model's weights are downloaded now. Raises TruedepthError where a file is broken.
         """
-        return self.read_tensors()
+        tensors = self.read_tensors()
+        if family := known_family(self.config):
+            return {family.current_name(name): tensor for name, tensor in tensors.items()}
+        return tensors
 
     @property
     def label(self) -> str:

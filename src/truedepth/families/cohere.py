@@ -1,0 +1,20 @@
+"""Cohere (Command R): attention and FFN side by side already, behind one norm. In Cohere 2 some
+layers attend locally, the others without RoPE.
+"""
+
+from dataclasses import replace
+
+from truedepth.families import KEY_VALUE, QUERY, Sublayer
+from truedepth.families.llama import LLAMA
+
+COHERE = replace(
+    LLAMA,
+    model_type="cohere",
+    class_prefix="Cohere",
+    ffn=Sublayer("mlp", "input_layernorm"),
+    parallel=True,
+    head_norms={"self_attn.q_norm": QUERY, "self_attn.k_norm": KEY_VALUE},
+)
+COHERE2 = replace(COHERE, model_type="cohere2", class_prefix="Cohere2", head_norms={})
+
+FAMILIES = (COHERE, COHERE2)

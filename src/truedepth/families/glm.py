@@ -1,0 +1,24 @@
+"""GLM: Llama's layers with gate and up in one map. GLM-4 has norms behind attention and FFN too."""
+
+from dataclasses import replace
+
+from truedepth.families import FFN, Sublayer
+from truedepth.families.llama import LLAMA
+
+GLM = replace(
+    LLAMA,
+    model_type="glm",
+    class_prefix="Glm",
+    reads=(*LLAMA.reads[:3], "mlp.gate_up_proj"),
+    packed={"mlp.gate_up_proj": (FFN, FFN)},
+)
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    class_prefix="Glm4",
+    attention=Sublayer("self_attn", "input_layernorm", "post_self_attn_layernorm"),
+    ffn=Sublayer("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
+    branches_only="each has a norm behind its attention and FFN",
+)
+
+FAMILIES = (GLM, GLM4)

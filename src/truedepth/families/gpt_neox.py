@@ -1,0 +1,23 @@
+"""GPT-NeoX (Pythia): attention and FFN side by side already, mostly, each behind its LayerNorm.
+
+Its attention takes the size of a head from the number of heads, so a layer cannot have more.
+"""
+
+from truedepth.families import Family, Sublayer
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    class_prefix="GPTNeoX",
+    attention=Sublayer("attention", "input_layernorm"),
+    reads=("attention.query_key_value", "mlp.dense_h_to_4h"),
+    writes=("attention.dense", "mlp.dense_4h_to_h"),
+    heads={},
+    parallel="use_parallel_residual",
+    branches_only="transformers' layer of this family cannot have more heads than the model",
+    obsolete=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    layer="gpt_neox.layers.{}.",
+    outside=("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "lm_head"),
+    renamed={"embed_out.": "lm_head."},
+)
+
+FAMILIES = (GPT_NEOX,)

@@ -1,0 +1,207 @@
+"""A small config of every supported family, and its layers side by side, by its own code alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ALTERNATING = ["sliding_attention", "full_attention"] * 3
+TWO_OF_A_KIND = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+
+# Every model has 6 layers; its groups are wide layers but for those of `branches`.
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"config": "LlamaConfig"},
+    "llama 3": {"config": "LlamaConfig", "rope_parameters": LLAMA_3_ROPE},
+    "mistral": {"config": "MistralConfig", "sliding_window": None},
+    "mistral, window": {"config": "MistralConfig", "sliding_window": 8},
+    "mistral, head_dim": {"config": "MistralConfig", "sliding_window": None, "head_dim": 32},
+    "ministral": {
+        "config": "MinistralConfig",
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": TWO_OF_A_KIND,
+        "branches": True,
+    },
+    "ministral 3": {
+        "config": "Ministral3Config",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "qwen2": {"config": "Qwen2Config"},
+    "qwen2, windows": {
+        "config": "Qwen2Config",
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+        "branches": True,
+    },
+    "qwen3": {"config": "Qwen3Config", "head_dim": 16},
+    "qwen3, biases": {"config": "Qwen3Config", "head_dim": 32, "attention_bias": True},
+    "smollm3": {
+        "config": "SmolLM3Config",
+        "no_rope_layers": [1, 1, 1, 0, 0, 1],
+        "branches": True,
+    },
+    "phi3": {"config": "Phi3Config"},
+    "phi4-mini": {
+        "config": "Phi3Config",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_window": 8,
+    },
+    "granite": {
+        "config": "GraniteConfig",
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 5.0,
+        "logits_scaling": 3.0,
+    },
+    "gemma": {"config": "GemmaConfig", "head_dim": 16},
+    "gemma2": {
+        "config": "Gemma2Config",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ALTERNATING,
+        "branches": True,
+    },
+    "gemma3": {
+        "config": "Gemma3TextConfig",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": TWO_OF_A_KIND,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "branches": True,
+    },
+    "glm": {"config": "GlmConfig", "head_dim": 16, "attention_bias": True},
+    "glm4": {"config": "Glm4Config", "head_dim": 16, "branches": True},
+    "cohere": {"config": "CohereConfig", "logit_scale": 0.25},
+    "cohere, norms": {"config": "CohereConfig", "use_qk_norm": True, "logit_scale": 0.25},
+    "cohere2": {
+        "config": "Cohere2Config",
+        "sliding_window": 8,
+        "layer_types": TWO_OF_A_KIND,
+        "branches": True,
+    },
+    "olmo2": {"config": "Olmo2Config", "branches": True},
+    "olmo3": {
+        "config": "Olmo3Config",
+        "sliding_window": 8,
+        "layer_types": TWO_OF_A_KIND,
+        "branches": True,
+    },
+    "starcoder2": {"config": "Starcoder2Config", "sliding_window": 8},
+    "pythia": {
+        "config": "GPTNeoXConfig",
+        "num_key_value_heads": None,
+        "hidden_dropout": 0.0,
+        "branches": True,
+    },
+    "gpt-neox, sequential": {
+        "config": "GPTNeoXConfig",
+        "num_key_value_heads": None,
+        "use_parallel_residual": False,
+        "branches": True,
+    },
+}
+
+
+def options_of(case: str) -> dict[str, Any]:
+    """For `make_model`."""
+    options = {name: value for name, value in CASES[case].items() if name != "branches"}
+    return options | {"family": getattr(transformers, options.pop("config"))}
+
+
+class Off:
+    """Within it a module gives zeros: the layer around it adds nothing in its place."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._hook = self._module.register_forward_hook(self._zeros)
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    @staticmethod
+    def _zeros(module: Any, given: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+
+@torch.no_grad()
+def side_by_side(
+    model: Any, ids: Tensor, groups: Sequence[Sequence[int]], parallel: bool
+) -> Tensor:
+    """Logits of a model whose layers run in groups, from whole layers of its own.
+
+    With the FFN switched off a layer gives x + A(x), with the attention switched off x + F(x), with
+    all norms, windows and multipliers that are its own; so nothing of truedepth is used here.
+
+        a = x + Σ_i A_i(x)        y = a + Σ_i F_i(a)        or F_i(x), where layers are parallel
+    """
+    body = model.base_model
+    layers, group_of = list(body.layers), {group[0]: group for group in groups}
+    calls: dict[int, tuple[Any, Any]] = {}
+
+    def keep(index: int) -> Any:
+        def hook(module: Any, given: Any, call: Any) -> None:
+            calls[index] = given[1:], call
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(keep(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    entered: list[Tensor] = []
+    hooks.append(layers[0].register_forward_pre_hook(lambda _, given: entered.append(given[0])))
+    body(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+    def added(index: int, x: Tensor, off: Sequence[str]) -> Tensor:
+        given, call = calls[index]
+        (name,) = (name for name in off if hasattr(layers[index], name))
+        with Off(getattr(layers[index], name)):
+            return layers[index](x, *given, **call) - x
+
+    x = entered[0]
+    for first in sorted(group_of):
+        a = x + sum(added(index, x, ["mlp"]) for index in group_of[first])
+        seen = x if parallel else a
+        x = a + sum(added(i, seen, ["self_attn", "attention"]) for i in group_of[first])
+
+    # what is behind the layers: they are passed by, the last of them giving x
+    hook = layers[-1].register_forward_hook(lambda *_: x)
+    logits: Tensor = model(ids, use_cache=False).logits
+    hook.remove()
+    return logits

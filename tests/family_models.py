@@ -116,6 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": TWO_OF_A_KIND,
         "branches": True,
     },
+    "arcee": {"config": "ArceeConfig", "hidden_act": "relu2"},
     "starcoder2": {"config": "Starcoder2Config", "sliding_window": 8},
     "pythia": {
         "config": "GPTNeoXConfig",

@@ -223,11 +223,12 @@ def plan_of(config: Mapping[str, Any]) -> Plan | None:
 
 
 def places_of(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """The layers of a converted model that stand for each group of its plan, by its config.json.
+    """The layers of a model that stand for each group of its plan, by its config.json.
 
     A wide layer stands for a group by itself; the layers of a branch group are as many as it has.
+    An original's layers stand for themselves.
     """
-    depth = len(config["layer_widths"])
+    depth = config["num_hidden_layers"]
     branches = {group[0]: tuple(group) for group in config.get("side_by_side") or ()}
     inside = {index for group in branches.values() for index in group[1:]}
     return [branches.get(index, (index,)) for index in range(depth) if index not in inside]

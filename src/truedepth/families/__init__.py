@@ -202,6 +202,7 @@ def all_families() -> Iterator[Family]:
         olmo,
         starcoder2,
         gpt_neox,
+        arcee,
     ):
         yield from module.FAMILIES
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Qwen2Config
 from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
@@ -13,12 +14,14 @@ from typer.testing import CliRunner
 import truedepth as td
 from conftest import random_ids
 from family_models import CASES, options_of, side_by_side
+from truedepth.calibration_run import walk_of
 from truedepth.cli import app
 from truedepth.families import all_families
 from truedepth.heal_options import TextPart
 from truedepth.inspection import inspect_model
 from truedepth.loading import empty_model
 from truedepth.ranks import run_ranks
+from truedepth.schedule import Runner, Step
 
 GROUPS = [[0], [1, 2], [3, 4, 5]]
 PARALLEL = {"cohere", "cohere, norms", "cohere2", "pythia"}
@@ -181,7 +184,33 @@ def test_info_and_predict(converted, case):
         said = CliRunner().invoke(app, ["info", str(model)])
         assert said.exit_code == 0, said.output
         assert options_of(case)["family"].model_type in said.output
+        assert td.predict(model, td.Plan(6, GROUPS)).speedup > 0
     assert inspect_model(out).plan == td.Plan(6, GROUPS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_schedules_and_walks_give_what_the_converted_model_gives(converted, case):
+    """The study's way through the layers and the calibration's, against the checkpoint."""
+    source, out = converted(case)
+    ids = random_ids(batch=3)
+    with torch.no_grad():
+        logits = td.load(out).model(ids).logits[:, :-1]
+    expected = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    schedule = tuple(Step(tuple(group)) for group in GROUPS)
+    ((_, nll),) = Runner(td.load(source, dtype=torch.float32), ids).run([schedule])
+    torch.testing.assert_close(nll.float(), expected, **CLOSE)
+    options = td.Calibration(dtype=torch.float32)
+    walk = walk_of(td.open_source(source), GROUPS, ids[:0], ids, options)
+    for index, group in enumerate(GROUPS):
+        walk.advance(index, group)
+    torch.testing.assert_close(walk.losses()[0, :, 0].float(), expected, **CLOSE)
+
+
+def test_a_plan_is_searched_among_wide_layers_and_branch_groups(make_model, prose):
+    source = make_model(**options_of("smollm3"))
+    text = td.Calibration(text=[prose], tokens=4096)
+    found = td.search(source, depth=4, calibration=text)
+    assert found.plan.effective_depth == 4
 
 
 def test_mixtures_of_experts_are_refused_with_the_reason(make_model, tmp_path):

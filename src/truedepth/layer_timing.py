@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from truedepth.engines.transformers import TransformersRunner, stopwatch
-from truedepth.families import CONVERTED, KEY_VALUE, QUERY, head_dim, unconverted
+from truedepth.families import CONVERTED, KEY_VALUE, QUERY, head_dim, original_family, unconverted
 from truedepth.loading import empty_model, transformers_config
 from truedepth.padding import head_padding
 from truedepth.ranks import run_ranks
@@ -71,7 +71,8 @@ def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         "pad_token_id": None,
         "num_hidden_layers": sum(config.get("layer_widths") or [1] * config["num_hidden_layers"]),
         "layer_widths": None,
-        "layer_types": None,
+        "side_by_side": None,
+        **dict.fromkeys(original_family(config, "The model").per_layer),
         "model_type": CONVERTED + unconverted(config["model_type"]),
     }
 

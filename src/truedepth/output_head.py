@@ -37,5 +37,5 @@ class OutputHead:
 class _Given(nn.Module):
     """In the place of a model without a head: has computed already what it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

@@ -219,6 +219,26 @@ def test_mixtures_of_experts_are_refused_with_the_reason(make_model, tmp_path):
         td.convert(make_model(family=MixtralConfig, **small), tmp_path / "out", td.Plan(6, []))
 
 
+def test_multimodal_models_are_refused_with_what_to_do(tmp_path):
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 2, "hidden_size": 8})
+    )
+    with pytest.raises(td.TruedepthError, match=r"more than text.*\(gemma3_text\)"):
+        inspect_model(tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_info_needs_the_config_alone(make_model, case, tmp_path):
+    config = json.loads((make_model(**options_of(case)) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 1 << 10}))
+    found = inspect_model(tmp_path)
+    assert bool(found.branches) == bool(CASES[case].get("branches"))
+    assert found.engines["transformers"] == ""
+    saved = found.savings[0].all_reduces_per_token - found.savings[-1].all_reduces_per_token
+    assert saved == 2 * sum(first not in found.branches for first in (0, 2, 4))
+
+
 @pytest.mark.parametrize("family", list(all_families()), ids=lambda family: family.model_type)
 def test_upstream_layers_are_what_widening_knows(family, make_model):
     """Fails when a layer of the installed transformers gains or loses a parameter or a module."""

@@ -9,7 +9,15 @@ import sys
 
 import pytest
 import torch
-from transformers import MistralConfig, Qwen2Config
+from transformers import (
+    CohereConfig,
+    GemmaConfig,
+    GraniteConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import truedepth as td
 
@@ -110,8 +118,14 @@ def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, r
         ({"family": MistralConfig, "sliding_window": None}, 1),
         ({"family": MistralConfig, "sliding_window": 16}, 1),
         ({"family": Qwen2Config}, 2),
+        ({"family": Qwen3Config, "head_dim": 32}, 2),
+        ({"family": Phi3Config}, 2),
+        ({"family": GraniteConfig, "residual_multiplier": 0.4, "logits_scaling": 3.0}, 1),
+        ({"family": GemmaConfig, "head_dim": 32}, 1),
+        ({"family": CohereConfig, "logit_scale": 0.5}, 1),
+        ({"family": CohereConfig, "logit_scale": 0.5, "use_qk_norm": True}, 2),
     ],
-    ids=["mistral", "mistral with a window", "qwen2"],
+    ids=lambda given: given["family"].model_type if isinstance(given, dict) else f"{given} ranks",
 )
 def test_other_families(make_model, options, ranks, prompts, tmp_path):
     shapes = {name: size for name, size in SHAPES.items() if name != "head_dim"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VLLM_FAMILIES = ("llama", "mistral", "qwen2")
+VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "cohere")
 """Whose classes of vLLM's the plugin gives layers of other widths."""
 
 LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")

@@ -233,6 +233,11 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
                 " the best few of its own experts, which are not the best few of two layers'"
                 " experts together, so pairs of such layers are no wide layer; not supported."
             )
+        if isinstance(inside := config.get("text_config"), dict):
+            raise TruedepthError(
+                f"{where} ({model_type}) takes more than text; save its language model"
+                f" ({inside.get('model_type')}) as a checkpoint of its own and convert that."
+            )
         raise TruedepthError(
             f"{where} is of the family {model_type!r}, which is not supported;"
             f" supported: {', '.join(sorted(known))}."

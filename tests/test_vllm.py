@@ -72,8 +72,9 @@ def expected(path, prompts):
     for prompt in prompts:
         out = model.generate(
             torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             max_new_tokens=LENGTH,
-            min_new_tokens=LENGTH,
+            eos_token_id=None,  # vLLM, too, takes it for a token like others
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,

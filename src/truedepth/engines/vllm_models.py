@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest.mock import patch
 
@@ -16,16 +17,25 @@ from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from truedepth.engines.vllm import check_version
-from truedepth.modeling import PREFIX
+from truedepth.modeling import PREFIX, WIDENED
 
 check_version(vllm.__version__)
 
 
 def layer_config(whole: Any, prefix: str) -> Any:
-    """The config of one layer, from the model's and the layer's name."""
+    """The config of one layer, from the model's and the layer's name.
+
+    Of the same class as the model's, which layers of vLLM's ask for.
+    """
     if whole.side_by_side:
         raise ValueError("vLLM runs no branch groups: layers side by side that are not one")
-    return whole.per_layer_config[extract_layer_index(prefix)]
+    width = whole.layer_widths[extract_layer_index(prefix)]
+    if width == 1:
+        return whole
+    own = copy.copy(whole)
+    for name in WIDENED:
+        setattr(own, name, getattr(whole, name) * width)
+    return own
 
 
 class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]

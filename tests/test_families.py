@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,6 +86,30 @@ def test_cached_decoding_saving_and_loading(converted, case, tmp_path):
         model.save_pretrained(tmp_path / "saved")
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
         assert torch.equal(saved(ids).logits, model(ids).logits)
+
+
+WITHOUT_TRUEDEPTH = """
+import json, sys
+sys.modules["truedepth"] = None  # importing it now fails
+import torch
+from transformers import AutoModelForCausalLM
+ids, found = torch.load(sys.argv[1]), {}
+with torch.no_grad():
+    for case, path in json.loads(sys.argv[2]).items():
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        found[case] = model(ids).logits
+torch.save(found, sys.argv[3])
+"""
+
+
+def test_a_fresh_process_without_truedepth(converted, tmp_path):
+    torch.save(random_ids(), tmp_path / "ids")
+    checkpoints = {case: str(converted(case)[1]) for case in CASES}
+    given = [str(tmp_path / "ids"), json.dumps(checkpoints), str(tmp_path / "found")]
+    subprocess.run([sys.executable, "-c", WITHOUT_TRUEDEPTH, *given], check=True)
+    for case, logits in torch.load(tmp_path / "found").items():
+        with torch.no_grad():
+            assert torch.equal(logits, td.load(checkpoints[case]).model(random_ids()).logits)
 
 
 @pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "granite", "cohere, norms", "glm"])

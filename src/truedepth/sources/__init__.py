@@ -61,7 +61,10 @@ def _open_hub(repo: str, local_only: bool = False) -> Source:
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
     source = open_directory(path, name=repo, origin=origin)
     both = SMALL_FILES + WEIGHTS
-    return replace(source, read_tensors=lambda: read_tensors(_snapshot(repo, both, local_only)))
+    return replace(
+        source,
+        read_tensors=lambda: read_tensors(_snapshot(repo, both, local_only), source.stamps),
+    )
 
 
 def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:

@@ -165,7 +165,10 @@ def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -
     except BlockingIOError as error:
         raise TruedepthError(busy) from error
     except OSError as error:
-        raise TruedepthError(f"Cannot write to {where or directory}: {error.strerror}.") from error
+        raise TruedepthError(
+            f"Cannot write to {where or directory}: {error.strerror}.",
+            exit_code=1 if error.errno == errno.ENOSPC else 2,
+        ) from error
 
 
 def _clear(out: Path) -> None:

@@ -77,8 +77,12 @@ def write_checkpoint(
     """
     with atomic_directory(out, force, kept) as partial:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        with progress_bar("Writing", total, unit="bytes") as advance:
-            size = write_weights(partial, tensors, shard_size, advance)
+        try:
+            with progress_bar("Writing", total, unit="bytes") as advance:
+                size = write_weights(partial, tensors, shard_size, advance)
+        except OSError:  # also of a block that is gone, because its file was cut short
+            source.check_unchanged()
+            raise
         source.save_companions(partial)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")

@@ -36,6 +36,9 @@ from truedepth.plan import Plan
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
 
+NO_ROOM = 1 << 20
+"""Bytes left on a disk that a write has just failed for."""
+
 LORA_DOWN, LORA_UP = "lora_A", "lora_B"  # peft's names
 
 
@@ -296,11 +299,13 @@ class _Trainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each has its own
             directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            reason = str(error).strip().splitlines()[0]
+            if shutil.disk_usage(directory.parent).free < NO_ROOM:  # torch does not say it
+                reason = "No space left on device"
             shutil.rmtree(directory, ignore_errors=True)
             raise TruedepthError(
-                f"Keeping the training's state in {directory} failed:"
-                f" {str(error).strip().splitlines()[0]}; with that put right the same command goes"
-                " on from the state before.",
+                f"Keeping the training's state in {directory} failed: {reason}; with that put right"
+                " the same command goes on from the state before.",
                 exit_code=1,
             ) from error
 

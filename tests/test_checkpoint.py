@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from conftest import random_ids
+from truedepth import atomic
 from truedepth.atomic import atomic_directory
 from truedepth.checkpoint import BLOCK_BYTES, write_weights
 from truedepth.tensors import LazyTensor, from_tensor
@@ -157,11 +158,38 @@ def test_force_gives_the_old_output_back_if_the_rename_fails(tmp_path, monkeypat
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(atomic, "_swapped", lambda one, other: False)
     failed = pytest.raises(td.TruedepthError, match="No space left")
     with failed, atomic_directory(tmp_path / "out", force=True):
         pass
     assert listing(tmp_path) == ["out"]
     assert listing(tmp_path / "out") == ["precious"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_force_where_the_file_system_can_swap_names_and_where_not(
+    tmp_path, monkeypatch, in_one_step
+):
+    precious(tmp_path)
+    if not in_one_step:
+        monkeypatch.setattr(atomic, "_swapped", lambda one, other: False)
+    else:
+        monkeypatch.delattr(Path, "rename")
+    with atomic_directory(tmp_path / "out", force=True) as partial:
+        (partial / "new").touch()
+    assert listing(tmp_path) == ["out"]
+    assert listing(tmp_path / "out") == ["new"]
+
+
+def test_what_a_run_killed_after_its_work_left_is_removed_by_the_next(make_model, tmp_path):
+    """It was killed behind the rename: the output is whole, and the same command is refused."""
+    precious(tmp_path)
+    for name in (".out.partial", ".out.calibration", ".out.healing"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.calibration" / "used-up").touch()
+    with pytest.raises(td.TruedepthError, match="--force"):
+        td.convert(make_model(), tmp_path / "out", PLAN)
+    assert listing(tmp_path) == [".out.healing", "out"]  # unfinished: there may be work in it
 
 
 def test_an_output_set_aside_by_a_killed_run_is_put_back(tmp_path):

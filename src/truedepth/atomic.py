@@ -7,14 +7,26 @@ refused, and what a killed run left behind is recognised and removed by the next
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from truedepth.errors import TruedepthError
+
+USED_UP = "used-up"
+"""A file in a directory that a run kept beside its output: all of it is in the output."""
+
+
+def beside(out: Path, what: str) -> Path:
+    """The hidden sibling of an output that holds its unfinished `calibration`, `healing`, …"""
+    return out.with_name(f".{out.name}.{what}")
 
 
 def check_output(out: Path, force: bool = False) -> None:
@@ -24,20 +36,26 @@ def check_output(out: Path, force: bool = False) -> None:
         TruedepthError: `out` exists and `force` is not given.
     """
     if os.path.lexists(out) and not force:
+        _clear(out.resolve())
         raise TruedepthError(f"{out} exists already; give --force to replace it.")
 
 
 @contextmanager
-def atomic_directory(out: Path, force: bool = False) -> Iterator[Path]:
+def atomic_directory(out: Path, force: bool = False, kept: Path | None = None) -> Iterator[Path]:
     """A directory to write to, which becomes `out` when the block ends without an exception.
 
     With `force` an existing `out` is replaced at that moment and not before.
+
+    Args:
+        out: Where to.
+        force: Replace it if it exists.
+        kept: A directory that the run kept beside it, which is used up at that moment.
 
     Raises:
         TruedepthError: `out` exists, is being written by another run, or cannot be written. An
             OSError of the block, such as a full disk, becomes one too.
     """
-    with _partial(out, force, lambda partial: partial) as partial:
+    with _partial(out, force, lambda partial: partial, kept) as partial:
         yield partial
 
 
@@ -54,19 +72,50 @@ def atomic_file(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _partial(out: Path, force: bool, written: Callable[[Path], Path]) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when the block ends without an exception.
+
+    For the files of a directory that has its lock already, and is gone on with after a fault.
+
+    Raises:
+        TruedepthError: It cannot be written, as on a full disk.
+    """
+    partial = beside(path, "partial")
+    try:
+        yield partial
+        _sync_one(partial)
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors' own for a full disk
+            reason = getattr(error, "strerror", None) or str(error)
+            raise TruedepthError(
+                f"Writing {path} failed: {reason}; with that put right the same command goes on"
+                " from what was written before.",
+                exit_code=1,
+            ) from error
+        raise
+
+
+@contextmanager
+def _partial(
+    out: Path, force: bool, written: Callable[[Path], Path], kept: Path | None = None
+) -> Iterator[Path]:
     """A hidden directory to write in; what is `written` there becomes `out`."""
     out = out.resolve()
-    partial, replaced = (out.with_name(f".{out.name}.{what}") for what in ("partial", "replaced"))
-    lock = _locked_directory(partial, out)
+    partial, replaced = beside(out, "partial"), beside(out, "replaced")
+    busy = f"{out} is being written by another run."
+    lock = locked_directory(partial, busy=busy, where=out)
     try:
         if replaced.exists() and not out.exists():  # a run was killed between its two renames
             replaced.rename(out)
         check_output(out, force)
-        _empty(partial)
+        empty(partial)
         yield partial
         _sync(written(partial))
         check_output(out, force)  # it may have appeared meanwhile
+        if kept is not None and kept.is_dir():
+            (kept / USED_UP).touch()
         _exchange(written(partial), out, replaced)
     except BaseException as error:
         if isinstance(error, OSError):
@@ -86,28 +135,56 @@ def _is_locked(partial: Path, lock: int) -> bool:
     return partial.exists() and partial.stat().st_ino == os.fstat(lock).st_ino
 
 
-def _locked_directory(partial: Path, out: Path) -> int:
-    """Make the directory and lock it; the lock goes with the process, however it ends."""
+def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -> int:
+    """Make a directory and lock it; the lock goes with the process, however it ends.
+
+    Args:
+        directory: Made where it is not there.
+        busy: What to say if another run has locked it.
+        where: What to name where it cannot be made; by default the directory.
+
+    Returns:
+        The lock, to be closed.
+
+    Raises:
+        TruedepthError: It is locked, or cannot be made.
+    """
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            partial.mkdir(exist_ok=True)
-            lock = os.open(partial, os.O_RDONLY)
+            directory.mkdir(exist_ok=True)
+            lock = os.open(directory, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_locked(partial, lock):
+                if _is_locked(directory, lock):
                     return lock
             except BaseException:
                 os.close(lock)
                 raise
             os.close(lock)
     except BlockingIOError as error:
-        raise TruedepthError(f"{out} is being written by another run.") from error
+        raise TruedepthError(busy) from error
     except OSError as error:
-        raise TruedepthError(f"Cannot write to {out}: {error.strerror}.") from error
+        raise TruedepthError(
+            f"Cannot write to {where or directory}: {error.strerror}.",
+            exit_code=1 if error.errno == errno.ENOSPC else 2,
+        ) from error
 
 
-def _empty(directory: Path) -> None:
+def _clear(out: Path) -> None:
+    """Remove what is left beside a whole output by a run that was killed just after writing it."""
+    kept = [beside(out, what) for what in ("calibration", "healing")]
+    partial = beside(out, "partial")
+    for directory in [partial, *(each for each in kept if (each / USED_UP).exists())]:
+        if directory.is_dir():
+            with suppress(TruedepthError):  # another run is at work there, or it cannot be removed
+                lock = locked_directory(directory, busy="")
+                shutil.rmtree(directory, ignore_errors=True)
+                os.close(lock)
+
+
+def empty(directory: Path) -> None:
+    """Remove all that a directory holds."""
     for entry in directory.iterdir():
         _remove(entry)
 
@@ -127,18 +204,35 @@ def _sync_one(path: Path) -> None:
 
 
 def _exchange(written: Path, out: Path, replaced: Path) -> None:
-    """Put what is written in the place of `out`, which is back if that fails."""
-    if out.exists():
+    """Put what is written in the place of `out`: in one step, or with `out` back if that fails."""
+    if out.exists() and _swapped(written, out):
+        replaced = written
+    elif out.exists():
         _remove(replaced)
         out.rename(replaced)
-    try:
-        written.rename(out)
-    except BaseException:
-        if replaced.exists():
+        try:
+            written.rename(out)
+        except BaseException:
             replaced.rename(out)
-        raise
+            raise
+    else:
+        written.rename(out)
     _sync_one(out.parent)
     _remove(replaced)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Let two names change places in one step, where system and file system can (Linux, mostly)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    if renameat2 is None:
+        return False
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _remove(path: Path) -> None:

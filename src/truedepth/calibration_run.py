@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from truedepth.atomic import whole_file
 from truedepth.calibration import Calibrator, Refit
 from truedepth.calibration_text import Calibration, calibration_windows
 from truedepth.converted import converted_config, converted_tensors, places_of_groups
@@ -44,14 +45,18 @@ class Calibrated:
     """For config.json: what it was calibrated on, and what each map gained on held-out windows."""
 
 
-def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration) -> Calibrated:
-    """Refit the wide layers of a conversion.
+@contextmanager
+def calibrated(
+    source: Source, plan: Plan, directory: Path, options: Calibration
+) -> Iterator[Calibrated]:
+    """Refit the wide layers of a conversion, which can be read until the block ends.
 
     Args:
         source: The original.
         plan: Of the conversion.
-        directory: Keeps every layer as it is refitted. A run that finds the layers of the same
-            calibration there goes on after them; those of another are removed.
+        directory: Keeps every layer as it is refitted, until the block has ended without an
+            exception. A run that finds the layers of the same calibration there goes on after them;
+            those of another are removed.
         options: What to calibrate on.
 
     Raises:
@@ -96,18 +101,21 @@ def calibrated(source: Source, plan: Plan, directory: Path, options: Calibration
                 elif path.exists():
                     walk.advance(index, group, load_file(path))
                 else:
-                    _save(calibrator.refit(index, group), path)
+                    refit = calibrator.refit(index, group)
+                    source.check_unchanged()
+                    _save(refit, path)
                 if wide:
                     weights, gains["+".join(map(str, group))] = _read(path)
                     prefix = source.family.layer.format(*walk.converted.places[index])
                     replaced |= {prefix + name: tensor for name, tensor in weights.items()}
                 advance(1)
         check = Loss.of(walk.losses()[0], options.window) if len(text.check) else None
-    record = settings | {
-        "check": asdict(check) if check else None,
-        "held_out_errors": gains,
-    }
-    return Calibrated(replaced, record)
+        del walk, calibrator  # their states are not needed for writing
+        record = settings | {
+            "check": asdict(check) if check else None,
+            "held_out_errors": gains,
+        }
+        yield Calibrated(replaced, record)
 
 
 def walk_of(
@@ -155,11 +163,8 @@ def _save(refit: Refit, path: Path) -> None:
     """All at once: a file of that name is whole."""
     fits = {name: (fit.penalty, fit.before, fit.after) for name, fit in refit.fits.items()}
     weights = {name: weight.cpu().contiguous() for name, weight in refit.weights.items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata={"fits": json.dumps(fits)})
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    with whole_file(path) as partial:
+        save_file(weights, partial, metadata={"fits": json.dumps(fits)})
 
 
 def _read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:

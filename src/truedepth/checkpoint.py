@@ -55,6 +55,7 @@ def write_checkpoint(
     card: str,
     shard_size: int | str,
     force: bool,
+    kept: Path | None = None,
 ) -> int:
     """Write a checkpoint whole or not at all.
 
@@ -66,19 +67,28 @@ def write_checkpoint(
         card: README.md.
         shard_size: Most bytes a file of weights holds.
         force: Replace `out` if it exists.
+        kept: What the run kept beside `out`, all of which is in the tensors.
 
     Returns:
         The bytes of all weights.
+
+    Raises:
+        TruedepthError: `out` cannot be written, or the source changed while it was read.
     """
-    with atomic_directory(out, force) as partial:
+    with atomic_directory(out, force, kept) as partial:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        with progress_bar("Writing", total, unit="bytes") as advance:
-            size = write_weights(partial, tensors, shard_size, advance)
+        try:
+            with progress_bar("Writing", total, unit="bytes") as advance:
+                size = write_weights(partial, tensors, shard_size, advance)
+        except OSError:  # also of a block that is gone, because its file was cut short
+            source.check_unchanged()
+            raise
         source.save_companions(partial)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        source.check_unchanged()
     return size
 
 

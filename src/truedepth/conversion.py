@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from truedepth import __version__
-from truedepth.atomic import check_output
+from truedepth.atomic import beside, check_output
 from truedepth.calibration_run import calibrated
 from truedepth.calibration_text import Calibration
 from truedepth.card import model_card
@@ -20,7 +20,6 @@ from truedepth.errors import TruedepthError
 from truedepth.padding import head_padding, padded_tensors
 from truedepth.plan import Plan
 from truedepth.sources import Source, open_source
-from truedepth.unfinished import beside
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,19 @@ def convert(
         "healing": None,
     }
     check_loadable(config, tensors, source.path)
-    kept = beside(out, "calibration")
-    if calibration is not None and plan.paired_layers:
-        refitted = calibrated(source, plan, kept, calibration)
-        tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
-        config["truedepth"]["calibration"] = refitted.record
-    if padding:
-        tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
-        config |= padding
-        check_loadable(config, tensors, source.path)
-    card = model_card(source, plan, config["truedepth"]["calibration"])
-    size = write_checkpoint(out, source, config, tensors, card, shard_size, force)
-    if calibration is not None:
-        shutil.rmtree(kept, ignore_errors=True)
+    kept = None
+    with ExitStack() as stack:
+        if calibration is not None and plan.paired_layers:
+            kept = beside(out, "calibration")
+            refitted = stack.enter_context(calibrated(source, plan, kept, calibration))
+            tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
+            config["truedepth"]["calibration"] = refitted.record
+        if padding:
+            tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
+            config |= padding
+            check_loadable(config, tensors, source.path)
+        card = model_card(source, plan, config["truedepth"]["calibration"])
+        size = write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
     record = config["truedepth"]["calibration"]
     return Conversion(
         path=out,

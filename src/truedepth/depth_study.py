@@ -156,7 +156,8 @@ def study(
             as `load`. The residual stream is float32 in any case.
 
     Raises:
-        TruedepthError: The directory holds another study, or model or text cannot be used.
+        TruedepthError: The directory holds another study or cannot be written, model or text cannot
+            be used, or the model's files changed meanwhile.
     """
     for name, value in (("stride", stride), ("permutations", permutations)):
         if value < 1:
@@ -190,11 +191,12 @@ def study(
     wanted = {cell: s for cell, s in possible.items() if cell.transformation in transformations}
     with Measurements(Path(out).expanduser(), identity) as kept:
         runner = Runner(load(source, device=device, dtype=dtype), ids)
-        _measure(runner, [original, *pairs.values(), *wanted.values()], kept)
+        _measure(runner, [original, *pairs.values(), *wanted.values()], kept, source)
         lacking = {cell.transformation for cell, s in possible.items() if s not in kept}
         cells = {cell: s for cell, s in possible.items() if cell.transformation not in lacking}
         with progress_bar("Dependence of layers", layers * (layers - 1) // 2) as advance:
             measures = dependence(runner, advance)
+        source.check_unchanged()
         losses = {cell: kept[s].mean().item() for cell, s in (pairs | cells).items()}
         base = kept[original].mean().item()
     if not all(map(math.isfinite, [base, *losses.values()])):
@@ -244,12 +246,15 @@ def _windows(source: Source, text: str | Path | None, window: int, windows: int)
     return ids
 
 
-def _measure(runner: Runner, schedules: Sequence[Schedule], kept: Measurements) -> None:
+def _measure(
+    runner: Runner, schedules: Sequence[Schedule], kept: Measurements, source: Source
+) -> None:
     """Run those schedules that are not kept yet."""
     missing = {schedule for schedule in schedules if schedule not in kept}
     done = runner.evaluated
     with progress_bar("Layers", math.ceil(layer_evaluations(missing))) as advance:
         for schedule, nll in runner.run(missing):
+            source.check_unchanged()  # the model's weights are mapped from its files
             kept.add(schedule, nll)
             advance(runner.evaluated - done)
             done = runner.evaluated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -33,6 +35,9 @@ from truedepth.loading import filled_model
 from truedepth.plan import Plan, paired_places, places_of
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
+
+NO_ROOM = 1 << 20
+"""Bytes left on a disk that a write has just failed for."""
 
 LORA_DOWN, LORA_UP = "lora_A", "lora_B"  # peft's names
 
@@ -165,6 +170,7 @@ def run_training(
     options: Healing,
     processes: int,
     checkpoints: Path,
+    check: Callable[[], object],
 ) -> tuple[dict[str, Tensor], list[dict[str, float]], int]:
     """Train, or go on where a killed run was.
 
@@ -175,6 +181,7 @@ def run_training(
         options: Of the training.
         processes: That train together.
         checkpoints: A directory for them.
+        check: Called before one is kept; raises where it must not be.
 
     Returns:
         The student's trained parameters where they were best, by name, on the CPU and complete in
@@ -192,6 +199,7 @@ def run_training(
         eval_dataset=Windows(validation),
         compute_metrics=lambda found: _metrics(found.predictions, options.objective),
         callbacks=_callbacks(options, PartialState().is_main_process),
+        check=check,
     )
     trainer.remove_callback(PrinterCallback)
     resumed = last_whole(checkpoints)
@@ -261,7 +269,8 @@ def training_arguments(options: Healing, processes: int, directory: Path) -> Tra
 class _Trainer(Trainer):  # type: ignore[misc]
     """Keeps what is trained and nothing else, and stops where the loss is no number."""
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: nn.Module, check: Callable[[], object], **options: Any) -> None:
+        self._check = check
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(model=model, **options)
 
@@ -285,6 +294,22 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """That all else is missing from a checkpoint is as it should be."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each has its own
+            directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            reason = str(error).strip().splitlines()[0]
+            if shutil.disk_usage(directory.parent).free < NO_ROOM:  # torch does not say it
+                reason = "No space left on device"
+            shutil.rmtree(directory, ignore_errors=True)
+            raise TruedepthError(
+                f"Keeping the training's state in {directory} failed: {reason}; with that put right"
+                " the same command goes on from the state before.",
+                exit_code=1,
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

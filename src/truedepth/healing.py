@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from truedepth import __version__
-from truedepth.atomic import check_output
+from truedepth.atomic import atomic_directory, beside, check_output
 from truedepth.card import model_card
 from truedepth.checkpoint import write_checkpoint
 from truedepth.conversion import check_apart
@@ -47,7 +46,7 @@ from truedepth.teacher import KeptPredictions, Original, Teacher
 from truedepth.tensors import dtype_name, from_tensor
 from truedepth.text import check_window
 from truedepth.training_text import TrainingText, training_text
-from truedepth.unfinished import beside, unfinished
+from truedepth.unfinished import unfinished
 
 CHECKPOINTS = "checkpoints"
 
@@ -141,8 +140,20 @@ def heal(
         model, lora = _student_with_teachers(
             source, original, plan, text, options, dtype, state, kept
         )
+
+        def check() -> None:
+            """Frozen weights are mapped from the files of both models."""
+            source.check_unchanged()
+            original.check_unchanged()
+
         trained, curve, best = run_training(
-            model, text.trained, text.validation, options, state.num_processes, kept / CHECKPOINTS
+            model,
+            text.trained,
+            text.validation,
+            options,
+            state.num_processes,
+            kept / CHECKPOINTS,
+            check,
         )
         record = {
             **_recorded(original, options),
@@ -155,11 +166,12 @@ def heal(
         }
         if state.is_main_process:
             values = merged_tensors(trained, source, lora)
-            _write(source, original, plan, values, record, out, shard_size, force)
-            if adapter is not None:
-                _save_adapter(trained, lora, adapter)
-    if state.is_main_process:
-        shutil.rmtree(kept, ignore_errors=True)
+            check()
+            with contextlib.ExitStack() as stack:
+                if adapter is not None:
+                    partial = stack.enter_context(atomic_directory(adapter, force))
+                    _save_adapter(trained, lora, partial)
+                _write(source, original, plan, values, record, out, shard_size, force, kept)
     state.wait_for_everyone()
     return Healed(
         path=out,
@@ -344,6 +356,7 @@ def _write(
     out: Path,
     shard_size: int | str,
     force: bool,
+    kept: Path,
 ) -> None:
     tensors = dict(source.tensors)
     for name, value in values.items():
@@ -352,12 +365,11 @@ def _write(
     made = dict(config.get("truedepth") or {})
     config["truedepth"] = made | {"healing": record, "version": __version__}
     card = model_card(original, plan, made.get("calibration"), record)
-    write_checkpoint(out, source, config, tensors, card, shard_size, force)
+    write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
 
 
 def _save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:
     """As peft's own `save_pretrained` names it."""
-    directory.mkdir(parents=True, exist_ok=True)
     held = {
         f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
         for name, value in trained.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,12 +47,11 @@ class Measurements:
         path = directory / FILE
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            foreign = not path.exists() and any(directory.iterdir())
+            if not path.exists() and any(directory.iterdir()):
+                raise TruedepthError(f"{directory} is not empty and holds no study; give another.")
+            self._file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise TruedepthError(f"Cannot write to {directory}: {error.strerror}.") from error
-        if foreign:
-            raise TruedepthError(f"{directory} is not empty and holds no study; give another.")
-        self._file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -64,7 +64,7 @@ class Measurements:
             raise
 
     def add(self, schedule: Schedule, nll: Tensor) -> None:
-        """Keep what a schedule gave: `[windows]`."""
+        """Keep what a schedule gave: `[windows]`. Raises TruedepthError where it cannot."""
         rounded = [round(value, 6) for value in nll.tolist()]
         self.nll[name_of(schedule)] = torch.tensor(rounded, dtype=torch.float64)
         self._write({"schedule": name_of(schedule), "nll": rounded})
@@ -84,7 +84,8 @@ class Measurements:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a write that failed already
+            self._file.close()
 
     def _read(self, path: Path, identity: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -113,6 +114,13 @@ class Measurements:
                 )
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TruedepthError(
+                f"Writing {self._file.name} failed: {error.strerror}; with that put right the same"
+                " command goes on from what was measured before.",
+                exit_code=1,
+            ) from error

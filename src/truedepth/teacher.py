@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,8 +117,11 @@ class KeptPredictions:
 
         def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             size = torch.Size(shape).numel()
-            path = str(directory / name)
-            return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
+            path = directory / name
+            # Taken in advance, a full disk is an error here and not a crash at a later write.
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
         shape = (windows, length - 1, count)
         self._tokens = mapped("tokens.int32", shape, torch.int32)

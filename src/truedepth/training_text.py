@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from truedepth.atomic import whole_file
 from truedepth.errors import TruedepthError
 from truedepth.heal_options import TextPart
 from truedepth.progress import progress_bar
@@ -78,7 +79,8 @@ def training_text(
                 f" train on, as one window in {HELD_OUT} is set aside for validation. Give more"
                 " text or a smaller --sequence-length."
             )
-        index.write_text(json.dumps(counts), encoding="utf-8")
+        with whole_file(index) as partial:
+            partial.write_text(json.dumps(counts), encoding="utf-8")
     counts = json.loads(index.read_text(encoding="utf-8"))
     trained, held = (
         torch.from_file(str(directory / name), size=count * length, dtype=torch.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,14 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from truedepth.atomic import USED_UP, empty, locked_directory, whole_file
 from truedepth.errors import TruedepthError
 
 SETTINGS = "settings.json"
-
-
-def beside(out: Path, what: str) -> Path:
-    """The directory of an unfinished `calibration` or `healing` that will be `out`."""
-    return out.with_name(f".{out.name}.{what}")
 
 
 @contextmanager
@@ -27,37 +22,41 @@ def unfinished(
 ) -> Iterator[Path]:
     """A run's directory, locked, with what a run of the same settings left there or empty.
 
+    It is removed when the block ends without an exception.
+
     Args:
         directory: Made where it is not there.
         settings: All that a result depends on, as JSON can hold it.
         begin_again: Remove what a run of other settings left; else it is refused.
 
     Raises:
-        TruedepthError: Another run is at work there, left other settings, or it cannot be written.
+        TruedepthError: Another run is at work there, left other settings, or it cannot be written;
+            an OSError of the block, such as a full disk, becomes one too.
     """
     text = json.dumps(settings, indent=1)
+    lock = locked_directory(directory, busy=f"Another run is at work in {directory}.")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise TruedepthError(f"Cannot write to {directory}: {error.strerror}.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = directory / SETTINGS
+        held, used_up = directory / SETTINGS, (directory / USED_UP).exists()
         before = held.read_text(encoding="utf-8") if held.exists() else None
         if before != text:
-            if before is not None and not begin_again:
+            if before is not None and not (begin_again or used_up):
                 changed = _changed(json.loads(before), json.loads(text))
                 raise TruedepthError(
                     f"An unfinished run with other settings is in {directory} ({changed}); give"
                     " these to go on with it, or --restart to begin again."
                 )
-            _empty(directory)
-            (partial := held.with_suffix(".partial")).write_text(text, encoding="utf-8")
-            partial.rename(held)
+            empty(directory)
+            with whole_file(held) as partial:
+                partial.write_text(text, encoding="utf-8")
+        (directory / USED_UP).unlink(missing_ok=True)
         yield directory
-    except BlockingIOError as error:
-        raise TruedepthError(f"Another run is at work in {directory}.") from error
+        shutil.rmtree(directory, ignore_errors=True)
+    except OSError as error:
+        raise TruedepthError(
+            f"Keeping what is done in {directory} failed: {error.strerror or error}; with that put"
+            " right the same command goes on from there.",
+            exit_code=1,
+        ) from error
     finally:
         os.close(lock)
 
@@ -65,11 +64,3 @@ def unfinished(
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(f"{name} {before.get(name)!r}" for name in names)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truedepth.errors import TruedepthError
 from truedepth.evaluate import Predictions, window_measures
 from truedepth.layer_stack import Calls, LayerStack
 
@@ -86,11 +87,19 @@ class Walk:
         count = math.prod(shape)
         # Without a name, its space is given back however the process ends; taken in advance, a full
         # disk is an error here and not a crash at a later write.
-        with tempfile.NamedTemporaryFile(dir=self._workspace) as file:
-            os.posix_fallocate(file.fileno(), 0, count * self._activation_dtype.itemsize)
-            mapped = torch.from_file(
-                file.name, shared=True, size=count, dtype=self._activation_dtype
-            )
+        size = count * self._activation_dtype.itemsize
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._workspace) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = torch.from_file(
+                    file.name, shared=True, size=count, dtype=self._activation_dtype
+                )
+        except OSError as error:
+            raise TruedepthError(
+                f"The workspace {self._workspace} cannot take {size / 1e6:,.0f} MB more of states:"
+                f" {error.strerror}.",
+                exit_code=1,
+            ) from error
         return mapped.view(shape)
 
     def take(self, states: Tensor, batch: slice) -> Tensor:

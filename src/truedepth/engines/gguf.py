@@ -117,6 +117,7 @@ def export(
             with working(f"Quantizing to {kind.value}"):
                 quantize(whole, partial, kind.value)
             whole.unlink()
+        source.check_unchanged()
     counts: dict[str, int] = {}
     for tensor in gguf.GGUFReader(out).tensors:
         counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1

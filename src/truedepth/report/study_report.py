@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truedepth.atomic import whole_file
 from truedepth.dependence import MEASURES
 from truedepth.depth_study import Matrix, Study
 from truedepth.evaluate import perplexity_of
@@ -36,9 +37,14 @@ def write_study(study: Study, directory: Path, command: str) -> list[Path]:
         The files written.
     """
     data = study.to_dict() | {"command": command}
-    written = [directory / "study.json", directory / "report.html"]
-    written[0].write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
-    written[1].write_text(report_html(data), encoding="utf-8")
+    texts = {
+        directory / "study.json": json.dumps(_plain(data), indent=1) + "\n",
+        directory / "report.html": report_html(data),
+    }
+    for path, text in texts.items():
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    written = list(texts)
     try:
         import matplotlib as mpl  # noqa: F401
     except ImportError:
@@ -69,7 +75,8 @@ def _figures(study: Study, directory: Path) -> list[Path]:
     figures["dependence"] = _dependence_figure(study)
     paths = [directory / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=110)
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
     return paths
 
 

@@ -61,13 +61,21 @@ def _open_hub(repo: str, local_only: bool = False) -> Source:
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
     source = open_directory(path, name=repo, origin=origin)
     both = SMALL_FILES + WEIGHTS
-    return replace(source, read_tensors=lambda: read_tensors(_snapshot(repo, both, local_only)))
+    return replace(
+        source,
+        read_tensors=lambda: read_tensors(_snapshot(repo, both, local_only), source.stamps),
+    )
 
 
 def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
     """A hub repository's directory in the hub's own cache, downloaded where it is not there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         directory = snapshot_download(
@@ -81,13 +89,20 @@ def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
         raise TruedepthError(
             f"{repo} is neither a path here nor a model on the hub that you may read."
         ) from error
-    except (OSError, HfHubHTTPError) as error:  # no network: LocalEntryNotFoundError, an OSError
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:  # the former also without network
         raise TruedepthError(
             f"{repo} is not a path here, not in the hub's cache, and the hub cannot be reached;"
             " check the spelling and the network, or give a directory or a .gguf file."
         ) from error
     except ValueError as error:  # a name that the hub does not allow
         raise TruedepthError(f"{repo} is neither a path here nor a possible hub id.") from error
+    except Exception as error:  # of a full disk, or the HTTP library's own, which has changed names
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise TruedepthError(
+            f"Downloading {repo} failed: {reason}; files that have come whole are kept, and the"
+            " same command fetches the others.",
+            exit_code=1,
+        ) from error
     return Path(directory)
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from truedepth.errors import TruedepthError
 from truedepth.sources.source import Source
+from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor, from_tensor
 
 if TYPE_CHECKING:
@@ -47,15 +48,18 @@ def open_directory(path: Path, name: str | None = None, origin: str = "directory
     Raises:
         TruedepthError: It is not a model directory, or a file of it is broken.
     """
+    stamps = Stamps()
+    for file in (path / "config.json", *_companions(path)):
+        stamps.add(file)
     config = read_json(path / "config.json", missing=f"{path} is not a model directory: it has no")
 
     def save_companions(out: Path) -> None:
-        for pattern in COMPANIONS:
-            for file in sorted(path.glob(pattern)):
-                if file.is_dir():
-                    shutil.copytree(file, out / file.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(file, out / file.name)
+        for file in _companions(path):
+            stamps.add(file)
+            if file.is_dir():
+                shutil.copytree(file, out / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file, out / file.name)
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
@@ -67,10 +71,15 @@ def open_directory(path: Path, name: str | None = None, origin: str = "directory
         origin=origin,
         path=path,
         config=config,
-        read_tensors=lambda: read_tensors(path),
+        read_tensors=lambda: read_tensors(path, stamps),
         save_companions=save_companions,
         load_tokenizer=load_tokenizer,
+        stamps=stamps,
     )
+
+
+def _companions(path: Path) -> list[Path]:
+    return [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
 
 
 def read_json(path: Path, missing: str = "There is no") -> dict[str, Any]:
@@ -94,20 +103,26 @@ def read_json(path: Path, missing: str = "There is no") -> dict[str, Any]:
     return data
 
 
-def read_tensors(path: Path) -> Mapping[str, LazyTensor]:
+def read_tensors(path: Path, stamps: Stamps) -> Mapping[str, LazyTensor]:
     """The tensors of a model directory, by name.
+
+    Args:
+        path: The directory.
+        stamps: Gets those of the files of weights, which are watched from then on.
 
     Raises:
         TruedepthError: Weights are missing, pickled, or a file of them is broken.
     """
     tensors: dict[str, LazyTensor] = {}
+    stamps.add(path / INDEX)
     for file, expected in _weight_files(path).items():
+        stamps.add(file)
         held = _open_file(file)
         if lost := expected - set(held):
             raise TruedepthError(
                 f"{path / INDEX} places {min(lost)!r} in {file.name}, which does not hold it."
             )
-        tensors.update(held)
+        tensors |= {name: stamps.watched(file, tensor) for name, tensor in held.items()}
     return tensors
 
 

@@ -21,6 +21,7 @@ from truedepth.errors import TruedepthError
 from truedepth.families import Family, original_family
 from truedepth.plan import plan_of
 from truedepth.sources.source import Source
+from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
     Raises:
         TruedepthError: It is not a whole GGUF file, or of an architecture that is not supported.
     """
+    stamps = Stamps()
+    stamps.add(path)
     try:
         reader = gguf.GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
@@ -102,9 +105,13 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         origin=origin,
         path=path,
         config=config,
-        read_tensors=lambda: _tensors(path, reader, config),
+        read_tensors=lambda: {
+            name: stamps.watched(path, tensor)
+            for name, tensor in _tensors(path, reader, config).items()
+        },
         save_companions=save_companions,
         load_tokenizer=load_tokenizer,
+        stamps=stamps,
         quantization=", ".join(sorted(kind.name for kind in kinds)) or None,
     )
 

@@ -14,6 +14,7 @@ import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.families import Family, family_of, known_family
+from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Source:
 
     save_companions: Callable[[Path], None] = field(repr=False)
     """Writes everything but config and weights (tokenizer, generation config) to a directory."""
+
+    stamps: Stamps = field(default_factory=Stamps, repr=False, compare=False)
+    """Of the files that were opened."""
 
     quantization: str | None = None
     """How the weights were quantized, if they were: they are dequantized when they are read."""
@@ -78,6 +82,10 @@ class Source:
         if family := known_family(self.config):
             return {family.current_name(name): tensor for name, tensor in tensors.items()}
         return tensors
+
+    def check_unchanged(self) -> None:
+        """Raise TruedepthError where a file has changed since it was opened."""
+        self.stamps.check()
 
     @property
     def label(self) -> str:

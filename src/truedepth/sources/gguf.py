@@ -21,7 +21,7 @@ import torch
 from truedepth.errors import TruedepthError
 from truedepth.families import Family, original_family
 from truedepth.plan import plan_of
-from truedepth.sources.gguf_header import check_header
+from truedepth.sources.gguf_reader import checked_reader
 from truedepth.sources.limits import check_config
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
@@ -60,8 +60,7 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         TruedepthError: It is not a whole GGUF file, or of an architecture that is not supported.
     """
     try:
-        check_header(path)
-        reader = gguf.GGUFReader(path)
+        reader = checked_reader(path)
         architecture = str(reader.fields["general.architecture"].contents())
     except Exception as error:  # the reader raises whatever a bad offset leads to
         raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
@@ -150,8 +149,8 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
             )
         return found
 
-    if "token_embd.weight" not in shapes:
-        raise TruedepthError(f"{path} has no tensor 'token_embd.weight'.")
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise TruedepthError(f"{path} has no matrix 'token_embd.weight'.")
     heads = value("attention.head_count")
     head_dim = value("attention.key_length", value("embedding_length") // heads)
     if value("rope.dimension_count", head_dim) != head_dim:

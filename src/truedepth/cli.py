@@ -14,15 +14,18 @@ import typer
 
 from truedepth import __version__, cli_heal, cli_plan, cli_speed
 from truedepth.cli_options import (
+    AllowPickle,
     Device,
     DType,
     Fast,
     Force,
     JsonPath,
     Model,
+    RemoteCode,
     Seed,
     Text,
     Weights,
+    trusted,
     write_json,
 )
 from truedepth.engines.gguf_types import MatrixType
@@ -85,6 +88,8 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="This transformation only; repeat for several.")
     ] = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
@@ -99,7 +104,7 @@ def study(
     _prepare(seed)
     try:
         found = study(
-            model,
+            trusted(model, allow_pickle, trust_remote_code),
             out,
             text=text,
             window=window,
@@ -140,6 +145,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Items a task at most.", show_default="all")
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Windows or items a forward pass.")] = "auto",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
     json_path: JsonPath = None,
     seed: Annotated[
         int, typer.Option(help="Of the choice of examples; lm-evaluation-harness's own default.")
@@ -157,13 +164,18 @@ def evaluate(
     if tasks is not None and text is not None:
         raise TruedepthError("--tasks and --text are two measurements; run eval twice.")
     _prepare(seed)
+    measured, original = (
+        trusted(each, allow_pickle, trust_remote_code) if each is not None else None
+        for each in (model, against)
+    )
+    assert measured is not None
     if tasks is not None:
         from truedepth.accuracy import task_scores
 
         found = task_scores(
-            model,
+            measured,
             [name.strip() for name in tasks.split(",") if name.strip()],
-            against=against,
+            against=original,
             task_dir=task_dir,
             num_fewshot=num_fewshot,
             limit=limit,
@@ -177,9 +189,9 @@ def evaluate(
         return
     from truedepth.evaluate import perplexity
 
-    measured = perplexity(
-        model,
-        against=against,
+    losses = perplexity(
+        measured,
+        against=original,
         text=text,
         window=window,
         windows=windows or None,
@@ -187,8 +199,8 @@ def evaluate(
         device=device,
         dtype=dtype.torch(),
     )
-    write_json(json_path, measured.to_dict())
-    print_rows(perplexity_rows(measured))
+    write_json(json_path, losses.to_dict())
+    print_rows(perplexity_rows(losses))
 
 
 @app.command()
@@ -245,6 +257,8 @@ def generate(
         int | None,
         typer.Option(min=1, help="Proposed at a time, with --verify.", show_default="2"),
     ] = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
@@ -257,8 +271,13 @@ def generate(
     from truedepth.loading import load
 
     _prepare(seed)
-    loaded = load(model, device=device, dtype=dtype.torch())
-    original = load(verify, device=device, dtype=dtype.torch()) if verify is not None else None
+    loaded, original = (
+        load(trusted(each, allow_pickle, trust_remote_code), device=device, dtype=dtype.torch())
+        if each is not None
+        else None
+        for each in (model, verify)
+    )
+    assert loaded is not None
     if model == "default":
         print(f"{loaded.source.name} from: {loaded.source.origin}", file=sys.stderr)
     written = answer(

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from truedepth.cli_options import Force, JsonPath, Seed, write_json
+from truedepth.cli_options import (
+    AllowPickle,
+    Force,
+    JsonPath,
+    RemoteCode,
+    Seed,
+    trusted,
+    write_json,
+)
 from truedepth.errors import TruedepthError
 from truedepth.heal_options import Healing, Objective, Schedule, TextPart, Train
 
@@ -167,6 +175,8 @@ def heal(
             rich_help_panel="The run",
         ),
     ] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
     force: Force = False,
     json_path: JsonPath = None,
@@ -225,9 +235,9 @@ def heal(
         tensorboard=tensorboard,
     )
     done = heal_checkpoint(
-        checkpoint,
+        trusted(checkpoint, False, trust_remote_code),
         out,
-        teacher=teacher,
+        teacher=trusted(teacher, allow_pickle, trust_remote_code),
         healing=options,
         keep_adapter=keep_adapter,
         shard_size=shard_size,

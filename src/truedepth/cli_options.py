@@ -15,6 +15,8 @@ from truedepth.errors import TruedepthError
 if TYPE_CHECKING:
     import torch
 
+    from truedepth.sources import Source
+
 
 class DType(StrEnum):
     """Of weights, in memory or on disk."""
@@ -38,6 +40,13 @@ def writable(path: Path | None) -> Path | None:
     return path
 
 
+def trusted(model: str, allow_pickle: bool, trust_remote_code: bool) -> Source:
+    """MODEL, opened with what the user allows it."""
+    from truedepth.sources import open_source
+
+    return open_source(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
 def write_json(path: Path | None, data: dict[str, Any]) -> None:
     """Where --json says, if it does."""
     if path is not None:
@@ -46,6 +55,16 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or 'default'.")
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read .bin and .pt where there are no safetensors: tensors only."
+    ),
+]
+RemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run a tokenizer's own Python code; read it first."),
 ]
 JsonPath = Annotated[
     Path | None,

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from truedepth.cli_options import (
+    AllowPickle,
     Device,
     DType,
     Fast,
     Force,
     JsonPath,
     Model,
+    RemoteCode,
     Seed,
+    trusted,
     writable,
     write_json,
 )
@@ -87,6 +90,8 @@ def plan(
         Path | None,
         typer.Option(help="Loss against effective depth, as PNG or SVG.", callback=writable),
     ] = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
@@ -103,10 +108,9 @@ def plan(
     limit = parse_loss(max_loss) if max_loss is not None else None
 
     from truedepth.plan_search import SEARCH_TOKENS, search
-    from truedepth.sources import open_source
 
     found = search(
-        open_source(model),
+        trusted(model, allow_pickle, trust_remote_code),
         pairs=pairs,
         depth=depth,
         max_loss=limit,
@@ -170,6 +174,8 @@ def convert(
             metavar="N", help="Add heads of zeros until the head counts divide by N, for N ranks."
         ),
     ] = 1,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
     shard_size: Annotated[str, typer.Option(help="Most bytes a weights file holds.")] = "5GB",
     force: Force = False,
     json_path: JsonPath = None,
@@ -204,9 +210,8 @@ def convert(
     from truedepth.conversion import convert as convert_model
     from truedepth.plan_search import SEARCH_TOKENS, search
     from truedepth.report.pages import print_conversion
-    from truedepth.sources import open_source
 
-    source = open_source(model)
+    source = trusted(model, allow_pickle, trust_remote_code)
     check_conversion(source, out, force, pad_heads)
     options = _calibration(text, tokens, own_text, device, activation_dtype, workspace, seed)
     if calibrate and searched:

@@ -23,6 +23,7 @@ from truedepth.errors import TruedepthError
 from truedepth.plan import plan_of
 from truedepth.registration import register
 from truedepth.sources import Source, open_source
+from truedepth.sources.directory import has_safetensors
 from truedepth.tensors import LazyTensor, common_dtype
 
 register()
@@ -74,13 +75,18 @@ def load(
     options = {"dtype": dtype or "auto", "device_map": device, **options}
     tensors = source.tensors  # opened here so that a broken file is named
     try:
-        if source.path.is_dir():
+        config = transformers_config(source.config, source.path)
+        if source.path.is_dir() and has_safetensors(source.path):
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                source.path, output_loading_info=True, **options
+                source.path,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
             )
         else:
-            # One reader of GGUF for loading and converting, so that both see the same weights.
-            config = transformers_config(source.config, source.path)
+            # One reader of GGUF and pickles for loading and converting: both see the same weights.
             loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
@@ -88,7 +94,9 @@ def load(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except TruedepthError:
+        raise
+    except Exception as error:  # what a config's odd value leads to
         reason = _first_line(error)
         raise TruedepthError(f"transformers cannot load {source.path}: {reason}") from error
     for kind in ("missing_keys", "mismatched_keys"):  # transformers would fill them at random
@@ -134,7 +142,7 @@ def empty_model(
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
-                transformers_config(config, where), dtype=dtype
+                transformers_config(config, where), dtype=dtype, trust_remote_code=False
             ).eval()
     except TruedepthError:
         raise

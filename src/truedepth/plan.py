@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ import yaml
 
 from truedepth.errors import TruedepthError
 
-MAX_PLAN_BYTES = 1 << 20  # a plan for 1,000 layers takes about 10 kB
+MAX_PLAN_BYTES = 1 << 16  # a plan for 1,000 layers takes about 10 kB
+MAX_LAYERS = 4096  # thirty times the deepest model; lists as long as a false number fill memory
 
 
 @dataclass(frozen=True, init=False)
@@ -48,6 +50,8 @@ class Plan:
             raise TruedepthError(
                 f"A plan needs a number of layers of at least 1, not {num_layers!r}."
             )
+        if num_layers > MAX_LAYERS:
+            raise TruedepthError(f"{num_layers} layers are more than any model has.")
         owner: dict[int, tuple[int, ...]] = {}
         for layers in groups:
             group = tuple(map(_whole, layers))
@@ -174,7 +178,8 @@ class Plan:
         unknown = sorted(map(str, set(data) - {"model", "num_layers", "groups"}))
         if unknown:
             raise TruedepthError(
-                f"{where} has the unknown key {unknown[0]!r}; a plan has model, num_layers, groups."
+                f"{where} has the unknown key {reprlib.repr(unknown[0])}; a plan has model,"
+                " num_layers, groups."
             )
         missing = [key for key in ("num_layers", "groups") if key not in data]
         if missing:
@@ -185,7 +190,7 @@ class Plan:
                 f"{where}: groups must be a list of lists of layers, such as [[14, 15], [16, 17]]."
             )
         if model is not None and not isinstance(model, str):
-            raise TruedepthError(f"{where}: model must be text, not {model!r}.")
+            raise TruedepthError(f"{where}: model must be text, not {reprlib.repr(model)}.")
         return cls(data["num_layers"], groups, model)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -202,12 +207,16 @@ class Plan:
         """
         path = Path(path)
         try:
+            if path.exists() and not path.is_file():
+                raise TruedepthError(f"{path} is no file.")
             if path.stat().st_size > MAX_PLAN_BYTES:
                 raise TruedepthError(f"{path} is too large for a plan file ({MAX_PLAN_BYTES} B).")
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
         except OSError as error:
             raise TruedepthError(f"Cannot read the plan {path}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        except TruedepthError:
+            raise
+        except Exception as error:  # PyYAML lets through what a false date or number raises
             raise TruedepthError(f"{path} is not valid YAML.") from error
         return cls.from_dict(data, str(path))
 
@@ -217,6 +226,9 @@ def plan_of(config: Mapping[str, Any]) -> Plan | None:
     widths = config.get("layer_widths")
     if not isinstance(widths, list) or not all(type(width) is int for width in widths):
         return None
+    if not all(1 <= width <= MAX_LAYERS for width in widths) or len(widths) > MAX_LAYERS:
+        raise TruedepthError(f"The layer_widths {reprlib.repr(widths)} are no widths of layers.")
+    Plan(sum(widths))  # refuses too many
     layers = iter(range(sum(widths)))
     sizes = [sum(widths[index] for index in place) for place in places_of(config)]
     return Plan(sum(widths), [[next(layers) for _ in range(size)] for size in sizes])
@@ -227,9 +239,21 @@ def places_of(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
 
     A wide layer stands for a group by itself; the layers of a branch group are as many as it has.
     An original's layers stand for themselves.
+
+    Raises:
+        TruedepthError: `side_by_side` has no groups of consecutive layers.
     """
-    depth = config["num_hidden_layers"]
-    branches = {group[0]: tuple(group) for group in config.get("side_by_side") or ()}
+    depth = len(config.get("layer_widths") or range(config["num_hidden_layers"]))
+    branches: dict[int, tuple[int, ...]] = {}
+    groups = config.get("side_by_side") or []
+    try:
+        for group in Plan(depth, groups).groups if groups else ():
+            if len(group) > 1:
+                branches[group[0]] = group
+    except (TruedepthError, TypeError) as error:
+        raise TruedepthError(
+            f"The side_by_side of a config is no list of groups: {error}"
+        ) from error
     inside = {index for group in branches.values() for index in group[1:]}
     return [branches.get(index, (index,)) for index in range(depth) if index not in inside]
 
@@ -258,14 +282,28 @@ def parse_span(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a few bytes of them stand for gigabytes, and a plan has no use for them."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 def _whole(value: object) -> int:
     """A whole number of any type that is one, such as NumPy's."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TruedepthError(f"{value!r} is not a whole number, as layers are.") from None
+        raise TruedepthError(
+            f"{reprlib.repr(value)} is not a whole number, as layers are."
+        ) from None
+    if number.bit_length() > 63:  # printing one of many digits takes its time or fails
+        raise TruedepthError(f"A number of {number.bit_length()} bits is no number of a layer.")
+    return number
 
 
 def _check_group(group: tuple[int, ...], num_layers: int) -> None:

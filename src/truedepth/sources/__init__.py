@@ -8,11 +8,16 @@ a hub model are downloaded when its tensors are first asked for.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from truedepth.errors import TruedepthError
 from truedepth.sources.source import Source
+
+if TYPE_CHECKING:
+    from truedepth.tensors import LazyTensor
 
 __all__ = ["DEFAULT_MODEL", "Source", "open_source"]
 
@@ -22,11 +27,20 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "
 WEIGHTS = ["*.safetensors"]
 
 
-def open_source(model: str | Path | Source) -> Source:
+def open_source(
+    model: str | Path | Source, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Source:
     """Open a model without reading its weights.
+
+    Nothing that comes with a model is run, unless it is allowed here. The source keeps that in
+    mind, and every function that takes a model takes a source.
 
     Args:
         model: A directory, a `.gguf` file, a hub id, or `default`. An open source is given back.
+        allow_pickle: Read pickled weights (`.bin`, `.pt`) where there are no safetensors, and of
+            them only what makes tensors.
+        trust_remote_code: Run the code that a tokenizer brings. A model's own code is never run:
+            the families are transformers' own.
 
     Raises:
         TruedepthError: There is no such model, or it is not one that can be read.
@@ -41,7 +55,7 @@ def open_source(model: str | Path | Source) -> Source:
         return _open_default()
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_directory(path)
+        return open_directory(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and is_gguf:
         return open_gguf(path)
@@ -51,20 +65,30 @@ def open_source(model: str | Path | Source) -> Source:
         )
     if is_gguf or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise TruedepthError(f"There is no model at {path}.")
-    return _open_hub(str(model))
+    return _open_hub(str(model), False, allow_pickle, trust_remote_code)
 
 
-def _open_hub(repo: str, local_only: bool = False) -> Source:
-    from truedepth.sources.directory import open_directory, read_tensors
+def _open_hub(
+    repo: str,
+    local_only: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Source:
+    from truedepth.sources.directory import has_safetensors, open_directory, read_tensors
+    from truedepth.sources.pickled import PATTERNS
 
-    path = _snapshot(repo, SMALL_FILES, local_only)
+    small = SMALL_FILES + ["tokenization_*.py"] * trust_remote_code
+    path = _snapshot(repo, small, local_only)
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
-    source = open_directory(path, name=repo, origin=origin)
-    both = SMALL_FILES + WEIGHTS
-    return replace(
-        source,
-        read_tensors=lambda: read_tensors(_snapshot(repo, both, local_only), source.stamps),
-    )
+    source = open_directory(path, repo, origin, allow_pickle, trust_remote_code)
+
+    def read() -> Mapping[str, LazyTensor]:
+        directory = _snapshot(repo, small + WEIGHTS, local_only)
+        if allow_pickle and not has_safetensors(directory):
+            directory = _snapshot(repo, small + WEIGHTS + PATTERNS, local_only)
+        return read_tensors(directory, source.stamps, allow_pickle)
+
+    return replace(source, read_tensors=read)
 
 
 def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:

@@ -1,8 +1,8 @@
-"""A transformers model directory with safetensors weights, in one file or in shards."""
+"""A transformers model directory, its weights in one file or in shards."""
 
 from __future__ import annotations
 
-import json
+import reprlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from truedepth.errors import TruedepthError
+from truedepth.sources import pickled
+from truedepth.sources.limits import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
+from truedepth.sources.pickled import open_pickle
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor, from_tensor
@@ -18,10 +21,12 @@ from truedepth.tensors import LazyTensor, from_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_JSON_BYTES = 256 << 20  # the index of a model with a million tensors takes about 100 MB
+MAX_NAME_BYTES = 255  # of a file, on every common file system
+MAX_HEADER_BYTES = 16 << 20  # of a safetensors file; 100,000 tensors take 10 MB
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
 
 # What goes along unread: tokenizers of every kind, chat templates, generation config, licence.
 COMPANIONS = (
@@ -42,8 +47,21 @@ COMPANIONS = (
 )
 
 
-def open_directory(path: Path, name: str | None = None, origin: str = "directory") -> Source:
-    """Open a directory that holds config.json and safetensors.
+def open_directory(
+    path: Path,
+    name: str | None = None,
+    origin: str = "directory",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Open a directory that holds config.json and weights.
+
+    Args:
+        path: The directory.
+        name: Of the model, by default the directory's.
+        origin: Where it was found, for the reader.
+        allow_pickle: Read pickled weights where there are no safetensors.
+        trust_remote_code: Run the tokenizer's own code where it has some.
 
     Raises:
         TruedepthError: It is not a model directory, or a file of it is broken.
@@ -51,27 +69,27 @@ def open_directory(path: Path, name: str | None = None, origin: str = "directory
     stamps = Stamps()
     for file in (path / "config.json", *_companions(path)):
         stamps.add(file)
-    config = read_json(path / "config.json", missing=f"{path} is not a model directory: it has no")
+    missing = f"{path} is not a model directory: it has no"
+    config = read_json(path / "config.json", missing, MAX_CONFIG_BYTES)
 
     def save_companions(out: Path) -> None:
         for file in _companions(path):
             stamps.add(file)
+            _check_link(file)
             if file.is_dir():
                 shutil.copytree(file, out / file.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(file, out / file.name)
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path)
+        return _tokenizer(path, config, trust_remote_code)
 
     return Source(
         name=name or path.resolve().name,
         origin=origin,
         path=path,
         config=config,
-        read_tensors=lambda: read_tensors(path, stamps),
+        read_tensors=lambda: read_tensors(path, stamps, allow_pickle),
         save_companions=save_companions,
         load_tokenizer=load_tokenizer,
         stamps=stamps,
@@ -82,70 +100,116 @@ def _companions(path: Path) -> list[Path]:
     return [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
 
 
-def read_json(path: Path, missing: str = "There is no") -> dict[str, Any]:
-    """A JSON object from a file.
+def _tokenizer(
+    path: Path, config: dict[str, Any], trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    from transformers import AutoConfig, AutoTokenizer
 
-    Raises:
-        TruedepthError: The file is missing (`missing` begins the sentence), too large or no object.
-    """
+    from truedepth.registration import register
+
+    for file in _companions(path):
+        if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise TruedepthError(
+                f"{file} is too large for a tokenizer's file: {file.stat().st_size} bytes, more"
+                f" than {MAX_TOKENIZER_BYTES}."
+            )
+    register()
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise TruedepthError(f"{path} is too large for a JSON file of a model.")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TruedepthError(f"{missing} {path.name}.") from error
-    except OSError as error:
-        raise TruedepthError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise TruedepthError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise TruedepthError(f"{path} does not hold a JSON object.")
-    return data
+        # With the config given none is looked for, so that a config's own code has no part in it.
+        return AutoTokenizer.from_pretrained(
+            path, config=AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        settings = path / "tokenizer_config.json"
+        if trust_remote_code or not settings.exists() or "auto_map" not in read_json(settings):
+            raise
+        raise TruedepthError(
+            f"The tokenizer of {path} needs its own code, which is not run unless"
+            " --trust-remote-code says so (trust_remote_code=True in Python); read it first."
+        ) from error
 
 
-def read_tensors(path: Path, stamps: Stamps) -> Mapping[str, LazyTensor]:
+def _check_link(file: Path) -> None:
+    """A link leads to a file of its own name, or into the hub's cache, which is made of links.
+
+    A licence that is a link to somebody's keys would else be copied into what they publish.
+    """
+    for each in (file, *(file.rglob("*") if file.is_dir() else ())):
+        target = each.resolve()
+        if each.is_symlink() and target.name != each.name and target.parent.name != "blobs":
+            raise TruedepthError(f"{each} is a link to {target}, which is not copied; remove it.")
+
+
+def read_tensors(
+    path: Path, stamps: Stamps, allow_pickle: bool = False
+) -> Mapping[str, LazyTensor]:
     """The tensors of a model directory, by name.
 
     Args:
         path: The directory.
         stamps: Gets those of the files of weights, which are watched from then on.
+        allow_pickle: Read pickled weights where there are no safetensors.
 
     Raises:
-        TruedepthError: Weights are missing, pickled, or a file of them is broken.
+        TruedepthError: Weights are missing, pickled without that being allowed, or a file of them
+            is broken.
     """
     tensors: dict[str, LazyTensor] = {}
-    stamps.add(path / INDEX)
-    for file, expected in _weight_files(path).items():
+    for index in (INDEX, pickled.INDEX):
+        stamps.add(path / index)
+    for file, expected in _weight_files(path, allow_pickle).items():
         stamps.add(file)
-        held = _open_file(file)
+        held = _open_file(file) if file.suffix == SUFFIX else open_pickle(file)
         if lost := expected - set(held):
             raise TruedepthError(
-                f"{path / INDEX} places {min(lost)!r} in {file.name}, which does not hold it."
+                f"{path} places {min(lost)!r} in {file.name}, which does not hold it."
             )
         tensors |= {name: stamps.watched(file, tensor) for name, tensor in held.items()}
     return tensors
 
 
-def _weight_files(path: Path) -> dict[Path, set[str]]:
-    """The safetensors files of a model and the tensors that the index, if any, places in each."""
+def has_safetensors(path: Path) -> bool:
+    """Whether a model directory's weights are read from safetensors."""
+    return any((path / name).exists() for name in (INDEX, SINGLE_FILE))
+
+
+def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
+    """The weight files of a model and the tensors that the index, if any, places in each."""
+    index, suffixes = INDEX, [SUFFIX]
+    single: str | None = SINGLE_FILE
+    if not has_safetensors(path):
+        if not any(file.suffix in pickled.SUFFIXES for file in path.iterdir()):
+            raise TruedepthError(f"{path} has no weights: neither {SINGLE_FILE} nor {INDEX}.")
+        if not allow_pickle:
+            raise TruedepthError(
+                f"{path} has pickled weights only, which can run code when they are read; take"
+                " safetensors, or, if you trust who made them, write them as such with truedepth"
+                " convert MODEL OUT --pairs 0 --allow-pickle."
+            )
+        index, suffixes, single = pickled.INDEX, pickled.SUFFIXES, pickled.only_file(path)
     files: dict[str, set[str]] = {}
-    if (path / INDEX).exists():
-        weight_map = read_json(path / INDEX).get("weight_map")
+    if (path / index).exists():
+        weight_map = read_json(path / index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise TruedepthError(f"{path / INDEX} has no weight_map.")
+            raise TruedepthError(f"{path / index} has no weight_map.")
         for tensor, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise TruedepthError(f"{path / INDEX} names {name!r}, which is no file beside it.")
+            # A name only: a path could leave the directory. Links are followed, for the hub's cache
+            # is made of them.
+            if (
+                not isinstance(name, str)
+                or Path(name).name != name
+                or not name.isprintable()
+                or len(name.encode()) > MAX_NAME_BYTES
+                or Path(name).suffix not in suffixes
+            ):
+                raise TruedepthError(
+                    f"{path / index} names {reprlib.repr(name)}, which is no file beside it."
+                )
             files.setdefault(name, set()).add(tensor)
-    elif (path / SINGLE_FILE).exists():
-        files[SINGLE_FILE] = set()
-    elif any(file.suffix in (".bin", ".pt", ".pth") for file in path.iterdir()):
-        raise TruedepthError(
-            f"{path} has pickled weights only, which can run code when they are read;"
-            " save the model as safetensors first."
-        )
+    elif single is not None:
+        files[single] = set()
     else:
-        raise TruedepthError(f"{path} has no weights: neither {SINGLE_FILE} nor {INDEX}.")
+        raise TruedepthError(f"{path} has several files of pickled weights and no {index}.")
     for name in files:
         if not (path / name).is_file():
             raise TruedepthError(f"The shard {path / name} is missing.")
@@ -155,6 +219,10 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 def _open_file(file: Path) -> dict[str, LazyTensor]:
     """The tensors of one file. They share its memory map, so that reading makes no copy."""
     try:
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise ValueError(f"its header is said to have {header} bytes")
         with safe_open(file, framework="pt") as handle:
             names = handle.keys()
             return {name: from_tensor(handle.get_tensor(name)) for name in names}

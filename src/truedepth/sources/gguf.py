@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ import torch
 from truedepth.errors import TruedepthError
 from truedepth.families import Family, original_family
 from truedepth.plan import plan_of
+from truedepth.sources.gguf_reader import checked_reader
+from truedepth.sources.limits import check_config
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor
@@ -60,17 +63,19 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
     stamps = Stamps()
     stamps.add(path)
     try:
-        reader = gguf.GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
+        reader = checked_reader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
     except Exception as error:  # the reader raises whatever a bad offset leads to
         raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
-    if (parts := _value(reader, "split.count", 1)) > 1:
+    if (parts := _value(reader, "split.count", 1)) not in (0, 1):
         raise TruedepthError(
-            f"{path} is one of {parts} parts of a model; merge them with llama-gguf-split --merge."
+            f"{path} is one of {reprlib.repr(parts)} parts of a model; merge them with"
+            " llama-gguf-split --merge."
         )
     if architecture not in ARCHITECTURES:
         raise TruedepthError(
-            f"{path} is of the GGUF architecture {architecture!r}, which is not supported;"
+            f"{path} is of the GGUF architecture {reprlib.repr(architecture)}, which is not"
+            " supported;"
             f" supported: {', '.join(sorted(ARCHITECTURES))}."
         )
     config = _exported_config(path, reader) if architecture == "deci" else _config(path, reader)
@@ -100,6 +105,13 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         ).save_pretrained(out)
 
     kinds = {tensor.tensor_type for tensor in reader.tensors} - set(PLAIN)
+    for kind in kinds:
+        try:
+            gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+        except NotImplementedError as error:
+            raise TruedepthError(
+                f"{path} holds tensors of the type {kind.name}, which cannot be dequantized."
+            ) from error
     return Source(
         name=name or path.name,
         origin=origin,
@@ -117,7 +129,17 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
 
 
 def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    return reader.fields[key].contents() if key in reader.fields else default
+    """What the metadata hold under a key.
+
+    Raises:
+        TruedepthError: What they hold is no text where it says so.
+    """
+    if key not in reader.fields:
+        return default
+    try:
+        return reader.fields[key].contents()
+    except (ValueError, IndexError) as error:
+        raise TruedepthError(f"The GGUF metadata {key!r} are broken: {error}.") from error
 
 
 def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
@@ -128,10 +150,14 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
         found = _value(reader, f"llama.{key}", default)
         if found is None:
             raise TruedepthError(f"{path} lacks the metadata 'llama.{key}'.")
+        if type(found) not in (int, float) or not 0 < found < math.inf:
+            raise TruedepthError(
+                f"{path} has {reprlib.repr(found)} as 'llama.{key}' instead of a number above 0."
+            )
         return found
 
-    if "token_embd.weight" not in shapes:
-        raise TruedepthError(f"{path} has no tensor 'token_embd.weight'.")
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise TruedepthError(f"{path} has no matrix 'token_embd.weight'.")
     heads = value("attention.head_count")
     head_dim = value("attention.key_length", value("embedding_length") // heads)
     if value("rope.dimension_count", head_dim) != head_dim:
@@ -162,7 +188,10 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
         },
     }
     if (scaling := _value(reader, "llama.rope.scaling.type", "none")) != "none":
-        raise TruedepthError(f"{path} scales RoPE by {scaling!r}, which is not supported.")
+        raise TruedepthError(
+            f"{path} scales RoPE by {reprlib.repr(scaling)}, which is not supported."
+        )
+    check_config(config, path)  # before anything is made that is as large as it says
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":
             config["rope_parameters"] |= _llama3_scaling(path, tensor.data, config)
@@ -174,7 +203,7 @@ def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(_value(reader, CONFIG, "{}"))
         plan = plan_of(config)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TruedepthError(f"{path} has no config.json under {CONFIG!r}.") from error
     if plan is None:
         raise TruedepthError(
@@ -245,13 +274,19 @@ def _tensors(
             continue
         if tensor.name not in names:
             raise TruedepthError(
-                f"{path} has the tensor {tensor.name!r}, which has no known place."
+                f"{path} has the tensor {reprlib.repr(tensor.name)}, which has no known place."
             )
         name = names[tensor.name]
         layer, rest = family.split(name)
         heads = None
         if layer is not None and rest.startswith(("self_attn.q_proj.", "self_attn.k_proj.")):
-            heads = config[family.heads[rest.rpartition(".")[0]]] * (widths[layer] if widths else 1)
+            key = family.heads[rest.rpartition(".")[0]]
+            heads = (config.get(key) or 0) * (widths[layer] if widths else 1)
+            if not heads or tensor.shape[-1] % (2 * heads):
+                raise TruedepthError(
+                    f"{path} has {tensor.shape[-1]} rows in {tensor.name!r}, which are no {heads}"
+                    f" heads ({key})."
+                )
         tensors[name] = _lazy(tensor, heads)
     return tensors
 

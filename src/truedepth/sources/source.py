@@ -14,6 +14,7 @@ import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.families import Family, family_of, known_family
+from truedepth.sources.limits import check_config
 from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor
 
@@ -54,13 +55,7 @@ class Source:
     """How the weights were quantized, if they were: they are dequantized when they are read."""
 
     def __post_init__(self) -> None:
-        for key in ("num_hidden_layers", "hidden_size"):
-            value = self.config.get(key)
-            if type(value) is not int or value < 1:
-                raise TruedepthError(
-                    f"The config of {self.path} must give {key} as a whole number of at least 1,"
-                    f" not {value!r}."
-                )
+        check_config(self.config, self.path)
 
     @property
     def num_layers(self) -> int:
@@ -107,6 +102,8 @@ class Source:
         """The tokenizer; raises TruedepthError where there is none that can be loaded."""
         try:
             return self.load_tokenizer()
+        except TruedepthError:
+            raise
         except Exception as error:  # tokenizers of every kind raise errors of every kind
             raise TruedepthError(
                 f"{self.path} has no tokenizer that transformers can load."

@@ -184,7 +184,7 @@ def test_force_where_the_file_system_can_swap_names_and_where_not(
 def test_what_a_run_killed_after_its_work_left_is_removed_by_the_next(make_model, tmp_path):
     """It was killed behind the rename: the output is whole, and the same command is refused."""
     precious(tmp_path)
-    for name in (".out.partial", ".out.calibration", ".out.healing"):
+    for name in (".out.partial", ".out.replaced", ".out.calibration", ".out.healing"):
         (tmp_path / name).mkdir()
     (tmp_path / ".out.calibration" / "used-up").touch()
     with pytest.raises(td.TruedepthError, match="--force"):

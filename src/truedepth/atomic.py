@@ -174,13 +174,16 @@ def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -
 def _clear(out: Path) -> None:
     """Remove what is left beside a whole output by a run that was killed just after writing it."""
     kept = [beside(out, what) for what in ("calibration", "healing")]
-    partial = beside(out, "partial")
-    for directory in [partial, *(each for each in kept if (each / USED_UP).exists())]:
-        if directory.is_dir():
+    used_up = [directory for directory in kept if (directory / USED_UP).exists()]
+    for place in (beside(out, "partial"), beside(out, "replaced"), *used_up):
+        if place.is_dir():
             with suppress(TruedepthError):  # another run is at work there, or it cannot be removed
-                lock = locked_directory(directory, busy="")
-                shutil.rmtree(directory, ignore_errors=True)
+                lock = locked_directory(place, busy="")
+                shutil.rmtree(place, ignore_errors=True)
                 os.close(lock)
+        else:
+            with suppress(OSError):
+                place.unlink()
 
 
 def empty(directory: Path) -> None:

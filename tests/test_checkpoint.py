@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -184,12 +185,36 @@ def test_force_where_the_file_system_can_swap_names_and_where_not(
 def test_what_a_run_killed_after_its_work_left_is_removed_by_the_next(make_model, tmp_path):
     """It was killed behind the rename: the output is whole, and the same command is refused."""
     precious(tmp_path)
-    for name in (".out.partial", ".out.calibration", ".out.healing"):
+    for name in (".out.partial", ".out.replaced", ".out.calibration", ".out.healing"):
         (tmp_path / name).mkdir()
     (tmp_path / ".out.calibration" / "used-up").touch()
+    (tmp_path / ".out.healing" / "settings.json").touch()
     with pytest.raises(td.TruedepthError, match="--force"):
         td.convert(make_model(), tmp_path / "out", PLAN)
     assert listing(tmp_path) == [".out.healing", "out"]  # unfinished: there may be work in it
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_a_kill_while_what_is_used_up_is_removed(tmp_path, monkeypatch, removed):
+    precious(tmp_path)
+    kept = tmp_path / ".out.calibration"
+    kept.mkdir()
+    for name in ("used-up", "layer-0001.safetensors", "settings.json"):
+        (kept / name).touch()
+    remove, times = atomic._remove, iter(range(removed))
+
+    def killed(path):
+        if next(times, None) is None:
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(atomic, "_remove", killed)
+        atomic.discard(kept)
+    assert kept.exists() == (removed < 3)
+    with pytest.raises(td.TruedepthError, match="--force"):
+        atomic.check_output(tmp_path / "out")
+    assert listing(tmp_path) == ["out"]
 
 
 def test_an_output_set_aside_by_a_killed_run_is_put_back(tmp_path):

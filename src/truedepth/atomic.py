@@ -174,13 +174,28 @@ def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -
 def _clear(out: Path) -> None:
     """Remove what is left beside a whole output by a run that was killed just after writing it."""
     kept = [beside(out, what) for what in ("calibration", "healing")]
-    partial = beside(out, "partial")
-    for directory in [partial, *(each for each in kept if (each / USED_UP).exists())]:
-        if directory.is_dir():
+    used_up = [place for place in kept if (place / USED_UP).exists() or _is_empty(place)]
+    for place in (beside(out, "partial"), beside(out, "replaced"), *used_up):
+        if place.is_dir():
             with suppress(TruedepthError):  # another run is at work there, or it cannot be removed
-                lock = locked_directory(directory, busy="")
-                shutil.rmtree(directory, ignore_errors=True)
+                lock = locked_directory(place, busy="")
+                discard(place)
                 os.close(lock)
+        else:
+            with suppress(OSError):
+                place.unlink()
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory, the mark that it is used up last: a kill may fall in between."""
+    with suppress(OSError):  # in the way of nothing
+        for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == USED_UP):
+            _remove(entry)
+        directory.rmdir()
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not any(place.iterdir())
 
 
 def empty(directory: Path) -> None:

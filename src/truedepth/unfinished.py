@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from truedepth.atomic import USED_UP, empty, locked_directory, whole_file
+from truedepth.atomic import USED_UP, discard, empty, locked_directory, whole_file
 from truedepth.errors import TruedepthError
 
 SETTINGS = "settings.json"
@@ -50,7 +49,7 @@ def unfinished(
                 partial.write_text(text, encoding="utf-8")
         (directory / USED_UP).unlink(missing_ok=True)
         yield directory
-        shutil.rmtree(directory, ignore_errors=True)
+        discard(directory)
     except OSError as error:
         raise TruedepthError(
             f"Keeping what is done in {directory} failed: {error.strerror or error}; with that put"

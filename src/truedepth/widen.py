@@ -31,6 +31,7 @@ from truedepth.tensors import (
     common_dtype,
     join_columns,
     ones,
+    remembered,
     scale_columns,
     stack_rows,
 )
@@ -62,12 +63,14 @@ def widen(
         return [layer[name] for layer in group]
 
     wide = {}
-    for norm in family.norms:
-        gain = group[0][f"{norm}.weight"]
+    gains = {norm: [remembered(gain) for gain in each(f"{norm}.weight")] for norm in family.norms}
+    for norm, (gain, *_) in gains.items():
         wide[f"{norm}.weight"] = ones(gain.shape[0], gain.dtype)
     for name, norm in family.reads.items():
-        weights, gains = each(f"{name}.weight"), each(f"{norm}.weight")
-        wide[f"{name}.weight"] = stack_rows(list(map(scale_columns, weights, gains)))
+        weights = each(f"{name}.weight")
+        folded = dtype or common_dtype(weights)
+        pairs = zip(weights, gains[norm], strict=True)
+        wide[f"{name}.weight"] = stack_rows([scale_columns(*pair, folded) for pair in pairs])
         if f"{name}.bias" in group[0]:
             wide[f"{name}.bias"] = stack_rows(each(f"{name}.bias"))
     for name in family.writes:

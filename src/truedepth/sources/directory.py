@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from truedepth.errors import TruedepthError
+from truedepth.sources.mapped import mapped_tensor
 from truedepth.sources.source import Source
-from truedepth.tensors import LazyTensor, from_tensor
+from truedepth.tensors import LazyTensor, Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +142,18 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
     """The tensors of one file. They share its memory map, so that reading makes no copy."""
     try:
         with safe_open(file, framework="pt") as handle:
+            stored = _places(file)
             names = handle.keys()
-            return {name: from_tensor(handle.get_tensor(name)) for name in names}
+            return {name: mapped_tensor(handle.get_tensor(name), stored[name]) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error
+
+
+def _places(file: Path) -> dict[str, Stored]:
+    """Where the tensors of a safetensors file, checked before, lie in it."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    begin = 8 + size
+    return {name: Stored(file, begin + held["data_offsets"][0]) for name, held in header.items()}

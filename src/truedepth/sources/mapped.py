@@ -24,14 +24,16 @@ def mapped_tensor(tensor: Tensor, stored: Stored) -> LazyTensor:
         stored: Where in which file.
     """
     lazy = from_tensor(tensor, stored)
-    row_bytes = lazy.nbytes // max(1, lazy.shape[0]) if lazy.shape else lazy.nbytes
+    count = lazy.shape[0] if lazy.shape else 1
+    row_bytes = lazy.nbytes // max(1, count)
 
     def rows(start: int, stop: int) -> Tensor:
-        # What is read from first to last is asked for once, two chunks ahead.
+        # What is read in blocks is asked for once, two chunks ahead. Who takes the whole may want
+        # the map only.
         begin = (start * row_bytes // AHEAD_BYTES + 2) * AHEAD_BYTES if start else 0
-        end = (stop * row_bytes // AHEAD_BYTES + 2) * AHEAD_BYTES
-        if begin < min(end, lazy.nbytes):
-            _will_need(stored, begin, min(end, lazy.nbytes) - begin)
+        end = min((stop * row_bytes // AHEAD_BYTES + 2) * AHEAD_BYTES, lazy.nbytes)
+        if begin < end and (start, stop) != (0, count):
+            _will_need(stored, begin, end - begin)
         return lazy.rows(start, stop)
 
     return LazyTensor(lazy.shape, lazy.dtype, rows, stored)

@@ -72,9 +72,9 @@ layers, sink = int(sys.argv[3]), sys.argv[4] == "True"
 if sink:
     nowhere, copy = os.open(os.devnull, os.O_WRONLY), Copier.copy
     Copier.copy = lambda self, tensor, file, place: copy(self, tensor, nowhere, place)
-start = time.perf_counter()
+start, busy = time.perf_counter(), time.process_time()
 convert(sys.argv[1], sys.argv[2], td.Plan.span(layers, layers // 2 - 2, layers - 3))
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time() - busy)
 """
 
 
@@ -146,26 +146,26 @@ def uncached(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed_copy(source: Path, target: Path) -> float:
-    """Seconds to copy a directory and have it on the disk."""
+def timed_copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds to copy a directory and have it on the disk, and seconds of a core."""
     uncached(source)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     shutil.copytree(source, target)
     subprocess.run(["sync", "-f", target], check=True)
-    elapsed = time.perf_counter() - start
+    elapsed = time.perf_counter() - start, time.process_time() - busy
     shutil.rmtree(target)
     return elapsed
 
 
 def timed_conversion(
     source: Path, target: Path, layers: int, sink: bool = False
-) -> tuple[float, float, int]:
-    """Seconds of a conversion with and without the start of Python, and its peak of memory."""
+) -> tuple[list[float], int]:
+    """Seconds of a conversion: with the start of Python, without, of a core; its peak of memory."""
     uncached(source)
     start = time.perf_counter()
     arguments = map(str, (source, target, layers, sink))
     peak, printed = peak_memory([sys.executable, "-c", CONVERT, *arguments])
-    return time.perf_counter() - start, float(printed), peak
+    return [time.perf_counter() - start, *map(float, printed.split())], peak
 
 
 def headers(directory: Path) -> dict[str, dict[str, Any]]:
@@ -208,8 +208,8 @@ def main() -> None:
             "size": size,
         }
         if arguments.sparse:
-            seconds, _, peak = timed_conversion(source, target, layers, sink=True)
-            result |= {"tensors": len(headers(target)), "seconds": seconds}
+            seconds, peak = timed_conversion(source, target, layers, sink=True)
+            result |= {"tensors": len(headers(target)), "seconds": seconds[0]}
             result["peak_anonymous_bytes"] = peak
         else:
             result |= compared(source, target, layers, arguments.runs)
@@ -220,29 +220,33 @@ def main() -> None:
 
 def compared(source: Path, target: Path, layers: int, runs: int) -> dict[str, Any]:
     """Copies and conversions in turn."""
-    copies, whole, calls, peaks = [], [], [], []
+    copies, conversions, peaks = [], [], []
     for _ in range(runs):
         copies.append(timed_copy(source, target))
-        seconds, call, peak = timed_conversion(source, target, layers)
+        seconds, peak = timed_conversion(source, target, layers)
         shutil.rmtree(target)
-        whole.append(seconds)
-        calls.append(call)
+        conversions.append(seconds)
         peaks.append(peak)
+        (copy, copying), (whole, call, computing) = copies[-1], seconds
         print(
-            f"copy {copies[-1]:.1f} s, convert {seconds:.1f} s, of which the call {call:.1f} s,"
-            f" {peak / 1e9:.2f} GB anonymous",
+            f"copy {copy:.1f} s ({copying:.1f} s of a core), convert {whole:.1f} s, of which the"
+            f" call {call:.1f} s ({computing:.1f} s of a core), {peak / 1e9:.2f} GB anonymous",
             flush=True,
         )
 
-    def ratio(seconds: list[float]) -> float:
-        return statistics.median(s / copy for s, copy in zip(seconds, copies, strict=True))
+    def ratio(ours: int, theirs: int) -> float:
+        pairs = zip(conversions, copies, strict=True)
+        return statistics.median(seconds[ours] / copy[theirs] for seconds, copy in pairs)
 
     return {
-        "copy_seconds": copies,
-        "convert_seconds": whole,
-        "call_seconds": calls,
-        "median_ratio": ratio(whole),
-        "median_ratio_of_the_call": ratio(calls),
+        "copy_seconds": [copy for copy, _ in copies],
+        "copy_core_seconds": [busy for _, busy in copies],
+        "convert_seconds": [seconds[0] for seconds in conversions],
+        "call_seconds": [seconds[1] for seconds in conversions],
+        "call_core_seconds": [seconds[2] for seconds in conversions],
+        "median_ratio": ratio(0, 0),
+        "median_ratio_of_the_call": ratio(1, 0),
+        "median_ratio_of_core_seconds": ratio(2, 1),
         "peak_anonymous_bytes": max(peaks),
     }
 

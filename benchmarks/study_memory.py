@@ -1,9 +1,9 @@
 """Memory of a study of a model that is larger than memory.
 
 A synthetic checkpoint of Llama-3-70B's width, whose files are holes: they take no disk and read as
-zeros, through the page cache as all files do. Its layers are run one after another, in pairs,
-merged and against one another, in a process whose anonymous resident memory is sampled. Needs
-Linux.
+zeros, through the page cache as all files do. All its layers are run in order, in pairs and merged,
+and once more with every layer's input kept, in a process whose anonymous resident memory is
+sampled. Needs Linux.
 
     python benchmarks/study_memory.py [--layers 16] [--windows 4] [--json PATH]
 """
@@ -24,17 +24,17 @@ from conversion import LLAMA_3_70B, peak_memory, write_model
 
 STUDY = """
 import sys, torch, truedepth as td
-from truedepth.dependence import dependence
 from truedepth.loading import load_in_place
-from truedepth.schedule import Runner
-from truedepth.transformations import all_cells
+from truedepth.schedule import Runner, in_order
+from truedepth.transformations import Cell
 source, windows = td.open_source(sys.argv[1]), int(sys.argv[2])
+layers = source.num_layers
 ids = torch.randint(source.config["vocab_size"], (windows, 64))
 loaded = load_in_place(source, device=torch.device("cpu"), dtype=torch.bfloat16)
 runner = Runner(loaded, ids)
-cells = all_cells(source.num_layers, stride=source.num_layers // 2, permutations=1)
-list(runner.run(cell.schedule(source.num_layers) for cell in cells))
-dependence(runner)
+cells = [Cell(name, 0, layers).schedule(layers) for name in ("2-parallel", "merge")]
+list(runner.run([in_order(range(layers)), *cells]))
+runner.inputs()
 print(runner.evaluated)
 """
 
@@ -42,7 +42,7 @@ print(runner.evaluated)
 def main() -> None:
     """Study once; print and write what it took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--windows", type=int, default=4, help="of 64 tokens")
     parser.add_argument("--directory", type=Path, help="for the checkpoint")
     parser.add_argument("--json", type=Path)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from conversion import peak_memory, write_model
+from conversion import LLAMA_2_7B, peak_memory, write_model
 
 LAYERS = 3
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        write_model(Path(directory), LAYERS)
+        write_model(Path(directory), LLAMA_2_7B | {"num_hidden_layers": LAYERS})
         start = time.perf_counter()
         options = [str(arguments.tokens), arguments.activation_dtype]
         peak, _ = peak_memory([sys.executable, "-c", CALIBRATE, directory, *options])

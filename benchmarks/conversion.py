@@ -1,15 +1,21 @@
-"""Memory and time of converting a checkpoint with Llama-2-7B's shapes, against copying its files.
+"""Memory and time of converting a synthetic checkpoint, against copying its files.
 
-Writes a synthetic checkpoint (13.5 GB, bfloat16, sharded), then in turn copies it and converts it
-in a process of its own, whose anonymous resident memory is sampled. Needs 45 GB of disk and Linux.
+Writes a checkpoint with a known model's shapes in bfloat16, then in turn copies it and converts it
+in a process of its own, whose anonymous resident memory is sampled. Both begin without the source
+in the page cache and end with the copy on the disk. Needs disk for two checkpoints, and Linux.
 
-    python benchmarks/conversion.py [--layers 32] [--runs 2] [--json PATH]
+With --sparse the checkpoint takes no disk: its files are holes, which read as zeros, and what is
+computed is written to /dev/null. That shows memory, and which tensors come out, not speed.
+
+    python benchmarks/conversion.py [--model llama-3-70b] [--layers 8] [--runs 5] [--json PATH]
+    python benchmarks/conversion.py --model llama-3-70b --sparse [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -17,18 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
 from truedepth.checkpoint import write_weights
+from truedepth.copying import Copier
 from truedepth.tensors import LazyTensor
 
-LLAMA_2_7B = {
+LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 11008,
+    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
     "vocab_size": 32000,
@@ -39,27 +50,51 @@ LLAMA_2_7B = {
     "dtype": "bfloat16",
 }
 
+LLAMA_3_70B = LLAMA_2_7B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
+MODELS: dict[str, dict[str, Any]] = {"llama-2-7b": LLAMA_2_7B, "llama-3-70b": LLAMA_3_70B}
+
 CONVERT = """
-import sys, truedepth as td
-layers = int(sys.argv[3])
-td.convert(sys.argv[1], sys.argv[2], td.Plan.span(layers, layers // 2 - 2, layers - 3))
+import os, sys, time
+import truedepth as td
+from truedepth.conversion import convert
+from truedepth.copying import Copier
+layers, sink = int(sys.argv[3]), sys.argv[4] == "True"
+if sink:
+    nowhere, copy = os.open(os.devnull, os.O_WRONLY), Copier.copy
+    Copier.copy = lambda self, tensor, file, place: copy(self, tensor, nowhere, place)
+start, busy = time.perf_counter(), time.process_time()
+convert(sys.argv[1], sys.argv[2], td.Plan.span(layers, layers // 2 - 2, layers - 3))
+print(time.perf_counter() - start, time.process_time() - busy)
 """
 
 
-def write_model(directory: Path, layers: int) -> int:
-    """A checkpoint of Llama-2-7B's shapes; gives its size in bytes."""
-    hidden, ffn, vocabulary = 4096, 11008, 32000
+def write_model(directory: Path, model: dict[str, Any], sparse: bool = False) -> int:
+    """A checkpoint of a model's shapes; gives its size in bytes."""
+    hidden, ffn, vocabulary = (
+        model[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    heads = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    for layer in range(layers):
+    for layer in range(model["num_hidden_layers"]):
         names: dict[str, tuple[int, ...]] = {}
-        names |= {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+        names |= {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+        names |= {f"self_attn.{name}_proj": (heads, hidden) for name in "kv"}
         names |= {f"mlp.{name}_proj": (ffn, hidden) for name in ("gate", "up")}
         names |= {"mlp.down_proj": (hidden, ffn)}
         names |= {f"{norm}_layernorm": (hidden,) for norm in ("input", "post_attention")}
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in names.items()}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    config = LLAMA_2_7B | {"num_hidden_layers": layers}
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(model))
 
     noise = (torch.randn(1 << 22) * 0.02).to(torch.bfloat16)
 
@@ -71,7 +106,12 @@ def write_model(directory: Path, layers: int) -> int:
 
         return LazyTensor(shape, torch.bfloat16, rows)
 
-    return write_weights(directory, {name: lazy(shape) for name, shape in shapes.items()})
+    def hole(_: Copier, tensor: LazyTensor, file: int, place: int) -> Iterator[int]:
+        os.ftruncate(file, place + tensor.nbytes)
+        yield tensor.nbytes
+
+    with mock.patch.object(Copier, "copy", hole if sparse else Copier.copy):
+        return write_weights(directory, {name: lazy(shape) for name, shape in shapes.items()})
 
 
 def peak_memory(command: list[str]) -> tuple[int, bytes]:
@@ -99,58 +139,116 @@ def anonymous_memory(process: subprocess.Popen[bytes]) -> int:
     return 0
 
 
-def timed_copy(source: Path, target: Path) -> float:
-    """Seconds to copy a directory and have it on the disk."""
-    start = time.perf_counter()
+def uncached(directory: Path) -> None:
+    """Nothing of its files in the page cache."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed_copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds to copy a directory and have it on the disk, and seconds of a core."""
+    uncached(source)
+    start, busy = time.perf_counter(), time.process_time()
     shutil.copytree(source, target)
     subprocess.run(["sync", "-f", target], check=True)
-    elapsed = time.perf_counter() - start
+    elapsed = time.perf_counter() - start, time.process_time() - busy
     shutil.rmtree(target)
     return elapsed
 
 
-def timed_conversion(source: Path, target: Path, layers: int) -> tuple[float, int]:
-    """Seconds of a conversion, start of Python included, and its peak of anonymous memory."""
+def timed_conversion(
+    source: Path, target: Path, layers: int, sink: bool = False
+) -> tuple[list[float], int]:
+    """Seconds of a conversion: with the start of Python, without, of a core; its peak of memory."""
+    uncached(source)
     start = time.perf_counter()
-    command = [sys.executable, "-c", CONVERT, str(source), str(target), str(layers)]
-    peak, _ = peak_memory(command)
-    elapsed = time.perf_counter() - start
-    shutil.rmtree(target)
-    return elapsed, peak
+    arguments = map(str, (source, target, layers, sink))
+    peak, printed = peak_memory([sys.executable, "-c", CONVERT, *arguments])
+    return [time.perf_counter() - start, *map(float, printed.split())], peak
+
+
+def headers(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the shards of a checkpoint say of its tensors, by name, checked against its index."""
+    found: dict[str, dict[str, Any]] = {}
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    for shard in sorted(set(index["weight_map"].values())):
+        with (directory / shard).open("rb") as file:
+            held = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        held.pop("__metadata__")
+        if set(held) != {name for name, place in index["weight_map"].items() if place == shard}:
+            raise SystemExit(f"{shard} does not hold what the index says")
+        found |= held
+    sizes = [end - start for start, end in (held["data_offsets"] for held in found.values())]
+    if sum(sizes) != index["metadata"]["total_size"]:
+        raise SystemExit("the index gives another size than the shards")
+    return found
 
 
 def main() -> None:
     """Copy and convert in turn; print and write what it took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--model", choices=MODELS, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="instead of all")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--sparse", action="store_true", help="memory only, needs no disk")
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    model: dict[str, Any] = MODELS[arguments.model]
+    layers: int = arguments.layers or model["num_hidden_layers"]
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
         source, target = Path(temporary) / "source", Path(temporary) / "target"
         source.mkdir()
-        size = write_model(source, arguments.layers)
-        copies, conversions, peaks = [], [], []
-        for _ in range(arguments.runs):
-            copies.append(timed_copy(source, target))
-            elapsed, peak = timed_conversion(source, target, arguments.layers)
-            conversions.append(elapsed)
-            peaks.append(peak)
-            print(
-                f"copy {copies[-1]:.1f} s, convert {elapsed:.1f} s, {peak / 1e9:.2f} GB anonymous"
-            )
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "size": size,
-        "copy_seconds": copies,
-        "convert_seconds": conversions,
-        "ratio": statistics.median(conversions) / statistics.median(copies),
-        "peak_anonymous_bytes": max(peaks),
-    }
+        size = write_model(source, model | {"num_hidden_layers": layers}, arguments.sparse)
+        result: dict[str, Any] = {
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "model": arguments.model,
+            "layers": layers,
+            "size": size,
+        }
+        if arguments.sparse:
+            seconds, peak = timed_conversion(source, target, layers, sink=True)
+            result |= {"tensors": len(headers(target)), "seconds": seconds[0]}
+            result["peak_anonymous_bytes"] = peak
+        else:
+            result |= compared(source, target, layers, arguments.runs)
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def compared(source: Path, target: Path, layers: int, runs: int) -> dict[str, Any]:
+    """Copies and conversions in turn."""
+    copies, conversions, peaks = [], [], []
+    for _ in range(runs):
+        copies.append(timed_copy(source, target))
+        seconds, peak = timed_conversion(source, target, layers)
+        shutil.rmtree(target)
+        conversions.append(seconds)
+        peaks.append(peak)
+        (copy, copying), (whole, call, computing) = copies[-1], seconds
+        print(
+            f"copy {copy:.1f} s ({copying:.1f} s of a core), convert {whole:.1f} s, of which the"
+            f" call {call:.1f} s ({computing:.1f} s of a core), {peak / 1e9:.2f} GB anonymous",
+            flush=True,
+        )
+
+    def ratio(ours: int, theirs: int) -> float:
+        pairs = zip(conversions, copies, strict=True)
+        return statistics.median(seconds[ours] / copy[theirs] for seconds, copy in pairs)
+
+    return {
+        "copy_seconds": [copy for copy, _ in copies],
+        "copy_core_seconds": [busy for _, busy in copies],
+        "convert_seconds": [seconds[0] for seconds in conversions],
+        "call_seconds": [seconds[1] for seconds in conversions],
+        "call_core_seconds": [seconds[2] for seconds in conversions],
+        "median_ratio": ratio(0, 0),
+        "median_ratio_of_the_call": ratio(1, 0),
+        "median_ratio_of_core_seconds": ratio(2, 1),
+        "peak_anonymous_bytes": max(peaks),
+    }
 
 
 if __name__ == "__main__":

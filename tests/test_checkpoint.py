@@ -24,7 +24,8 @@ import truedepth as td
 from conftest import random_ids
 from truedepth import atomic
 from truedepth.atomic import atomic_directory
-from truedepth.checkpoint import BLOCK_BYTES, write_weights
+from truedepth.checkpoint import write_weights
+from truedepth.copying import BLOCK_BYTES
 from truedepth.tensors import LazyTensor, from_tensor
 
 PLAN = td.Plan(6, [[1, 2], [3, 4]])
@@ -302,13 +303,13 @@ def test_a_full_disk_leaves_nothing(make_model, tmp_path):
 
 SLOW_RUN = """
 import sys, time, truedepth as td
-from truedepth import checkpoint
-write = checkpoint._write_block
-def slowly(file, block):
+from truedepth import copying
+write = copying._write_block
+def slowly(*where):
     print("writing", flush=True)
     time.sleep(0.05)
-    return write(file, block)
-checkpoint._write_block = slowly
+    return write(*where)
+copying._write_block = slowly
 td.convert(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2]]))
 """
 

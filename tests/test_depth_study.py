@@ -19,6 +19,7 @@ from conftest import random_ids
 from test_schedule import rebuilt, rebuilt_update
 from truedepth.dependence import dependence, rank_correlation
 from truedepth.depth_study import study
+from truedepth.loading import load_in_place
 from truedepth.measurements import FILE, Measurements
 from truedepth.schedule import Runner, Step, in_order, layer_evaluations
 from truedepth.transformations import TRANSFORMATIONS, Cell, all_cells
@@ -273,3 +274,64 @@ def test_medians_are_over_all_spans_of_a_length(make_model, text, tmp_path):
     }
     losses = [found.transformed["merge"][i][i + 3] - found.nll for i in range(3)]
     assert found.medians["merge"][4] == statistics.median(losses)
+
+
+MEASURE = """
+import re, sys, threading, time
+from pathlib import Path
+import torch
+from truedepth.depth_study import study
+
+small, model, out, text = sys.argv[1:]
+options = {"window": 16, "windows": 5, "stride": 4, "permutations": 1, "dtype": torch.bfloat16}
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+study(small, out + "/small", text=text, **options)  # what libraries take at first use
+before, peak = anonymous(), 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+study(model, out + "/large", text=text, **options)
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the memory")
+def test_weights_stay_in_their_files(make_model, text, tmp_path):
+    """The pages of a map can go and come back, so a model may be larger than memory."""
+    width = {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 12}
+    model = make_model(dtype=torch.bfloat16, shard_size="100MB", **width)
+    size = sum(tensor.nbytes for tensor in td.open_source(model).tensors.values())
+    paths = [make_model(dtype=torch.bfloat16), model, tmp_path, text]
+    command = [sys.executable, "-c", MEASURE, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert size > 300e6
+    # The mean of layers is a layer in memory, made through matrices in float32.
+    assert size / 12 < int(done.stdout) < size / 3
+
+
+def test_in_place_is_the_loaded_model(make_model):
+    for options in ({}, {"tie_word_embeddings": True}):
+        source = td.open_source(make_model(dtype=torch.bfloat16, **options))
+        cpu = torch.device("cpu")
+        for dtype in (torch.bfloat16, torch.float32):
+            ours = load_in_place(source, device=cpu, dtype=dtype)
+            theirs = td.load(source, device=cpu, dtype=dtype)
+            assert ours.model.dtype == theirs.model.dtype == dtype
+            logits = [each.model(random_ids()).logits for each in (ours, theirs)]
+            assert torch.equal(*logits)
+
+
+def test_weights_of_another_shape_are_refused(make_model, tmp_path):
+    shutil.copytree(make_model(), tmp_path / "copy")
+    tensors = {n: t.read().clone() for n, t in td.open_source(make_model()).tensors.items()}
+    tensors["model.norm.weight"] = torch.ones(65)
+    save_file(tensors, tmp_path / "copy" / "model.safetensors")
+    source = td.open_source(tmp_path / "copy")
+    with pytest.raises(td.TruedepthError, match=r"'model\.norm\.weight' the shape \[65\]"):
+        load_in_place(source, device=torch.device("cpu"), dtype=torch.float32)

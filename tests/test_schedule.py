@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import MistralConfig
 
 import truedepth as td
 from conftest import random_ids, reference_logits
-from truedepth.schedule import Runner, Step, in_order
+from truedepth.schedule import BATCH_WINDOWS, Runner, Step, in_order
 from truedepth.transformations import Cell
 
 IDS = random_ids(batch=3, length=21)
@@ -155,3 +156,15 @@ def test_the_weights_are_not_touched(loaded, runner):
 def test_steps_of_one_layer_are_the_same_in_every_form():
     assert Step((3,), "par") == Step((3,), "merge") == Step((3,))
     assert str(Step((3, 4), "par")) == "3+4:par"
+
+
+def test_windows_run_in_batches_as_they_do_alone(make_model):
+    """More windows than a layer computes at once, the last batch not full; masks by window."""
+    loaded = td.load(make_model(family=MistralConfig, sliding_window=5))
+    ids = random_ids(batch=2 * BATCH_WINDOWS + 1, length=13)
+    schedules = schedules_of_all_kinds()
+    together = dict(Runner(loaded, ids).run(schedules))
+    for index in (0, BATCH_WINDOWS, len(ids) - 1):
+        alone = dict(Runner(loaded, ids[index : index + 1]).run(schedules))
+        for schedule, nll in alone.items():
+            torch.testing.assert_close(together[schedule][index], nll[0], atol=1e-5, rtol=0)

@@ -11,20 +11,18 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from torch import Tensor
 
 from truedepth import modeling
 from truedepth.atomic import atomic_directory
+from truedepth.copying import Copier, copier
 from truedepth.errors import TruedepthError
 from truedepth.progress import progress_bar
 from truedepth.sources import Source
 from truedepth.tensors import LazyTensor
-
-BLOCK_BYTES = 1 << 20  # small enough to stay in cache and to be reused by the allocator
 
 FILENAME_PATTERN = "model{suffix}.safetensors"
 
@@ -102,7 +100,7 @@ def write_weights(
 
     Args:
         directory: Where to.
-        tensors: By name; read one block at a time, each once, in order.
+        tensors: By name; read a few blocks at a time, each once.
         shard_size: Most bytes a shard holds, as a number or such as `"5GB"`. A tensor larger than
             that gets a shard of its own.
         progress: Called with the number of bytes of every block written.
@@ -119,8 +117,10 @@ def write_weights(
         filename_pattern=FILENAME_PATTERN,
         max_shard_size=_bytes(shard_size),
     )
-    for filename, names in split.filename_to_tensors.items():
-        _write_shard(directory / filename, {name: tensors[name] for name in names}, progress)
+    with copier() as copies:
+        for filename, names in split.filename_to_tensors.items():
+            held = {name: tensors[name] for name in names}
+            _write_shard(directory / filename, held, copies, progress)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
@@ -140,7 +140,10 @@ def _bytes(size: int | str) -> int:
 
 
 def _write_shard(
-    path: Path, tensors: Mapping[str, LazyTensor], progress: Callable[[int], object]
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    copies: Copier,
+    progress: Callable[[int], object],
 ) -> None:
     """One safetensors file: header length (8 bytes), JSON header, tensors without gaps."""
     # Wider types first keeps every tensor aligned to its element size.
@@ -158,13 +161,10 @@ def _write_shard(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.flush()
+        place = 8 + len(encoded)
         for name in ordered:
-            for block in tensors[name].blocks(BLOCK_BYTES):
-                progress(_write_block(file, block))
-
-
-def _write_block(file: BinaryIO, block: Tensor) -> int:
-    raw = block.contiguous().reshape(-1).view(torch.uint8)
-    return file.write(raw.numpy().data)
+            for written in copies.copy(tensors[name], file.fileno(), place):
+                progress(written)
+            place += tensors[name].nbytes

@@ -6,7 +6,6 @@ averaged over all tokens. f_i is what layer i adds to its input x_i.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,18 +31,18 @@ def dependence(
     """
     states = runner.inputs()
     count = len(runner.layers)
-    updates = [after - before for before, after in itertools.pairwise(states)]
     matrices = {
         name: torch.full((count, count), float("nan"), dtype=torch.float64) for name in MEASURES
     }
     for j in range(count):
-        x_j = states[j]
-        size = _norm(updates[j])
+        x_j, f_j = states[j], states[j + 1] - states[j]
+        size = _norm(f_j)
         for i in range(j):
-            lost = runner.update(j, x_j - updates[i]) - updates[j]
+            f_i = states[i + 1] - states[i]
+            lost = runner.update(j, x_j - f_i) - f_j
             matrices["interaction"][i, j] = _norm(lost) / size
             matrices["input similarity"][i, j] = cosine_similarity(states[i], x_j, -1).mean().item()
-            matrices["update size"][i, j] = _norm(updates[i]) / _norm(x_j)
+            matrices["update size"][i, j] = _norm(f_i) / _norm(x_j)
             advance(1)
     return matrices
 

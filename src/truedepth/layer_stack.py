@@ -1,9 +1,10 @@
 """A decoder whose layers come into memory one at a time.
 
-Embedding, final norm and output head are loaded; layers are built where they are asked for, from
-lazy tensors, and are gone with the last reference. How the model calls its layers (masks, rotary
-embeddings, positions) is recorded from a forward pass in which the layers do nothing, so nothing of
-a family's model code is repeated here. The residual stream is float32, whatever layers compute in.
+Embedding, final norm and output head are loaded when they are used; layers are built where they are
+asked for, from lazy tensors, and are gone with the last reference. How the model calls its layers
+(masks, rotary embeddings, positions) is recorded from a forward pass in which the layers do
+nothing, so nothing of a family's model code is repeated here. The residual stream is float32,
+whatever layers compute in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class LayerStack:
         tensors: Mapping[str, LazyTensor] | None = None,
         places: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Load what is outside the layers.
+        """Build the model without its weights.
 
         Args:
             source: The model, of a supported family.
@@ -55,11 +57,6 @@ class LayerStack:
         self._tensors = source.tensors if tensors is None else tensors
         self.device, self._dtype = torch.device(device), dtype
         self._model: Any = empty_model(config or source.config, source.path, dtype)
-        names = [name for name, _ in self._model.named_parameters()]
-        for name in names:
-            if self._family.split(name)[0] is None and name in self._tensors:
-                self._put(self._model, name, self._tensors[name])
-        self._model.tie_weights()
         for name, buffer in self._model.named_buffers():
             set_module_tensor_to_device(self._model, name, self.device, buffer)
         self._empty = list(self._model.base_model.layers)
@@ -75,6 +72,15 @@ class LayerStack:
             if self._family.split(name)[0] is not None
         )
         self._evaluated = 0
+
+    @cached_property
+    def _whole(self) -> Any:
+        """The model with what is outside the layers: of a conversion nobody asks for it."""
+        for name in [name for name, _ in self._model.named_parameters()]:
+            if self._family.split(name)[0] is None and name in self._tensors:
+                self._put(self._model, name, self._tensors[name])
+        self._model.tie_weights()
+        return self._model
 
     @property
     def token_passes(self) -> float:
@@ -149,7 +155,7 @@ class LayerStack:
             `[windows, length, hidden]` float32, and one call a layer.
         """
         self._calls.clear()
-        self._model.base_model(ids.to(self.device), use_cache=False)
+        self._whole.base_model(ids.to(self.device), use_cache=False)
         calls = [dict(call) for call in self._calls]
         states = [call.pop("hidden_states") for call in calls]
         return states[0].float(), calls
@@ -157,7 +163,7 @@ class LayerStack:
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Of the last layer's output, `[positions, hidden]` to `[positions, vocabulary]`."""
-        norm = self._model.get_submodule(self._family.outside[1])
+        norm = self._whole.get_submodule(self._family.outside[1])
         return self._head(norm(x.to(self.device, self._dtype)))
 
     def branch(self, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]) -> Tensor:

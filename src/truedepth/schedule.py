@@ -29,6 +29,11 @@ from truedepth.output_head import OutputHead
 
 Form = Literal["lp", "par", "merge"]
 
+BATCH_WINDOWS = 4  # that a layer computes at once; what is inside it is several times its input
+
+Calls = dict[int, dict[str, Any]]
+"""By layer, what its attention is called with for a batch, but for the hidden states."""
+
 
 @dataclass(frozen=True, order=True)
 class Step:
@@ -121,7 +126,7 @@ class Runner:
 
     @torch.inference_mode()
     def _record(self) -> None:
-        calls: dict[int, dict[str, Any]] = {}
+        calls: Calls = {}
         embedded: list[Tensor] = []
         attention = self._family.attention.module
 
@@ -140,14 +145,16 @@ class Runner:
         hooks.append(
             self.layers[0].register_forward_pre_hook(lambda _, args: embedded.append(args[0]))
         )
+        self._calls: list[Calls] = []
         try:
-            self._model.base_model(self._ids, use_cache=False)
+            for ids in torch.split(self._ids, BATCH_WINDOWS):
+                self._model.base_model(ids, use_cache=False)
+                self._calls.append(dict(calls))
         finally:
             for hook in hooks:
                 hook.remove()
-        self._calls = calls
         # The residual stream is kept in float32, also where the layers compute in bfloat16.
-        self.embedded = embedded[0].float()
+        self.embedded = torch.cat(embedded).float()
 
     @torch.inference_mode()
     def inputs(self) -> list[Tensor]:
@@ -217,15 +224,19 @@ class Runner:
         """
         self.evaluated += 0.5
         module = module or self.layers[layer]
-        return run_branch(self._sublayers, module, number, x, self._calls[layer])
+        run = partial(run_branch, self._sublayers, module, number)
+        parts = zip(torch.split(x, BATCH_WINDOWS), self._calls, strict=True)
+        return torch.cat([run(part, calls[layer]) for part, calls in parts])
 
     def mean_layer(self, layers: Sequence[int]) -> nn.Module:
         """A layer whose parameters are the means of those layers'; valid until the next call."""
         if self._scratch is None:
             self._scratch = copy.deepcopy(self.layers[0])
         for name, parameter in self._scratch.named_parameters():
-            members = [self.layers[layer].get_parameter(name).float() for layer in layers]
-            parameter.copy_(torch.stack(members).mean(0))
+            total = torch.zeros_like(parameter, dtype=torch.float32)
+            for layer in layers:
+                total += self.layers[layer].get_parameter(name)
+            parameter.copy_(total.div_(len(layers)))
         return self._scratch
 
 

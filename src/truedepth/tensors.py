@@ -7,12 +7,22 @@ tensors gives a lazy tensor; nothing is read until somebody asks for rows.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor's bytes lie in a file, one after another."""
+
+    path: Path
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,9 @@ class LazyTensor:
     rows: Callable[[int, int], Tensor]
     """`rows(start, stop)`: rows start to stop - 1, as `[stop - start, *shape[1:]]`."""
 
+    stored: Stored | None = None
+    """Where a file holds exactly these bytes, if one does."""
+
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
@@ -33,12 +46,17 @@ class LazyTensor:
         """The whole tensor."""
         return self.rows(0, self.shape[0] if self.shape else 1)
 
-    def blocks(self, max_bytes: int) -> Iterator[Tensor]:
-        """The tensor from first row to last in blocks of at most `max_bytes` (at least one row)."""
+    def ranges(self, max_bytes: int) -> Iterator[tuple[int, int]]:
+        """First rows and ends of blocks of at most `max_bytes` (at least one row)."""
         count = self.shape[0] if self.shape else 1
         step = max(1, max_bytes * count // max(1, self.nbytes))
         for start in range(0, count, step):
-            yield self.rows(start, min(start + step, count))
+            yield start, min(start + step, count)
+
+    def blocks(self, max_bytes: int) -> Iterator[Tensor]:
+        """The tensor from first row to last in such blocks."""
+        for start, stop in self.ranges(max_bytes):
+            yield self.rows(start, stop)
 
     def to(self, dtype: torch.dtype) -> LazyTensor:
         """The same values, rounded to `dtype`."""
@@ -54,13 +72,27 @@ class LazyTensor:
         )
 
 
-def from_tensor(tensor: Tensor) -> LazyTensor:
+def from_tensor(tensor: Tensor, stored: Stored | None = None) -> LazyTensor:
     """A tensor that is in memory (or mapped into it) already."""
     return LazyTensor(
         tuple(tensor.shape),
         tensor.dtype,
         lambda start, stop: tensor[start:stop] if tensor.shape else tensor,
+        stored,
     )
+
+
+def remembered(tensor: LazyTensor) -> LazyTensor:
+    """Read once, as a whole, when rows are first asked for; for small tensors of many readers."""
+    lock, held = threading.Lock(), list[Tensor]()
+
+    def rows(start: int, stop: int) -> Tensor:
+        with lock:
+            if not held:
+                held.append(tensor.read())
+        return held[0][start:stop]
+
+    return LazyTensor(tensor.shape, tensor.dtype, rows)
 
 
 def constant(value: float, size: int, dtype: torch.dtype) -> LazyTensor:
@@ -117,14 +149,27 @@ def pick_rows(tensor: LazyTensor, order: Tensor) -> LazyTensor:
     return LazyTensor((len(order), *tensor.shape[1:]), tensor.dtype, rows)
 
 
-def scale_columns(matrix: LazyTensor, scale: LazyTensor, offset: float = 0.0) -> LazyTensor:
-    """`W diag(g + offset)` in float32: column j of `[r, c]` times that of `[c]`. Not rounded."""
+def scale_columns(
+    matrix: LazyTensor,
+    scale: LazyTensor,
+    dtype: torch.dtype = torch.float32,
+    offset: float = 0.0,
+) -> LazyTensor:
+    """`W diag(g + offset)`: column j of `[r, c]` times that of `[c]`.
+
+    In float32, then rounded to `dtype` once.
+    """
+    # torch multiplies numbers of 16 bits in float32 and rounds the product: the same in one pass.
+    small = dtype in (torch.bfloat16, torch.float16) and {matrix.dtype, scale.dtype} == {dtype}
+    working = dtype if small and not offset else torch.float32
 
     def rows(start: int, stop: int) -> Tensor:
-        gains = scale.read().to(torch.float32)
-        return matrix.rows(start, stop).to(torch.float32) * (gains + offset if offset else gains)
+        gains = scale.read().to(working)
+        return (matrix.rows(start, stop).to(working) * (gains + offset if offset else gains)).to(
+            dtype
+        )
 
-    return LazyTensor(matrix.shape, torch.float32, rows)
+    return LazyTensor(matrix.shape, dtype, rows)
 
 
 def scale_rows(tensor: LazyTensor, scale: LazyTensor) -> LazyTensor:

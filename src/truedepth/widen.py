@@ -39,6 +39,7 @@ from truedepth.tensors import (
     constant,
     from_tensor,
     join_columns,
+    remembered,
     scale_columns,
     stack_rows,
 )
@@ -70,6 +71,11 @@ def widen(
         TruedepthError: A layer has a tensor that the family does not know, or lacks one.
     """
     _check(family, group)
+    gains = {f"{norm}.{part}" for norm in family.norms for part in ("weight", "bias")}
+    group = [
+        {name: remembered(tensor) if name in gains else tensor for name, tensor in layer.items()}
+        for layer in group
+    ]
 
     def each(name: str) -> list[LazyTensor]:
         return [layer[name] for layer in group]
@@ -81,7 +87,8 @@ def widen(
         if f"{norm}.bias" in group[0]:
             wide[f"{norm}.bias"] = constant(0.0, gain.shape[0], gain.dtype)
     for name in family.reads:
-        weights = [_folded(family, layer, name) for layer in group]
+        folded = dtype or common_dtype(each(f"{name}.weight"))
+        weights = [_folded(family, layer, name, folded) for layer in group]
         sizes = packed_sizes(family, name, config, weights[0].shape[0])
         wide[f"{name}.weight"] = _stack(weights, sizes)
         if f"{name}.bias" in group[0]:
@@ -98,12 +105,12 @@ def widen(
     return {name: tensor.to(dtype or common_dtype(each(name))) for name, tensor in wide.items()}
 
 
-def _folded(family: Family, layer: Layer, name: str) -> LazyTensor:
-    """`W diag(g)`, float32; where no norm is before it W."""
+def _folded(family: Family, layer: Layer, name: str, dtype: torch.dtype) -> LazyTensor:
+    """`W diag(g)`; where no norm is before it W."""
     norm, weight = family.norm_before(name), layer[f"{name}.weight"]
     if norm is None:
         return weight
-    return scale_columns(weight, layer[f"{norm}.weight"], family.gain_offset)
+    return scale_columns(weight, layer[f"{norm}.weight"], dtype, family.gain_offset)
 
 
 def _bias(family: Family, layer: Layer, name: str) -> LazyTensor:

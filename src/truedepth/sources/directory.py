@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 import shutil
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from truedepth.errors import TruedepthError
 from truedepth.sources import pickled
 from truedepth.sources.limits import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
+from truedepth.sources.mapped import mapped_tensor
 from truedepth.sources.pickled import open_pickle
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
-from truedepth.tensors import LazyTensor, from_tensor
+from truedepth.tensors import LazyTensor, Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,7 +226,18 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
         if header > MAX_HEADER_BYTES:
             raise ValueError(f"its header is said to have {header} bytes")
         with safe_open(file, framework="pt") as handle:
+            stored = _places(file)
             names = handle.keys()
-            return {name: from_tensor(handle.get_tensor(name)) for name in names}
+            return {name: mapped_tensor(handle.get_tensor(name), stored[name]) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error
+
+
+def _places(file: Path) -> dict[str, Stored]:
+    """Where the tensors of a safetensors file, checked before, lie in it."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    begin = 8 + size
+    return {name: Stored(file, begin + held["data_offsets"][0]) for name, held in header.items()}

@@ -8,6 +8,7 @@ opened, compared before every block that is read, and once more before a result 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Stamps:
             self.check(file)
             return tensor.rows(start, stop)
 
-        return LazyTensor(tensor.shape, tensor.dtype, rows)
+        return replace(tensor, rows=rows)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -1,0 +1,71 @@
+"""Memory of a study of a model that is larger than memory.
+
+A synthetic checkpoint of Llama-3-70B's width, whose files are holes: they take no disk and read as
+zeros, through the page cache as all files do. All its layers are run in order, in pairs and merged,
+and once more with every layer's input kept, in a process whose anonymous resident memory is
+sampled. Needs Linux.
+
+    python benchmarks/study_memory.py [--layers 16] [--windows 4] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from conversion import LLAMA_3_70B, peak_memory, write_model
+
+STUDY = """
+import sys, torch, truedepth as td
+from truedepth.loading import load_in_place
+from truedepth.schedule import Runner, in_order
+from truedepth.transformations import Cell
+source, windows = td.open_source(sys.argv[1]), int(sys.argv[2])
+layers = source.num_layers
+ids = torch.randint(source.config["vocab_size"], (windows, 64))
+loaded = load_in_place(source, device=torch.device("cpu"), dtype=torch.bfloat16)
+runner = Runner(loaded, ids)
+cells = [Cell(name, 0, layers).schedule(layers) for name in ("2-parallel", "merge")]
+list(runner.run([in_order(range(layers)), *cells]))
+runner.inputs()
+print(runner.evaluated)
+"""
+
+
+def main() -> None:
+    """Study once; print and write what it took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--windows", type=int, default=4, help="of 64 tokens")
+    parser.add_argument("--directory", type=Path, help="for the checkpoint")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        model = LLAMA_3_70B | {"num_hidden_layers": arguments.layers}
+        size = write_model(Path(directory), model, sparse=True)
+        start = time.perf_counter()
+        command = [sys.executable, "-c", STUDY, directory, str(arguments.windows)]
+        peak, printed = peak_memory(command)
+    result = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "layers": arguments.layers,
+        "tokens": 64 * arguments.windows,
+        "size": size,
+        "layers_evaluated": float(printed),
+        "peak_anonymous_bytes": peak,
+        "minutes": (time.perf_counter() - start) / 60,
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -195,9 +195,11 @@ def main() -> None:
     found = {}
     for name in given.only or COUNTS:
         found[name] = fuzz(name, given.count or COUNTS[name], given.seed)
-        print(name, {key: value for key, value in found[name].items() if key != "found"})
+        print(
+            name, {key: value for key, value in found[name].items() if key != "found"}, flush=True
+        )
         for each in found[name]["found"][:20]:
-            print("   ", each)
+            print("   ", each, flush=True)
     if given.json:
         text = json.dumps({"seed": given.seed, "readers": found}, indent=2)
         given.json.write_text(text + "\n")

@@ -164,8 +164,8 @@ def command(*words):
 TEXT = ["--text", "TEXT"]
 COMMANDS = [
     ["info", "MODEL"],
-    ["convert", "MODEL", "out", "--layers", "2-3", "--calibrate", *TEXT, "--tokens", "600"],
-    ["plan", "MODEL", "-o", "plan.yaml", "--pairs", "1", *TEXT, "--tokens", "600"],
+    ["convert", "MODEL", "out", "--layers", "2-3", "--calibrate", *TEXT, "--tokens", "1100"],
+    ["plan", "MODEL", "-o", "plan.yaml", "--pairs", "1", *TEXT, "--tokens", "1100"],
     ["study", "MODEL", "-o", "study", *TEXT, "--window", "32", "--windows", "1", "--stride", "3"],
     ["eval", "MODEL", *TEXT, "--window", "32", "--windows", "2"],
     ["generate", "MODEL", "cat", "--max-new-tokens", "3"],

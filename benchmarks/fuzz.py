@@ -33,7 +33,7 @@ COUNTS = {  # 110,000
     "pickle": 5_000,
 }
 SECONDS = 5  # of computing
-SILENCE = 60.0  # seconds by the clock, on a machine that others use too
+SILENCE = 300.0  # seconds by the clock, on a machine that others use too
 MEMORY = 1 << 30
 
 

@@ -208,5 +208,5 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
         with safe_open(file, framework="pt") as handle:
             names = handle.keys()
             return {name: from_tensor(handle.get_tensor(name)) for name in names}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error

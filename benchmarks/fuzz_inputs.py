@@ -202,7 +202,9 @@ def _odd(dice: random.Random, depth: int = 0) -> Any:
         return 10 ** dice.randrange(9, 4000)
     if kind == 6:
         return {dice.choice(WORDS): _odd(dice, depth + 1) for _ in range(dice.randrange(4))}
-    return [_odd(dice, depth + 1) for _ in range(dice.choice([0, 1, 2, 5, 99]))]
+    if dice.random() < 0.2:
+        return [_odd(dice, 3) for _ in range(99)]
+    return [_odd(dice, depth + 1) for _ in range(dice.choice([0, 1, 2, 5]))]
 
 
 def _made_config(dice: random.Random) -> bytes:
@@ -269,16 +271,17 @@ def _made_plan(dice: random.Random) -> bytes:
     if kind == 0:  # each line stands for ten times the one before
         lines = ["a0: &a0 [1, 1]"]
         merges = dice.random() < 0.5
-        for i in range(1, dice.randrange(3, 30)):
+        for i in range(1, dice.randrange(3, 12)):
             inner = ", ".join([f"*a{i - 1}"] * 10)
             lines.append(f"a{i}: &a{i} {{<<: [{inner}]}}" if merges else f"a{i}: &a{i} [{inner}]")
         return "\n".join([*lines, f"num_layers: 3\ngroups: *a{len(lines) - 1}"]).encode()
     if kind == 1:
         open_, close = dice.choice([("[", "]"), ("{a: ", "}"), ("- ", ""), ("? ", "")])
-        depth = dice.randrange(1, 9000)
+        depth = dice.choice([*range(1, 20), 300, 2000, 9000])
         return f"num_layers: 3\ngroups: {open_ * depth}1{close * depth}".encode()
     if kind == 2:
-        big = dice.choice(["0x" + "f" * 9000, "1:" * 9000 + "1", "9" * 5000, "1" * 60000, "-0b1"])
+        length = dice.choice([*range(10, 30), 5000, 9000, 50000])
+        big = dice.choice(["0x" + "f" * length, "1:" * (length // 2) + "1", "9" * length, "-0b1"])
         where = dice.choice(["num_layers: {}\ngroups: []", "num_layers: 9\ngroups: [[{}]]"])
         return where.format(big).encode()
     value = {"num_layers": _odd(dice), "groups": _odd(dice), "model": _odd(dice)}

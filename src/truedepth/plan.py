@@ -21,7 +21,7 @@ import yaml
 from truedepth.errors import TruedepthError
 
 MAX_PLAN_BYTES = 1 << 16  # a plan for 1,000 layers takes about 10 kB
-MAX_LAYERS = 4096  # thirty times the deepest model; lists as long as a false number fill memory
+MAX_LAYERS = 1024  # eight times the deepest model; lists as long as a false number fill memory
 
 
 @dataclass(frozen=True, init=False)

@@ -229,7 +229,7 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
             stored = _places(file)
             names = handle.keys()
             return {name: mapped_tensor(handle.get_tensor(name), stored[name]) for name in names}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error
 
 

@@ -328,7 +328,7 @@ def _lazy(tensor: gguf.ReaderTensor, heads: int | None) -> LazyTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))
     kind = tensor.tensor_type
     dtype = PLAIN.get(kind, torch.float32)
-    data = tensor.data.reshape(shape[0], -1) if len(shape) > 1 else tensor.data
+    data = tensor.data.reshape(shape[0], -1)  # of bfloat16 and quantized tensors the bytes
     order = np.arange(shape[0]) if heads is None else from_llama_cpp(shape[0], heads)
 
     def rows(start: int, stop: int) -> torch.Tensor:

@@ -133,6 +133,6 @@ class _Header:
         shape = [self.number("<Q") for _ in range(dimensions)]
         kind, offset = gguf.GGMLQuantizationType(self.number("<I")), self.number("<Q")
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        if min(shape) < 1 or shape[0] % block:
+        if min(shape) < 1 or shape[0] % block or (block > 1 and dimensions == 1):
             raise ValueError(f"a tensor of shape {shape}")
         return offset + prod(shape) // int(block) * int(size)

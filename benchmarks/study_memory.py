@@ -24,13 +24,13 @@ from conversion import LLAMA_3_70B, peak_memory, write_model
 
 STUDY = """
 import sys, torch, truedepth as td
-from truedepth.loading import load_in_place
+from truedepth.loading import load
 from truedepth.schedule import Runner, in_order
 from truedepth.transformations import Cell
 source, windows = td.open_source(sys.argv[1]), int(sys.argv[2])
 layers = source.num_layers
 ids = torch.randint(source.config["vocab_size"], (windows, 64))
-loaded = load_in_place(source, device=torch.device("cpu"), dtype=torch.bfloat16)
+loaded = load(source, device="cpu", dtype=torch.bfloat16)
 runner = Runner(loaded, ids)
 cells = [Cell(name, 0, layers).schedule(layers) for name in ("2-parallel", "merge")]
 list(runner.run([in_order(range(layers)), *cells]))

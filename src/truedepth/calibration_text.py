@@ -12,7 +12,7 @@ from torch import Tensor
 
 from truedepth.errors import TruedepthError
 from truedepth.generation import own_text
-from truedepth.loading import default_device, fast_dtype, load_in_place
+from truedepth.loading import default_device, fast_dtype, load
 from truedepth.sources import Source
 from truedepth.text import check_window, default_text, read_text, token_windows
 
@@ -103,7 +103,7 @@ def calibration_windows(
     if not own:
         return text
     device, dtype = options.place(source)
-    loaded = load_in_place(source, device=device, dtype=dtype)
+    loaded = load(source, device=device, dtype=dtype)
     written = own_text(loaded, own, options.window, options.seed)
     return replace(text, fitted=_mixed([text.fitted, written], options.seed))
 

@@ -18,7 +18,7 @@ from truedepth import __version__
 from truedepth.dependence import dependence, rank_correlation
 from truedepth.errors import TruedepthError
 from truedepth.evaluate import perplexity_of
-from truedepth.loading import default_device, fast_dtype, load_in_place
+from truedepth.loading import default_device, fast_dtype, load
 from truedepth.measurements import Measurements
 from truedepth.progress import progress_bar
 from truedepth.schedule import Runner, Schedule, in_order, layer_evaluations
@@ -190,7 +190,7 @@ def study(
     }
     wanted = {cell: s for cell, s in possible.items() if cell.transformation in transformations}
     with Measurements(Path(out).expanduser(), identity) as kept:
-        runner = Runner(load_in_place(source, device=device, dtype=dtype), ids)
+        runner = Runner(load(source, device=device, dtype=dtype), ids)
         _measure(runner, [original, *pairs.values(), *wanted.values()], kept, source)
         lacking = {cell.transformation for cell, s in possible.items() if s not in kept}
         cells = {cell: s for cell, s in possible.items() if cell.transformation not in lacking}

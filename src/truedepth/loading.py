@@ -108,30 +108,6 @@ def load(
     return Loaded(loaded.eval(), source)
 
 
-def load_in_place(source: Source, *, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """As `load`, with the weights left in their files where they can be used as they are.
-
-    On a CPU, in the dtype of the files: memory then holds what fits of them, and the rest is read
-    again when it is needed, so that a model larger than memory runs. Nothing may write to them.
-
-    Raises:
-        TruedepthError: As `load` does.
-    """
-    used = {
-        tensor.dtype
-        for name, tensor in source.tensors.items()
-        if source.family.split(name)[1] not in source.family.obsolete
-    }
-    mapped = all(tensor.stored is not None for tensor in source.tensors.values())
-    if device.type != "cpu" or used != {dtype} or not mapped:
-        return load(source, device=device, dtype=dtype)
-
-    def parameter(_: str, tensor: LazyTensor) -> nn.Parameter:
-        return nn.Parameter(tensor.read(), requires_grad=False)
-
-    return Loaded(filled_model(source, parameter), source)
-
-
 def opened(model: str | Path | Source | Loaded) -> Source | Loaded:
     """What `load` takes, opened but not loaded: errors of its place and config come at once."""
     return model if isinstance(model, Loaded) else open_source(model)
@@ -188,17 +164,10 @@ def filled_model(
         TruedepthError: transformers cannot build it, or it lacks weights.
     """
     model = empty_model(source.config, source.path)
-    shapes = {name: tuple(empty.shape) for name, empty in model.named_parameters()}
-    missing = shapes.keys() - source.tensors.keys()
+    missing = {name for name, _ in model.named_parameters()} - source.tensors.keys()
     if lacking := missing - model.all_tied_weights_keys.keys():
         raise TruedepthError(f"{source.path} has no tensor for {min(lacking)!r}.")
-    for name in shapes.keys() - missing:
-        if (shape := source.tensors[name].shape) != shapes[name]:
-            raise TruedepthError(
-                f"{source.path} gives {name!r} the shape {list(shape)}, but its config says"
-                f" {list(shapes[name])}."
-            )
-    for name in [name for name in shapes if name not in missing]:
+    for name in [name for name, _ in model.named_parameters() if name not in missing]:
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, parameter(name, source.tensors[name]))
     if missing:  # transformers, too, keeps apart what a file holds twice

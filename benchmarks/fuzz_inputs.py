@@ -181,7 +181,7 @@ def _text_mutation(data: bytes, dice: random.Random) -> bytes:
     for _ in range(dice.randrange(1, 4)):
         at = dice.randrange(len(tokens) or 1)
         other = dice.choice(
-            [str(dice.choice(NUMBERS)), dice.choice(TEXT_BITS), dice.choice(tokens)]
+            [str(dice.choice(NUMBERS)), dice.choice(TEXT_BITS), dice.choice(tokens or [""])]
         )
         tokens[at : at + 1] = [other] * dice.choice([1, 1, 1, 2, 50])
     return "".join(tokens).encode(errors="replace")

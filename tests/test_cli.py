@@ -125,7 +125,7 @@ BAD = {
     "unknown family to convert": (["convert", "{tmp}/bert", "{out}", *PAIR], "'bert'"),
     "unknown activation": (["info", "{tmp}/activation"], "cannot build the model"),
     "unknown RoPE to convert": (["convert", "{tmp}/rope", "{out}", *PAIR], "transformers"),
-    "no heads": (["convert", "{tmp}/heads", "{out}", *PAIR], "transformers"),
+    "no heads": (["convert", "{tmp}/heads", "{out}", *PAIR], "num_attention_heads as a whole number of at least 1, not 0"),
     "layer out of range": (
         ["convert", "{model}", "{out}", "--layers", "4-7"],
         "Layer 7 is out of range: the model has layers 0 to 5",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import truedepth as td
 from truedepth import cli
@@ -264,7 +265,10 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert "Traceback" not in err
 
 
-COMMANDS = ["", "info", "plan", "convert", "heal", "eval", "bench", "predict", "generate", "demo"]
+COMMANDS = [
+    *("", "info", "study", "plan", "convert", "heal", "eval", "export", "bench", "predict"),
+    *("generate", "demo"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -284,6 +288,12 @@ def test_help_fits_80_columns_and_needs_no_torch(command):
     assert done.returncode == 0
     assert done.stderr.strip() == "False"
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_every_command_takes_what_all_take(command):
+    given = {option for p in get_command(cli.app).commands[command].params for option in p.opts}
+    assert given >= {"--json", "--seed", "--device", "--dtype"}
 
 
 def test_bench_and_predict_fit_80_columns(run, make_model, tmp_path):

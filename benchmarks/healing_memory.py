@@ -3,7 +3,8 @@
     python benchmarks/healing_memory.py [--model default] [--layers 14-27] --train-text FILE
         [--runs 3] [--json PATH]
 
-Every run is a process of its own that takes three steps; the peak is of the GPU's allocated memory
+Every run is a process of its own that takes two steps (the optimizer's moments are there from the
+first on) of two windows of 512 tokens, one a pass; the peak is of the GPU's allocated memory
 where there is one, else of the process's anonymous resident memory. Linux.
 """
 
@@ -33,7 +34,7 @@ checkpoint, out, teacher, text, way = sys.argv[1:]
 if way == "a second model":
     healing.original_beside = functools.partial(healing.original_beside, shared=False)
 options = Healing(
-    text=(TextPart(text),), tokens=3 * 8 * 512, batch_size=8, micro_batch_size=1, validation=4,
+    text=(TextPart(text),), tokens=2 * 2 * 512, batch_size=2, micro_batch_size=1, validation=2,
     keep_predictions=64 * (way == "kept on disk"),
 )
 td.heal(checkpoint, out, teacher=teacher, healing=options)

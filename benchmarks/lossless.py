@@ -1,11 +1,12 @@
 """A layer-parallel checkpoint as the draft of its original: tokens that stand, and speed.
 
     python benchmarks/lossless.py ORIGINAL CKPT [CKPT…] --text FILE --json PATH
-        [--draft-tokens 1,2,4] [--prompts 8] [--tokens 64] [--repetitions 3]
+        [--draft-tokens 1,2,4] [--prompts 8] [--tokens 64] [--repetitions 3] [--dtype bfloat16]
 
 The original continues the first 64 tokens of windows all over the text, greedily, alone and with
-every draft, in turn; the text must be the same. A draft that costs the share c of the original's
-time pays where more than that share of its tokens stands.
+every draft, in turn. `same_tokens` counts the prompts on which the tokens are the original's own:
+all, but for ties within the rounding of the dtype. With one token proposed at a time, a draft that
+costs the share c of the original's time pays where more than that share of its tokens stands.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 
 import truedepth as td
+from truedepth.cli_options import DType
 from truedepth.generation import answer
 from truedepth.loading import default_device
+from truedepth.tensors import dtype_name
 from truedepth.text import read_text, token_windows
 
 PROMPT = 64  # tokens
@@ -37,10 +40,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--dtype", choices=DType, type=DType, default=DType.auto)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
-    original = td.load(arguments.original)
-    drafts = {name: td.load(name) for name in arguments.drafts}
+    dtype = arguments.dtype.torch()
+    original = td.load(arguments.original, dtype=dtype)
+    drafts = {name: td.load(name, dtype=dtype) for name in arguments.drafts}
     counts = [int(word) for word in arguments.draft_tokens.split(",")]
     windows = token_windows(original.tokenizer, read_text(arguments.text), PROMPT)
     windows = windows[:: max(1, len(windows) // arguments.prompts)][: arguments.prompts]
@@ -60,14 +65,14 @@ def main() -> None:
                 taken[way].append(
                     sum(each.seconds for each in found) / sum(each.tokens for each in found)
                 )
-    alone = [each.text for each in seen["", 0]]
+    alone = [each.ids for each in seen["", 0]]
     rows = []
     for (name, count), found in seen.items():
         drafted = sum(each.drafted for each in found)
         row = {
-            "draft": name,
+            "draft": Path(name).name,
             "draft_tokens": count,
-            "same_text": [each.text for each in found] == alone,
+            "same_tokens": sum(each.ids == ids for each, ids in zip(found, alone, strict=True)),
             "accepted": sum(each.accepted for each in found) / drafted if drafted else None,
             "tokens_a_pass": sum(e.tokens for e in found) / sum(e.passes for e in found),
             "seconds_a_token": taken[name, count],
@@ -79,11 +84,12 @@ def main() -> None:
         print(
             f"depth {row['depth']}, {count} proposed: {accepted}"
             f"{row['tokens_a_pass']:.2f} tokens a pass, {row['speedup']:.2f}x,"
-            f" same text: {row['same_text']}",
+            f" same tokens: {row['same_tokens']} of {len(prompts)} prompts",
             flush=True,
         )
     machine = torch.cuda.get_device_name() if default_device() == "cuda" else platform.machine()
-    arguments.json.write_text(json.dumps({"on": machine, "rows": rows}, indent=1) + "\n")
+    held = {"on": machine, "dtype": dtype_name(original.model.dtype), "prompts": len(prompts)}
+    arguments.json.write_text(json.dumps(held | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

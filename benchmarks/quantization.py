@@ -138,13 +138,26 @@ def quantized(
     if kind in TORCHAO:
         loaded = td.load(checkpoint, dtype=torch.float32)
         quantize_(loaded.model, TORCHAO[kind])
-        return loaded, None
+        return loaded, sum(held_bytes(p, kind) for p in loaded.model.parameters())
     out = directory / "quantized.gguf"
     if balanced is None:
         balanced = MatrixType(kind).balanced
     with patch.object(MatrixType, "balanced", balanced):
         done = td.export(checkpoint, out, type=kind, force=True)
     return td.load(out), done.size
+
+
+def held_bytes(parameter: torch.Tensor, kind: str) -> int:
+    """Of a weight, with its scales; int4 as if packed, where torchao holds a byte each."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return parameter.nbytes
+    parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+    packed = 2 if kind == "int4" else 1
+    return sum(
+        part.nbytes // (packed if part.shape == parameter.shape else 1)
+        for part in parts
+        if part is not None
+    )
 
 
 def folded(original: Source, whole: Path, directory: Path) -> Path:

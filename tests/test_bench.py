@@ -1,6 +1,10 @@
-"""Timing runs, and models over ranks. No test here depends on how long anything takes."""
+"""Timing runs, and models over ranks. No test here depends on how fast anything is."""
 
 from __future__ import annotations
+
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -120,3 +124,20 @@ def fail_in_one(word):
 def test_one_rank_that_fails_ends_the_others():
     with pytest.raises(td.TruedepthError, match=r"^Rank 1: ValueError: no luck"):
         run_ranks(2, fail_in_one, "luck")
+
+
+def die_in_one(others_wait):
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if others_wait:  # where no message reaches them
+        time.sleep(3600)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("others_wait", [False, True])
+def test_one_rank_that_is_killed_ends_the_others(others_wait):
+    """As a system without memory does: it is named, not those who missed it."""
+    start = time.monotonic()
+    with pytest.raises(td.TruedepthError, match=r"^Rank 1: .*SIGKILL"):
+        run_ranks(2, die_in_one, others_wait)
+    assert time.monotonic() - start < 600

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import truedepth as td
 from truedepth import cli
@@ -125,7 +126,10 @@ BAD = {
     "unknown family to convert": (["convert", "{tmp}/bert", "{out}", *PAIR], "'bert'"),
     "unknown activation": (["info", "{tmp}/activation"], "cannot build the model"),
     "unknown RoPE to convert": (["convert", "{tmp}/rope", "{out}", *PAIR], "transformers"),
-    "no heads": (["convert", "{tmp}/heads", "{out}", *PAIR], "num_attention_heads as a whole number of at least 1, not 0"),
+    "no heads": (
+        ["convert", "{tmp}/heads", "{out}", *PAIR],
+        "num_attention_heads as a whole number of at least 1, not 0",
+    ),
     "layer out of range": (
         ["convert", "{model}", "{out}", "--layers", "4-7"],
         "Layer 7 is out of range: the model has layers 0 to 5",
@@ -264,7 +268,10 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert "Traceback" not in err
 
 
-COMMANDS = ["", "info", "plan", "convert", "heal", "eval", "bench", "predict", "generate", "demo"]
+COMMANDS = [
+    *("", "info", "study", "plan", "convert", "heal", "eval", "export", "bench", "predict"),
+    *("generate", "demo"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -284,6 +291,12 @@ def test_help_fits_80_columns_and_needs_no_torch(command):
     assert done.returncode == 0
     assert done.stderr.strip() == "False"
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_every_command_takes_what_all_take(command):
+    given = {option for p in get_command(cli.app).commands[command].params for option in p.opts}
+    assert given >= {"--json", "--seed", "--device", "--dtype"}
 
 
 def test_bench_and_predict_fit_80_columns(run, make_model, tmp_path):

@@ -72,8 +72,7 @@ def test_checked_drafts_give_the_originals_tokens(tmp_path):
         options = {"max_new_tokens": 24, "raw": True}
         alone = answer(original, prompt, **options)
         found = answer(original, prompt, draft=draft, draft_tokens=3, **options)
-        assert found.text == alone.text
-        assert found.tokens == alone.tokens
+        assert found.ids == alone.ids
         accepted += found.accepted
     assert len(PROMPTS) == 20
     assert accepted > 20 * 24 / 4  # a draft of the same weights is often right

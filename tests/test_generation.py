@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -73,6 +75,22 @@ def test_what_a_draft_proposes_is_checked(loaded, make_model, tmp_path, groups, 
     assert found.accepted <= found.drafted <= found.passes * draft_tokens
     if not groups:  # the original proposes: all stands
         assert found.passes == -(-found.tokens // (draft_tokens + 1))
+
+
+def test_checked_tokens_are_the_originals_on_twenty_prompts(loaded, make_model, tmp_path):
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, [(0, 1), (2, 3), (4, 5)]))
+    draft = td.load(tmp_path / "out")
+    words = ["the", "cat", "sat", "on", "mat", "and", "then", "hat", "a", "dog"]
+    prompts = [f"{first} {second}" for first, second in itertools.permutations(words, 2)][::4][:20]
+    texts, proposed, stand = set(), 0, 0
+    for prompt in prompts:
+        alone = generation.answer(loaded, prompt, max_new_tokens=16)
+        found = generation.answer(loaded, prompt, draft=draft, max_new_tokens=16)
+        assert found.ids == alone.ids
+        texts.add(found.ids)
+        proposed, stand = proposed + found.drafted, stand + found.accepted
+    assert len(prompts) == 20 and len(texts) > 10  # they are 20 questions, not one
+    assert stand < proposed  # and the draft is another model
 
 
 def test_a_draft_with_other_tokens_is_refused(loaded, make_model):

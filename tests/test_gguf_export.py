@@ -452,6 +452,14 @@ def test_the_command(pairs, tmp_path):
     assert CliRunner().invoke(app, [*command[:4], "q9"]).exit_code == 2
 
 
+def test_dtype_is_a_type_too(pairs, tmp_path):
+    command = ["export", str(pairs), str(tmp_path / "out.gguf"), "--dtype", "bfloat16"]
+    said = CliRunner().invoke(app, command)
+    assert said.exit_code == 0 and "bf16 (tensors:" in said.output
+    said = CliRunner().invoke(app, [*command, "--type", "q8_0", "--force"])
+    assert "give one of them" in str(said.exception)
+
+
 def test_an_atomic_file(tmp_path):
     with atomic_file(tmp_path / "out.gguf") as partial:
         partial.write_text("whole")

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import truedepth as td
@@ -20,12 +21,15 @@ from truedepth import cli
 from truedepth.distillation import Distillation
 from truedepth.evaluate import window_measures
 from truedepth.families import original_family
+from truedepth.generation import answer
 from truedepth.heal_options import Healing, Objective, TextPart, Train
 from truedepth.heal_training import is_trained, original_beside, student_of
+from truedepth.report.pages import print_healing
 from truedepth.teacher import KeptPredictions, Original
-from truedepth.training_text import packed, part_documents
+from truedepth.training_text import packed, part_documents, training_text
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
+NAMES = ("converted", "out")
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +339,72 @@ def test_two_processes_take_the_same_steps(make_model, converted, prose, tmp_pat
             one[name] - start[name], two[name] - start[name], atol=2e-6, rtol=1e-2
         )
     assert changed(start, one) == changed(start, two)
+
+
+@pytest.mark.parametrize("train", [Train.paired, Train.lora])
+def test_a_healed_checkpoint_is_like_any_other(make_model, options, tmp_path, train):
+    """It loads without truedepth's classes, generates, and is exported, in its own dtype."""
+    model = make_model(tie_word_embeddings=True)
+    td.convert(model, tmp_path / "converted", PLAN, dtype=torch.bfloat16)
+    changes = replace(options, tokens=512, train=train, learning_rate=1e-2)
+    td.heal(tmp_path / "converted", tmp_path / "out", teacher=model, healing=changes)
+    held = weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+    before, after = (json.loads((tmp_path / n / "config.json").read_text()) for n in NAMES)
+    assert after["truedepth"].pop("healing") is not None
+    before["truedepth"].pop("healing", None)
+    assert after == before
+    loaded = td.load(tmp_path / "out")
+    remote = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, dtype=torch.float32
+    )
+    ids = torch.randint(1, 320, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(remote(ids).logits, loaded.model(ids).logits)
+        assert not torch.equal(
+            loaded.model(ids).logits, td.load(tmp_path / "converted").model(ids).logits
+        )
+    written = answer(loaded, "the cat", max_new_tokens=8)
+    start = loaded.tokenizer("the cat", return_tensors="pt").input_ids
+    expected = remote.generate(start, max_new_tokens=8, do_sample=False)
+    assert written.ids == tuple(expected[0, start.shape[1] :].tolist())
+    assert td.export(tmp_path / "out", tmp_path / "out.gguf").type == "bf16"
+    exported = td.open_source(tmp_path / "out.gguf").tensors
+    assert exported.keys() == held.keys()
+    for name, tensor in held.items():
+        assert torch.equal(exported[name].read().to(tensor.dtype), tensor), name
+    with pytest.raises(td.TruedepthError, match="--force"):
+        td.heal(tmp_path / "converted", tmp_path / "out", teacher=model, healing=changes)
+
+
+def test_training_that_does_not_help_is_said(make_model, converted, options, tmp_path, capsys):
+    worse = replace(options, learning_rate=0.5, tokens=512, eval_every=2)
+    done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=worse)
+    print_healing(done)
+    assert "Training did not help" in capsys.readouterr().out
+    better = td.heal(converted, tmp_path / "other", teacher=make_model(), healing=options)
+    print_healing(better)
+    assert "did not help" not in capsys.readouterr().out
+
+
+def test_the_best_step_is_kept(make_model, converted, options, tmp_path):
+    """Not the last, where that is worse: the loss falls first and rises later."""
+    rising = replace(options, learning_rate=0.02, warmup=1.0, eval_every=1)
+    done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=rising)
+    trained = done.curve[1:]
+    best = min(trained, key=lambda row: row["kl"])
+    assert best["step"] < trained[-1]["step"] and best["kl"] < trained[-1]["kl"]
+    assert done.record["validation"]["after"] == best
+    tokenizer = td.open_source(converted).tokenizer
+    text = training_text(
+        options.text, tokenizer, tmp_path / "text", length=32, windows=48, validation=8
+    )
+    aside = text.validation.long()
+    ours, theirs = td.load(tmp_path / "out").model, td.load(make_model()).model
+    with torch.no_grad():
+        p, q = (model(aside).logits[:, :-1].log_softmax(-1) for model in (theirs, ours))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl == pytest.approx(best["kl"], abs=1e-4)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(make_model, converted, options, tmp_path):

@@ -220,8 +220,15 @@ def export(
     ] = MatrixType.auto,
     force: Force = False,
     json_path: JsonPath = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Annotated[DType, typer.Option(help="The same as --type f32, f16 or bf16.")] = DType.auto,
 ) -> None:
     """Write a layer-parallel checkpoint as a GGUF file that llama.cpp runs as it is."""
+    if dtype is not DType.auto:
+        if kind is not MatrixType.auto:
+            raise TruedepthError("--type and --dtype say the same thing; give one of them.")
+        kind = MatrixType(dtype.value.replace("bfloat", "bf").replace("float", "f"))
     from truedepth.engines.gguf import export
     from truedepth.report.pages import print_export
 

@@ -28,7 +28,9 @@ class Answer:
     text: str
     """Without the prompt."""
 
-    tokens: int
+    ids: tuple[int, ...]
+    """Its tokens, special ones included."""
+
     seconds: float
 
     passes: int
@@ -38,13 +40,18 @@ class Answer:
     """Tokens that a draft model proposed."""
 
     @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return len(self.ids)
+
+    @property
     def accepted(self) -> int:
         """Drafted tokens that stand: every pass adds one token more than it accepts."""
         return self.tokens - self.passes if self.drafted else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "accepted": self.accepted}
+        return {**asdict(self), "tokens": self.tokens, "accepted": self.accepted}
 
 
 @torch.inference_mode()
@@ -121,7 +128,7 @@ def answer(
     written = output[0, ids.shape[1] :]
     return Answer(
         text=str(tokenizer.decode(written, skip_special_tokens=True)).strip(),
-        tokens=len(written),
+        ids=tuple(written.tolist()),
         seconds=seconds,
         passes=passes[0],
         drafted=drafted[0],

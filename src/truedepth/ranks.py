@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException, spawn
 
 from truedepth.errors import TruedepthError
 
@@ -37,8 +37,8 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
         arguments: Sent as pickles.
 
     Raises:
-        TruedepthError: There are not so many GPUs; or one rank failed, the others are ended, and
-            this is what it said.
+        TruedepthError: There are not so many GPUs; or one rank failed or was killed, the others are
+            ended, and this is what it said.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         raise TruedepthError(
@@ -50,9 +50,10 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
                 _rank, (ranks, Path(directory), function, arguments), nprocs=ranks
             )
         except ProcessException as error:
-            # The others fail too once one is gone, and may be noticed before it.
+            # The others fail too once one is gone, and may be noticed before it; one that was
+            # killed says nothing, and what they say then is not the cause.
             said = sorted(Path(directory).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-            if not said:
+            if not said or isinstance(error, ProcessExitedException):
                 raise TruedepthError(f"Rank {error.error_index}: {error}".strip(), 1) from error
             reason, exit_code = json.loads(said[0].read_text())
             raise TruedepthError(reason.strip(), exit_code) from error

@@ -196,6 +196,11 @@ def print_healing(done: Healed) -> None:
         ],
         header=("", "excess loss", "KL"),
     )
+    if not after["loss"] < before["loss"]:
+        print(
+            "\nTraining did not help: what it minimises is no lower than before. Keep the"
+            " checkpoint\nthat it began from, or try a smaller --learning-rate or more --tokens."
+        )
 
 
 def print_demo(demo: Demo) -> None:

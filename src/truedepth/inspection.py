@@ -8,7 +8,7 @@ from typing import Any
 
 from truedepth.converted import as_run
 from truedepth.engines import refused_by
-from truedepth.families import KEY_VALUE, head_dim, unconverted
+from truedepth.families import KEY_VALUE, head_dim, original_family
 from truedepth.loading import empty_model
 from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source, open_source
@@ -79,7 +79,7 @@ def inspect_model(model: str | Path | Source) -> Info:
     """
     source = open_source(model)
     plan = plan_of(source.config)
-    family = source.config["model_type"] if plan else source.family.model_type
+    family = original_family(source.config, str(source.path)) if plan else source.family
     empty = empty_model(source.config, source.path)
     config = empty.config
     own = plan or Plan(source.num_layers)
@@ -95,7 +95,7 @@ def inspect_model(model: str | Path | Source) -> Info:
     return Info(
         name=source.name,
         origin=source.origin,
-        family=unconverted(family),
+        family=family.model_type,
         plan=own,
         converted=plan is not None,
         parameters=empty.num_parameters(),
@@ -109,7 +109,7 @@ def inspect_model(model: str | Path | Source) -> Info:
         run=run,
         branches=tuple(reasons),
         branch_reason=next(iter(reasons.values()), ""),
-        engines=refused_by(unconverted(family), whole),
+        engines=refused_by(family.model_type, whole),
     )
 
 

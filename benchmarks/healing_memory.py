@@ -27,12 +27,13 @@ from truedepth.plan import Plan, parse_span
 WAYS = ("a second model", "shared", "kept on disk")
 
 HEAL = """
-import sys, functools, json, torch, truedepth as td
+import sys, json, torch, truedepth as td
 from truedepth import healing
 from truedepth.heal_options import Healing, TextPart
 checkpoint, out, teacher, text, way = sys.argv[1:]
 if way == "a second model":
-    healing.original_beside = functools.partial(healing.original_beside, shared=False)
+    beside = healing.original_beside
+    healing.original_beside = lambda *given, shared: beside(*given, shared=False)
 options = Healing(
     text=(TextPart(text),), tokens=2 * 2 * 512, batch_size=2, micro_batch_size=1, validation=2,
     keep_predictions=64 * (way == "kept on disk"),

@@ -463,6 +463,7 @@ def given(monkeypatch, *words):
         raise td.TruedepthError("asked")
 
     monkeypatch.setattr("truedepth.healing.heal", heal)
+    monkeypatch.setattr("truedepth.cli_heal.trusted", lambda model, *_: model)
     monkeypatch.setattr(sys, "argv", ["truedepth", "heal", "a", "b", "--teacher", "c", *words])
     with pytest.raises(SystemExit):
         cli.main()

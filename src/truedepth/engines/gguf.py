@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -188,19 +189,19 @@ def _write(source: Source, path: Path, kind: MatrixType, *, balance: bool) -> No
         dtype = {"F32": np.float32, "F16": np.float16}.get(ggml.name, np.uint8)
         size = columns_bytes * int(np.prod(shape[:-1], dtype=np.int64))
         writer.add_tensor_info(name, raw, np.dtype(dtype), size, raw_dtype=ggml)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    file = writer.fout[0]
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with progress_bar("Writing", total, unit="bytes") as advance:
+    # closed also on a full disk, or what was written holds its place until the writer is collected
+    with closing(writer), progress_bar("Writing", total, unit="bytes") as advance:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
         for name, (ggml, _) in stored.items():
             writer.write_padding(file, file.tell())
             for block in tensors[name].blocks(BLOCK_BYTES):
                 _write_block(file, name, block, ggml)
                 advance(block.nbytes)
         writer.write_padding(file, file.tell())
-    writer.close()
 
 
 def storage(kind: MatrixType, name: str, tensor: LazyTensor) -> tuple[GGMLQuantizationType, int]:

@@ -239,6 +239,17 @@ def test_a_plan_is_searched_among_wide_layers_and_branch_groups(make_model, pros
     assert found.plan.effective_depth == 4
 
 
+def test_info_of_a_converted_model_that_was_quantized_since(converted, tmp_path):
+    config = json.loads((converted("llama")[1] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inspect_model(tmp_path).plan == td.Plan(6, GROUPS)
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(td.TruedepthError, match="not supported"):
+        inspect_model(tmp_path)
+
+
 def test_mixtures_of_experts_are_refused_with_the_reason(make_model, tmp_path):
     small = {"num_local_experts": 4, "num_experts_per_tok": 2}
     with pytest.raises(td.TruedepthError, match=r"mixture of experts.*not the best few"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from truedepth.converted import as_run
 from truedepth.engines import refused_by
-from truedepth.families import KEY_VALUE, head_dim, original_family
+from truedepth.families import KEY_VALUE, head_dim, made_from
 from truedepth.loading import empty_model
 from truedepth.plan import Plan, plan_of
 from truedepth.sources import Source, open_source
@@ -79,7 +79,7 @@ def inspect_model(model: str | Path | Source) -> Info:
     """
     source = open_source(model)
     plan = plan_of(source.config)
-    family = original_family(source.config, str(source.path)) if plan else source.family
+    family = source.family if plan is None else made_from(source.config, str(source.path))
     empty = empty_model(source.config, source.path)
     config = empty.config
     own = plan or Plan(source.num_layers)

@@ -251,6 +251,16 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     return family
 
 
+def made_from(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a layer-parallel checkpoint's original; its weights may be quantized since.
+
+    Raises:
+        TruedepthError: The family is unknown.
+    """
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return original_family(plain, where)
+
+
 def original_family(config: Mapping[str, Any], where: str) -> Family:
     """The family of a model, or of the original of a layer-parallel checkpoint.
 

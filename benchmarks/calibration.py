@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 import truedepth as td
-from truedepth.loading import fast_dtype
-from truedepth.plan import Plan, parse_span
+from truedepth.plan.plan import Plan
+from truedepth.plan.spans import parse_span
+from truedepth.runtime.device import fast_dtype
 
 PARTS = ("excess", "excess_stderr", "kl", "tokens")
 WINDOWS = 64  # of 512 tokens a text: 32,704 predicted

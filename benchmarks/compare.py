@@ -25,10 +25,11 @@ from torch import Tensor
 
 import truedepth as td
 from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers, patch_linearly
-from truedepth.calibration_text import calibration_windows
-from truedepth.loading import Loaded, fast_dtype
-from truedepth.plan import Plan
-from truedepth.plan_search import SEARCH_TOKENS
+from truedepth.calibration.windows import calibration_windows
+from truedepth.plan.plan import Plan
+from truedepth.planning.search import SEARCH_TOKENS
+from truedepth.runtime.device import fast_dtype
+from truedepth.runtime.loading import Loaded
 
 WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times

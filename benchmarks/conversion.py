@@ -30,8 +30,8 @@ from unittest import mock
 
 import torch
 
-from truedepth.checkpoint import write_weights
-from truedepth.copying import Copier
+from truedepth.checkpoint.writing import write_weights
+from truedepth.files.copying import Copier
 from truedepth.tensors import LazyTensor
 
 LLAMA_2_7B: dict[str, Any] = {

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import truedepth as td
-from truedepth.calibration_text import Calibration
-from truedepth.heal_options import Healing, TextPart
-from truedepth.plan import Plan, parse_span
+from truedepth.calibration.options import Calibration
+from truedepth.healing.options import Healing, TextPart
+from truedepth.plan.plan import Plan
+from truedepth.plan.spans import parse_span
 
 WINDOWS = 64
 WEIGHTS = "model.safetensors"

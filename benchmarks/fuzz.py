@@ -86,7 +86,7 @@ def worker(name: str, seed: int, first: int, last: int, directory: Path) -> None
     """Inputs first to last - 1; what came of them goes to `progress`, a line each."""
     from fuzz_inputs import Inputs
     from truedepth import TruedepthError
-    from truedepth.loading import load  # noqa: F401  imported before memory is counted
+    from truedepth.runtime.loading import load  # noqa: F401  imported before memory is counted
 
     read, inputs = reader_of(name, directory), Inputs(name, seed)
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import truedepth as td
-from truedepth.heal_options import Healing, Objective, TextPart, Train
-from truedepth.loading import default_device, fast_dtype
-from truedepth.plan import Plan
+from truedepth.healing.options import Healing, Objective, TextPart, Train
+from truedepth.plan.plan import Plan
+from truedepth.runtime.device import default_device, fast_dtype
 
 WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 PARTS = ("excess", "excess_stderr", "kl", "tokens")

@@ -22,7 +22,8 @@ import torch
 
 import truedepth as td
 from conversion import peak_memory
-from truedepth.plan import Plan, parse_span
+from truedepth.plan.plan import Plan
+from truedepth.plan.spans import parse_span
 
 WAYS = ("a second model", "shared", "kept on disk")
 

@@ -39,8 +39,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from truedepth import cli, conversion, depth_study, healing
-from truedepth.engines import gguf
+from truedepth import conversion
+from truedepth.cli import app as cli
+from truedepth.depth_study import run as depth_study
+from truedepth.engines.gguf import export as gguf
+from truedepth.healing import run as healing
 from truedepth.report import study_report
 
 IMPORTED = (conversion, depth_study, healing, gguf, study_report)  # not once in every run

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import truedepth as td
-from truedepth.cli_options import DType
-from truedepth.generation import answer
-from truedepth.loading import default_device
+from truedepth.cli.options import DType
+from truedepth.runtime.device import default_device
+from truedepth.runtime.generation import answer
 from truedepth.tensors import dtype_name
 from truedepth.text import read_text, token_windows
 

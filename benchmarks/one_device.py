@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
-from truedepth.engines.transformers import stopwatch
-from truedepth.loading import default_device, transformers_config
-from truedepth.plan import Plan
+from truedepth.plan.plan import Plan
 from truedepth.registration import register
-from truedepth.timing import in_turn
+from truedepth.runtime.device import default_device
+from truedepth.runtime.empty import transformers_config
+from truedepth.speed.timing import in_turn
+from truedepth.speed.transformers import stopwatch
 
 SHAPES: dict[str, dict[str, Any]] = {
     name: dict(

@@ -33,12 +33,13 @@ from torchao.quantization import (
 )
 
 import truedepth as td
-from truedepth.calibration_text import Calibration
-from truedepth.checkpoint import write_weights
-from truedepth.engines.gguf_types import MatrixType
-from truedepth.loading import Loaded
-from truedepth.plan import Plan, plan_of
-from truedepth.sources import Source
+from truedepth.calibration.options import Calibration
+from truedepth.checkpoint.writing import write_weights
+from truedepth.engines.gguf.types import MatrixType
+from truedepth.plan.config import plan_of
+from truedepth.plan.plan import Plan
+from truedepth.runtime.loading import Loaded
+from truedepth.sources.source import Source
 from truedepth.tensors import constant, scale_columns
 
 PARTS = ("nll", "excess", "excess_stderr", "kl", "tokens")

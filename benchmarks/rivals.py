@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truedepth.converted import sublayers
-from truedepth.layer_stack import run_branch
-from truedepth.loading import Loaded
-from truedepth.plan import Plan
-from truedepth.schedule import Runner, in_order
+from truedepth.depth_study.schedule import Runner, in_order
+from truedepth.families.family import sublayers
+from truedepth.plan.plan import Plan
+from truedepth.runtime.layer_stack import run_branch
+from truedepth.runtime.loading import Loaded
 
 
 def parallel_whole_layers(loaded: Loaded, plan: Plan) -> None:

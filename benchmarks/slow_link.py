@@ -23,11 +23,11 @@ import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 import truedepth as td
-from truedepth.collectives import watched
-from truedepth.engines.transformers import TransformersRunner
-from truedepth.loading import default_device, fast_dtype
-from truedepth.ranks import run_ranks
-from truedepth.timing import Case, Collectives, Row, Task, interleaved
+from truedepth.runtime.device import default_device, fast_dtype
+from truedepth.speed.collectives import watched
+from truedepth.speed.ranks import run_ranks
+from truedepth.speed.timing import Case, Collectives, Row, Task, interleaved
+from truedepth.speed.transformers import TransformersRunner
 
 
 class SlowRunner(TransformersRunner):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from truedepth.depth_study import study
+from truedepth.depth_study.run import study
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from transformers import MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 import truedepth as td
 from conftest import TINY
-from truedepth.engines.gguf_tokenizer import WORDS
+from truedepth.engines.gguf.tokenizer import WORDS
 
 
 def interleave(matrix, heads):

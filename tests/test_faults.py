@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import truedepth as td
-from truedepth import cli
+from truedepth.cli import app as cli
 from truedepth.sources.stamps import Stamps
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -16,31 +16,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truedepth.errors import TruedepthError
-from truedepth.plan import Plan
+from truedepth.plan.plan import Plan
 from truedepth.registration import register
+from truedepth.version import __version__
 
 if TYPE_CHECKING:
-    from truedepth.accuracy import task_scores
-    from truedepth.benchmark import bench
-    from truedepth.calibration_text import Calibration
+    from truedepth.calibration.options import Calibration
     from truedepth.conversion import calibrate, convert
-    from truedepth.depth_study import study
-    from truedepth.engines.gguf import export
-    from truedepth.evaluate import perplexity
-    from truedepth.heal_options import Healing
-    from truedepth.healing import heal
-    from truedepth.loading import load
-    from truedepth.plan_search import search
-    from truedepth.prediction import predict
-    from truedepth.sources import open_source
-
-__version__ = "0.1.0"
+    from truedepth.depth_study.run import study
+    from truedepth.engines.gguf.export import export
+    from truedepth.evaluation.accuracy import task_scores
+    from truedepth.evaluation.perplexity import perplexity
+    from truedepth.healing.options import Healing
+    from truedepth.healing.run import heal
+    from truedepth.planning.search import search
+    from truedepth.runtime.loading import load
+    from truedepth.sources.opening import open_source
+    from truedepth.speed.benchmark import bench
+    from truedepth.speed.prediction import predict
 
 __all__ = [
     "Calibration",
     "Healing",
     "Plan",
     "TruedepthError",
+    "__version__",
     "bench",
     "calibrate",
     "convert",
@@ -58,20 +58,20 @@ __all__ = [
 # Loaded when first used: they import torch, which takes a second. No module bears the name of one
 # of these functions, for a submodule once imported would take the name over.
 _LAZY = {
-    "Calibration": "truedepth.calibration_text",
-    "Healing": "truedepth.heal_options",
-    "bench": "truedepth.benchmark",
+    "Calibration": "truedepth.calibration.options",
+    "Healing": "truedepth.healing.options",
+    "bench": "truedepth.speed.benchmark",
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
-    "export": "truedepth.engines.gguf",
-    "heal": "truedepth.healing",
-    "load": "truedepth.loading",
-    "open_source": "truedepth.sources",
-    "perplexity": "truedepth.evaluate",
-    "predict": "truedepth.prediction",
-    "search": "truedepth.plan_search",
-    "study": "truedepth.depth_study",
-    "task_scores": "truedepth.accuracy",
+    "export": "truedepth.engines.gguf.export",
+    "heal": "truedepth.healing.run",
+    "load": "truedepth.runtime.loading",
+    "open_source": "truedepth.sources.opening",
+    "perplexity": "truedepth.evaluation.perplexity",
+    "predict": "truedepth.speed.prediction",
+    "search": "truedepth.planning.search",
+    "study": "truedepth.depth_study.run",
+    "task_scores": "truedepth.evaluation.accuracy",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m truedepth`."""
 
-from truedepth.cli import main
+from truedepth.cli.app import main
 
 main()

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from truedepth import __version__
-from truedepth.atomic import beside, check_output
-from truedepth.calibration_run import calibrated
-from truedepth.calibration_text import Calibration
-from truedepth.card import model_card
-from truedepth.checkpoint import write_checkpoint
-from truedepth.converted import as_run, check_loadable, converted_config, converted_tensors
+from truedepth.calibration.options import Calibration
+from truedepth.calibration.run import calibrated
+from truedepth.checkpoint.card import model_card
+from truedepth.checkpoint.writing import write_checkpoint
 from truedepth.errors import TruedepthError
-from truedepth.padding import head_padding, padded_tensors
-from truedepth.plan import Plan
-from truedepth.sources import Source, open_source
+from truedepth.files.atomic import beside, check_apart, check_output
+from truedepth.plan.plan import Plan
+from truedepth.sources.opening import open_source
+from truedepth.sources.source import Source
+from truedepth.version import __version__
+from truedepth.widening.layout import as_run, check_loadable, converted_config, converted_tensors
+from truedepth.widening.padding import head_padding, padded_tensors
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def convert(
             tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
             config |= padding
             check_loadable(config, tensors, source.path)
-        card = model_card(source, plan, config["truedepth"]["calibration"])
+        run = as_run(source, plan)
+        all_reduces = run.all_reduces_per_token(2)
+        card = model_card(source, plan, all_reduces, config["truedepth"]["calibration"])
         size = write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
     record = config["truedepth"]["calibration"]
     return Conversion(
@@ -129,7 +132,7 @@ def convert(
         source=source.name,
         origin=source.origin,
         size=size,
-        run=as_run(source, plan),
+        run=run,
         quantization=source.quantization,
         calibration=record,
     )
@@ -158,13 +161,3 @@ def calibrate(
 ) -> Conversion:
     """`convert` with the wide layers refitted to the original; `options` are those of `convert`."""
     return convert(model, out, plan, calibration=calibration or Calibration(), **options)
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """Neither may contain the other, also where the source is made of links."""
-    links = list(source.iterdir()) if source.is_dir() else []
-    for place in {source.resolve(), *(link.resolve() for link in links)}:
-        if out == place or out in place.parents:
-            raise TruedepthError(f"The output {out} contains the source {place}; choose another.")
-    if source.is_dir() and source.resolve() in out.parents:
-        raise TruedepthError(f"The output {out} is inside the source {source}; choose another.")

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from truedepth.calibration_text import Calibration
+from truedepth.calibration.options import Calibration
 from truedepth.conversion import Conversion, convert
-from truedepth.engines.transformers import TransformersRunner
-from truedepth.evaluate import Perplexity, perplexity
-from truedepth.generation import answer
-from truedepth.loading import default_device, load
-from truedepth.plan import Plan
+from truedepth.evaluation.perplexity import Perplexity, perplexity
+from truedepth.plan.plan import Plan
 from truedepth.progress import working
-from truedepth.sources import open_source
-from truedepth.timing import Case, Row, Task, interleaved
+from truedepth.runtime.device import default_device
+from truedepth.runtime.generation import answer
+from truedepth.runtime.loading import load
+from truedepth.sources.opening import open_source
+from truedepth.speed.timing import Case, Row, Task, interleaved
+from truedepth.speed.transformers import TransformersRunner
 
 # 30 -> 23 layers, the paper's -22 % of depth; made by
 # truedepth plan default -o demo_plan.yaml --depth 23 (minutes; docs/results.md has the options)

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truedepth.converted import as_run
-from truedepth.engines import refused_by
-from truedepth.families import KEY_VALUE, head_dim, made_from
-from truedepth.loading import empty_model
-from truedepth.plan import Plan, plan_of
-from truedepth.sources import Source, open_source
+from truedepth.engines.support import refused_by
+from truedepth.families.family import KEY_VALUE, head_dim
+from truedepth.families.lookup import made_from
+from truedepth.plan.config import plan_of
+from truedepth.plan.plan import Plan
+from truedepth.runtime.empty import empty_model
+from truedepth.sources.opening import open_source
+from truedepth.sources.source import Source
+from truedepth.widening.layout import as_run
 
 
 @dataclass(frozen=True)

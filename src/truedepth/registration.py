@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truedepth.families import all_families
+from truedepth.families.lookup import all_families
 
 
 def register() -> None:

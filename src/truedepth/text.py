@@ -15,7 +15,7 @@ from truedepth.errors import TruedepthError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from truedepth.sources import Source
+    from truedepth.sources.source import Source
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 

@@ -4,7 +4,7 @@ layers attend locally, the others without RoPE.
 
 from dataclasses import replace
 
-from truedepth.families import KEY_VALUE, QUERY, Sublayer
+from truedepth.families.family import KEY_VALUE, QUERY, Sublayer
 from truedepth.families.llama import LLAMA
 
 COHERE = replace(

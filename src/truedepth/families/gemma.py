@@ -4,7 +4,7 @@ attention and FFN too, and some of their layers attend locally.
 
 from dataclasses import replace
 
-from truedepth.families import Sublayer
+from truedepth.families.family import Sublayer
 from truedepth.families.llama import LLAMA
 
 GEMMA = replace(LLAMA, model_type="gemma", class_prefix="Gemma", gain_offset=1.0)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from truedepth.families import FFN, Sublayer
+from truedepth.families.family import FFN, Sublayer
 from truedepth.families.llama import LLAMA
 
 GLM = replace(

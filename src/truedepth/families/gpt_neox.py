@@ -3,7 +3,7 @@
 Its attention takes the size of a head from the number of heads, so a layer cannot have more.
 """
 
-from truedepth.families import Family, Sublayer
+from truedepth.families.family import Family, Sublayer
 
 GPT_NEOX = Family(
     model_type="gpt_neox",

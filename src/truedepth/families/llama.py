@@ -1,6 +1,6 @@
 """Llama 1 to 3.3, and everything else with `model_type: llama` (SmolLM2, TinyLlama, …)."""
 
-from truedepth.families import KEY_VALUE, QUERY, Family
+from truedepth.families.family import KEY_VALUE, QUERY, Family
 
 LLAMA = Family(
     model_type="llama",

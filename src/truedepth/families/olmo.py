@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from truedepth.families import Sublayer
+from truedepth.families.family import Sublayer
 from truedepth.families.llama import LLAMA
 
 OLMO2 = replace(

@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4: Llama's layers; queries, keys and values are one map, gate and up another."""
 
-from truedepth.families import FFN, KEY_VALUE, QUERY, Family
+from truedepth.families.family import FFN, KEY_VALUE, QUERY, Family
 
 PHI3 = Family(
     model_type="phi3",

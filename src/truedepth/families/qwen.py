@@ -4,7 +4,7 @@ norms of every query's and key's head.
 
 from dataclasses import replace
 
-from truedepth.families import KEY_VALUE, QUERY
+from truedepth.families.family import KEY_VALUE, QUERY
 from truedepth.families.llama import LLAMA
 
 QWEN2 = replace(LLAMA, model_type="qwen2", class_prefix="Qwen2")

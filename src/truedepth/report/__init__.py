@@ -1,1 +1,6 @@
-"""What people read: model cards now, tables and plots with the commands that make them."""
+"""What the commands print, draw and write for people.
+
+Pages and tables for the terminal, plots, the study's HTML page.
+
+May import: speed, demo and above.
+"""

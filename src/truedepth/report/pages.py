@@ -11,19 +11,19 @@ from rich.columns import Columns
 from rich.filesize import decimal
 from rich.panel import Panel
 
-from truedepth.calibration_run import calibration_words
+from truedepth.checkpoint.records import calibration_words
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
-from truedepth.depth_study import Study
-from truedepth.engines.gguf import Export
-from truedepth.evaluate import Loss, perplexity_of
-from truedepth.healing import Healed
+from truedepth.depth_study.run import Study
+from truedepth.engines.gguf.export import Export
+from truedepth.evaluation.loss import Loss, perplexity_of
+from truedepth.healing.run import Healed
 from truedepth.inspection import Info
-from truedepth.plan import Plan
-from truedepth.plan_search import Search
+from truedepth.plan.plan import Plan
+from truedepth.planning.search import Search
 from truedepth.report.tables import console, excess_text, print_rows
+from truedepth.speed.timing import Timing
 from truedepth.tensors import dtype_name
-from truedepth.timing import Timing
 
 
 def print_info(info: Info, dtype: torch.dtype | None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truedepth.benchmark import Benchmark
 from truedepth.errors import TruedepthError
-from truedepth.plan_search import Search
-from truedepth.timing import Row
+from truedepth.planning.search import Search
+from truedepth.speed.benchmark import Benchmark
+from truedepth.speed.timing import Row
 
 TICKS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 

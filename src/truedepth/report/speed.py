@@ -6,11 +6,11 @@ from math import floor, log10
 
 from rich.filesize import decimal
 
-from truedepth.benchmark import Benchmark
-from truedepth.prediction import Prediction
 from truedepth.report.tables import print_rows
+from truedepth.speed.benchmark import Benchmark
+from truedepth.speed.prediction import Prediction
+from truedepth.speed.timing import Case, Collectives, Row, Timing
 from truedepth.tensors import dtype_name
-from truedepth.timing import Case, Collectives, Row, Timing
 
 
 def print_benchmark(found: Benchmark) -> None:

@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truedepth.atomic import whole_file
-from truedepth.dependence import MEASURES
-from truedepth.depth_study import Matrix, Study
-from truedepth.evaluate import perplexity_of
-from truedepth.transformations import TRANSFORMATIONS
+from truedepth.depth_study.dependence import MEASURES
+from truedepth.depth_study.run import Matrix, Study
+from truedepth.depth_study.transformations import TRANSFORMATIONS
+from truedepth.evaluation.loss import perplexity_of
+from truedepth.files.atomic import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from truedepth.accuracy import Accuracy
-from truedepth.evaluate import Perplexity
+from truedepth.evaluation.accuracy import Accuracy
+from truedepth.evaluation.perplexity import Perplexity
 
 
 def console() -> Console:

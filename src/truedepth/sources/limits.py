@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from truedepth.errors import TruedepthError
-from truedepth.plan import MAX_LAYERS
+from truedepth.plan.plan import MAX_LAYERS
 
 # A character of JSON can become 24 bytes of Python objects, `[{},{},…`.
 MAX_CONFIG_BYTES = 2 << 20

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.families import Family, family_of, known_family
+from truedepth.families.family import Family
+from truedepth.families.lookup import family_of, known_family
 from truedepth.sources.limits import check_config
 from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor

@@ -1,0 +1,135 @@
+"""What to calibrate on: options, and text cut into windows to fit to, measure and check on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from truedepth.calibration.options import Calibration
+from truedepth.errors import TruedepthError
+from truedepth.runtime.generation import own_text
+from truedepth.runtime.loading import load
+from truedepth.sources.source import Source
+from truedepth.text import check_window, default_text, read_text, token_windows
+
+RESERVED = 8  # one window in so many of a text is kept to measure on, and one for checks
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token windows for three uses, none in two of them; each `[windows, window]` int64.
+
+    Where in a text those of one use are drawn from does not depend on the others, so a search and a
+    calibration on the same text agree.
+    """
+
+    fitted: Tensor
+    """What the maps are solved on."""
+
+    measured: Tensor
+    """What plans are compared on."""
+
+    check: Tensor
+    """Never looked at before the end."""
+
+
+def calibration_windows(
+    source: Source, options: Calibration, widest: int, measured: int = 0
+) -> CalibrationText:
+    """The text of a calibration, the model's own share of it included.
+
+    Args:
+        source: The original.
+        options: Text, tokens and share.
+        widest: Layers in the widest group.
+        measured: Windows to compare plans on, at most.
+
+    Raises:
+        TruedepthError: Options do not fit, or the text is too short for so wide a layer.
+    """
+    text, own = given_text(source, options, widest, measured)
+    if not own:
+        return text
+    device, dtype = options.place(source)
+    loaded = load(source, device=device, dtype=dtype)
+    written = own_text(loaded, own, options.window, options.seed)
+    return replace(text, fitted=_mixed([text.fitted, written], options.seed))
+
+
+def given_text(
+    source: Source, options: Calibration, widest: int, measured: int = 0
+) -> tuple[CalibrationText, int]:
+    """`calibration_windows` without the model's own share, and how many windows that is.
+
+    Each use is spread evenly over every file. Seconds where the other takes minutes: called alone,
+    it says what is wrong before a search.
+    """
+    if not 0 <= options.own_share <= 1:
+        raise TruedepthError(
+            f"The model's own share of the text must be from 0 to 1, not {options.own_share}."
+        )
+    window = options.window
+    if window < 2 or options.tokens < 2 * window:
+        raise TruedepthError(
+            f"{options.tokens} calibration tokens are too few: two windows of {window} are the"
+            " least, one to fit on and one to choose penalties on."
+        )
+    own = round(options.own_share * (options.tokens // window))
+    check_window(source, window)
+    texts = [read_text(path) for path in options.text] or [default_text()]
+    parts = [token_windows(source.tokenizer, text, window) for text in texts]
+    uses = [torch.arange(len(part)) % RESERVED for part in parts]
+    wanted = [(measured, RESERVED // 2 - 1), (options.check, RESERVED - 1)]
+    held = [
+        _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], 0, count)
+        for count, rest in wanted
+    ]
+    left = [
+        part[(use != RESERVED // 2 - 1) & (use != RESERVED - 1)]
+        for part, use in zip(parts, uses, strict=True)
+    ]
+    fitted = _mixed(left, options.seed, options.tokens // window - own)
+    needed, given = tokens_needed(source, widest), fitted.numel() + own * window
+    if given < needed:
+        raise TruedepthError(
+            f"{given} calibration tokens are too few: the widest map has {needed} inputs"
+            f" and needs at least as many tokens; give more text or more --tokens."
+        )
+    return CalibrationText(fitted, *held), own
+
+
+def tokens_needed(source: Source, widest: int) -> int:
+    """As many as the widest map of a group of `widest` layers has inputs."""
+    shapes = [
+        source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape
+        for name in source.family.writes
+    ]
+    return widest * max(columns for _, columns in shapes)
+
+
+def _mixed(parts: Sequence[Tensor], seed: int, count: int | None = None) -> Tensor:
+    """`count` windows from all parts, or all of them, in an order that mixes them."""
+    count = sum(map(len, parts)) if count is None else count
+    shares = _shares([len(part) for part in parts], count)
+    taken = torch.cat([_spread(part, share) for part, share in zip(parts, shares, strict=True)])
+    return taken[torch.randperm(len(taken), generator=torch.Generator().manual_seed(seed))]
+
+
+def _shares(available: Sequence[int], wanted: int) -> list[int]:
+    """Equal shares; what a short file lacks the others give."""
+    shares = [0] * len(available)
+    left = min(wanted, sum(available))
+    shortest_first = sorted(range(len(available)), key=available.__getitem__)
+    for done, index in enumerate(shortest_first):
+        shares[index] = min(available[index], math.ceil(left / (len(available) - done)))
+        left -= shares[index]
+    return shares
+
+
+def _spread(windows: Tensor, count: int) -> Tensor:
+    """`count` of the windows, evenly spaced."""
+    return windows[torch.arange(count) * len(windows) // max(1, count)]

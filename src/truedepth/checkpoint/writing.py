@@ -1,0 +1,170 @@
+"""Writing a checkpoint.
+
+Shapes are known before values, so a shard's header is written first and its tensors are streamed
+after it, a block at a time: memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+from truedepth import modeling
+from truedepth.errors import TruedepthError
+from truedepth.files.atomic import atomic_directory
+from truedepth.files.copying import Copier, copier
+from truedepth.progress import progress_bar
+from truedepth.sources.source import Source
+from truedepth.tensors import LazyTensor
+
+FILENAME_PATTERN = "model{suffix}.safetensors"
+
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_checkpoint(
+    out: Path,
+    source: Source,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    card: str,
+    shard_size: int | str,
+    force: bool,
+    kept: Path | None = None,
+) -> int:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        out: Directory to write.
+        source: Gives tokenizer and generation config.
+        config: config.json.
+        tensors: By name.
+        card: README.md.
+        shard_size: Most bytes a file of weights holds.
+        force: Replace `out` if it exists.
+        kept: What the run kept beside `out`, all of which is in the tensors.
+
+    Returns:
+        The bytes of all weights.
+
+    Raises:
+        TruedepthError: `out` cannot be written, or the source changed while it was read.
+    """
+    with atomic_directory(out, force, kept) as partial:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            with progress_bar("Writing", total, unit="bytes") as advance:
+                size = write_weights(partial, tensors, shard_size, advance)
+        except OSError:  # also of a block that is gone, because its file was cut short
+            source.check_unchanged()
+            raise
+        source.save_companions(partial)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        source.check_unchanged()
+    return size
+
+
+def write_weights(
+    directory: Path,
+    tensors: Mapping[str, LazyTensor],
+    shard_size: int | str = "5GB",
+    progress: Callable[[int], object] = lambda written: None,
+) -> int:
+    """Write `tensors` as safetensors, sharded, with an index where there are several shards.
+
+    Args:
+        directory: Where to.
+        tensors: By name; read a few blocks at a time, each once.
+        shard_size: Most bytes a shard holds, as a number or such as `"5GB"`. A tensor larger than
+            that gets a shard of its own.
+        progress: Called with the number of bytes of every block written.
+
+    Returns:
+        The number of bytes of all tensors.
+
+    Raises:
+        TruedepthError: `shard_size` is not a size.
+    """
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=FILENAME_PATTERN,
+        max_shard_size=_bytes(shard_size),
+    )
+    with copier() as copies:
+        for filename, names in split.filename_to_tensors.items():
+            held = {name: tensors[name] for name in names}
+            _write_shard(directory / filename, held, copies, progress)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _bytes(size: int | str) -> int:
+    """`"5GB"`, `"500 MiB"`, `"5000000"` or a number, as a number."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    units |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", str(size).strip().upper())
+    count = int(match[1]) * units.get(match[2], 0) if match else 0
+    if count < 1:
+        raise TruedepthError(f"{size!r} is not a size of files; write it as 5GB.")
+    return count
+
+
+def _write_shard(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    copies: Copier,
+    progress: Callable[[int], object],
+) -> None:
+    """One safetensors file: header length (8 bytes), JSON header, tensors without gaps."""
+    # Wider types first keeps every tensor aligned to its element size.
+    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in ordered:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.flush()
+        place = 8 + len(encoded)
+        for name in ordered:
+            for written in copies.copy(tensors[name], file.fileno(), place):
+                progress(written)
+            place += tensors[name].nbytes

@@ -1,0 +1,6 @@
+"""The commands.
+
+Each is a few lines over the library.
+
+May import: everything.
+"""

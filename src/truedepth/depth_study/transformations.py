@@ -1,0 +1,106 @@
+"""The paper's transformations of a span of layers, as schedules (arXiv 2502.02790)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from truedepth.depth_study.schedule import Form, Schedule, Step, in_order
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """What becomes of a span of layers."""
+
+    description: str
+    schedule: Callable[[range, str], Schedule]
+    """Of a span of layers, and the seed of its random choices."""
+
+    random: bool = False
+
+
+def _side_by_side(size: int | None, form: Form) -> Callable[[range, str], Schedule]:
+    """Groups of `size` consecutive layers, or one group of all of them."""
+
+    def schedule(span: range, _: str) -> Schedule:
+        step = size or len(span)
+        return tuple(
+            Step(tuple(span[first : first + step]), form) for first in range(0, len(span), step)
+        )
+
+    return schedule
+
+
+def _random_order(span: range, seed: str) -> Schedule:
+    """Every order is equally likely, and spans that begin at the same layer share much of theirs.
+
+    The order of a span is that of the span without its last layer, and that layer somewhere in it.
+    What comes before it has been computed already.
+    """
+    generator = random.Random(f"{seed} {span.start}")
+    order: list[int] = []
+    for layer in span:
+        order.insert(generator.randint(0, len(order)), layer)
+    return in_order(order)
+
+
+TRANSFORMATIONS = {
+    "shuffle": Transformation("the layers of the span in random order", _random_order, random=True),
+    "prune": Transformation("the span left out", lambda span, _: ()),
+    "merge": Transformation(
+        "one layer with the mean of the span's weights",
+        lambda span, _: (Step(tuple(span), "merge"),),
+    ),
+    "parallel": Transformation("all layers of the span side by side", _side_by_side(None, "lp")),
+    "parallel (PAR)": Transformation("the same, every layer whole", _side_by_side(None, "par")),
+    "2-parallel": Transformation(
+        "consecutive pairs of the span side by side", _side_by_side(2, "lp")
+    ),
+    "2-parallel (PAR)": Transformation("the same, every layer whole", _side_by_side(2, "par")),
+    "3-parallel": Transformation(
+        "consecutive triples of the span side by side", _side_by_side(3, "lp")
+    ),
+    "3-parallel (PAR)": Transformation("the same, every layer whole", _side_by_side(3, "par")),
+}
+"""A span that pairs or triples do not divide ends in a smaller group."""
+
+PAIRS = "2-parallel"
+"""The transformation that the paper settles on, in the form that becomes a wide layer."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One transformation of the span of layers `start` to `end - 1`."""
+
+    transformation: str
+    start: int
+    end: int
+    permutation: int = 0
+    """Which of the random orders; of a random transformation only."""
+
+    def schedule(self, num_layers: int, seed: int = 0) -> Schedule:
+        """The whole model with the span transformed."""
+        before, after = in_order(range(self.start)), in_order(range(self.end, num_layers))
+        transformed = TRANSFORMATIONS[self.transformation].schedule(
+            range(self.start, self.end), f"{seed} {self.permutation}"
+        )
+        return before + transformed + after
+
+
+def all_cells(
+    num_layers: int,
+    *,
+    permutations: int = 2,
+    stride: int = 1,
+    transformations: Sequence[str] = tuple(TRANSFORMATIONS),
+) -> Iterator[Cell]:
+    """Every transformation of every span that begins and ends at a multiple of `stride`."""
+    ends = sorted({*range(0, num_layers, stride), num_layers})
+    for name in transformations:
+        orders = permutations if TRANSFORMATIONS[name].random else 1
+        for start in ends:
+            for end in ends:
+                if start < end:
+                    for permutation in range(orders):
+                        yield Cell(name, start, end, permutation)

@@ -1,0 +1,6 @@
+"""Checkpoints as GGUF files.
+
+The file, its tokenizer, its types, and weights balanced for quantizers.
+
+May import: what engines may.
+"""

@@ -1,0 +1,321 @@
+"""Layer-parallel checkpoints as GGUF files that llama.cpp runs as it is.
+
+llama.cpp's architecture `deci` (Nemotron) has numbers of heads and FFN widths of every layer's own;
+otherwise its layers are Llama's, with biases where the file has them. A checkpoint whose model it
+would not compute exactly is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from truedepth.engines.gguf.balance import balanced
+from truedepth.engines.gguf.tokenizer import add_tokenizer, check_tokenizer
+from truedepth.engines.gguf.types import MatrixType
+from truedepth.engines.support import LLAMA_CPP_FAMILIES
+from truedepth.errors import TruedepthError
+from truedepth.families.lookup import original_family, unconverted
+from truedepth.files.atomic import atomic_file, check_apart, check_output
+from truedepth.plan.config import plan_of
+from truedepth.progress import progress_bar, working
+from truedepth.runtime.empty import transformers_config
+from truedepth.sources.gguf.layout import CONFIG, GENERATION_CONFIG, to_llama_cpp
+from truedepth.sources.opening import open_source
+from truedepth.sources.source import Source
+from truedepth.tensors import LazyTensor, common_dtype, from_tensor, pick_rows
+from truedepth.widening.layout import check_loadable
+
+ARCHITECTURE = gguf.MODEL_ARCH.DECI
+
+BLOCK_BYTES = 1 << 22
+"""Of a tensor, in memory at a time."""
+
+
+EXACT = {torch.float16: MatrixType.f16, torch.bfloat16: MatrixType.bf16}
+"""The type that holds a dtype's values; float32 for all others."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` did."""
+
+    path: Path
+    type: MatrixType
+    size: int
+    """Bytes of the file."""
+
+    tensors: dict[str, int]
+    """How many there are of each type of GGML."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "path": str(self.path),
+            "type": self.type.value,
+            "size": self.size,
+            "tensors": self.tensors,
+        }
+
+
+def export(
+    model: str | Path | Source,
+    out: str | Path,
+    *,
+    type: MatrixType | str = "auto",
+    force: bool = False,
+) -> Export:
+    """Write a layer-parallel checkpoint as one GGUF file.
+
+    Memory stays bounded: tensors are read and written in blocks of rows. Vectors are float32 in
+    every type, as llama.cpp has them.
+
+    Args:
+        model: A checkpoint that truedepth wrote; an unpaired model's has a plan without pairs.
+        out: The `.gguf` file; appears when it is complete.
+        type: Of the matrices; `auto` is the checkpoint's own and so exact. The k- and i-quants are
+            made by llama.cpp's own quantizer, which needs `llama-cpp-python`.
+        force: Replace `out` if it exists.
+
+    Raises:
+        TruedepthError: The type is unknown or cannot hold the model, llama.cpp would not compute
+            the model exactly, the quantizer is missing, or `out` cannot be written.
+    """
+    source, out = open_source(model), Path(out).expanduser()
+    kind = MatrixType.of(type)
+    if kind.needs_llama_cpp:
+        from truedepth.runtime.llama_cpp import library
+
+        library()
+    _check_source(source)
+    if out.suffix != ".gguf":
+        raise TruedepthError(f"The output {out} must be a file name that ends in .gguf.")
+    check_apart(source.path, out.resolve())
+    check_output(out, force)
+    check_loadable(source.config, source.tensors, source.path)
+    check_tokenizer(source)
+    if kind is MatrixType.auto:
+        matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) > 1]
+        kind = EXACT.get(common_dtype(matrices), MatrixType.f32)
+    with atomic_file(out, force) as partial:
+        if not kind.needs_llama_cpp:
+            _write(source, partial, kind, balance=kind.balanced)
+        else:
+            from truedepth.runtime.llama_cpp import quantize
+
+            whole = partial.with_suffix(".whole")
+            _write(source, whole, MatrixType.f32, balance=kind.balanced)
+            with working(f"Quantizing to {kind.value}"):
+                quantize(whole, partial, kind.value)
+            whole.unlink()
+        source.check_unchanged()
+    counts: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(out).tensors:
+        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
+    return Export(out, kind, out.stat().st_size, counts)
+
+
+def _check_source(source: Source) -> None:
+    """Raises TruedepthError where llama.cpp would compute something else."""
+    if source.path.is_file():
+        raise TruedepthError(f"{source.path} is a GGUF file already.")
+    if plan_of(source.config) is None:
+        raise TruedepthError(
+            f"{source.path} is not a layer-parallel checkpoint: write one with truedepth convert"
+            " (--pairs 0 for the model as it is)."
+        )
+    if reason := _place(source) or _details(transformers_config(source.config, source.path)):
+        raise TruedepthError(
+            f"{source.path} cannot be exported exactly to llama.cpp's architecture"
+            f" {gguf.MODEL_ARCH_NAMES[ARCHITECTURE]!r}: {reason}."
+        )
+
+
+def _place(source: Source) -> str | None:
+    """Why the architecture has none for a model's tensors."""
+    if source.config.get("side_by_side"):
+        return "it runs no layers side by side, but as wide layers"
+    names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
+    homeless = {
+        re.sub(r"^model\.layers\.\d+\.", "", tensor)
+        for tensor in source.tensors
+        if names.get_name(tensor.rpartition(".")[0]) is None
+    }
+    if homeless:
+        return f"it has no place for {', '.join(sorted(homeless))}"
+    if (family := unconverted(source.config["model_type"])) not in LLAMA_CPP_FAMILIES:
+        return f"it is not known to compute what the family {family!r} does"
+    return None
+
+
+def _details(config: Any) -> str | None:
+    """Why the architecture computes something else with them."""
+    rope = config.rope_parameters
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or (
+        ["sliding"] if window and window < config.max_position_embeddings else []
+    )
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is SiLU, not {config.hidden_act}"
+    if rope["rope_type"] not in ("default", "llama3"):
+        return f"RoPE scaling of the type {rope['rope_type']!r} is not the same there"
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1:
+        return f"it rotates whole heads, not {part} of them"
+    if any("sliding" in kind for kind in kinds):
+        return f"it has no sliding window, and this model sees {window} tokens back"
+    return None
+
+
+def _write(source: Source, path: Path, kind: MatrixType, *, balance: bool) -> None:
+    """The whole file, in a type that needs no llama.cpp."""
+    writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURE])
+    tensors = gguf_tensors(source, balance)
+    stored = {name: storage(kind, name, tensor) for name, tensor in tensors.items()}
+    _add_metadata(writer, source, kind)
+    add_tokenizer(writer, source)
+    for name, (ggml, columns_bytes) in stored.items():
+        shape = tensors[name].shape
+        raw = (*shape[:-1], columns_bytes) if ggml.name not in ("F32", "F16") else shape
+        dtype = {"F32": np.float32, "F16": np.float16}.get(ggml.name, np.uint8)
+        size = columns_bytes * int(np.prod(shape[:-1], dtype=np.int64))
+        writer.add_tensor_info(name, raw, np.dtype(dtype), size, raw_dtype=ggml)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    # closed also on a full disk, or what was written holds its place until the writer is collected
+    with closing(writer), progress_bar("Writing", total, unit="bytes") as advance:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
+        for name, (ggml, _) in stored.items():
+            writer.write_padding(file, file.tell())
+            for block in tensors[name].blocks(BLOCK_BYTES):
+                _write_block(file, name, block, ggml)
+                advance(block.nbytes)
+        writer.write_padding(file, file.tell())
+
+
+def storage(kind: MatrixType, name: str, tensor: LazyTensor) -> tuple[GGMLQuantizationType, int]:
+    """A tensor's type in a file of some type, and the bytes of its rows.
+
+    Vectors are float32. Embedding and head have eight bits where the rest has fewer.
+
+    Raises:
+        TruedepthError: Its rows are no multiple of the type's blocks.
+    """
+    ggml = GGMLQuantizationType[kind.name.upper()]
+    if len(tensor.shape) < 2:
+        ggml = GGMLQuantizationType.F32
+    elif kind.quantized and name.startswith(("token_embd.", "output.")):
+        ggml = GGMLQuantizationType.Q8_0
+    columns = tensor.shape[-1]
+    block, size = gguf.GGML_QUANT_SIZES[ggml]
+    if columns % block:
+        raise TruedepthError(
+            f"{kind.value} packs {block} columns together, and {name} has {columns}; choose f16 or"
+            " another type without blocks."
+        )
+    return ggml, columns // block * size
+
+
+def _write_block(
+    file: BinaryIO, name: str, block: torch.Tensor, ggml: GGMLQuantizationType
+) -> None:
+    values = block.to(torch.float32).contiguous()
+    if ggml is GGMLQuantizationType.BF16:
+        rounded = values.to(torch.bfloat16)
+        data: Any = rounded.view(torch.uint8).numpy()
+        finite = rounded.isfinite().all()
+    else:
+        with np.errstate(all="ignore"):
+            data = np.ascontiguousarray(gguf.quantize(values.numpy(), ggml))
+        finite = values.isfinite().all() and (data.dtype.kind != "f" or np.isfinite(data).all())
+    if not finite:
+        raise TruedepthError(
+            f"{name} has values that are no numbers, or beyond {ggml.name.lower()}; try --type f32."
+        )
+    file.write(data.data)
+
+
+def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
+    """The tensors of the file, by llama.cpp's names and with its order of rows.
+
+    Args:
+        source: A checkpoint that the architecture computes.
+        balance: Rescale them, so that a quantizer loses less.
+    """
+    config = transformers_config(source.config, source.path)
+    names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
+    tensors: dict[str, LazyTensor] = {}
+    held = balanced_tensors(source) if balance else source.tensors
+    for name, tensor in held.items():
+        module, _, part = name.rpartition(".")
+        rotated = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        if heads := rotated.get(module.rpartition(".")[2]):
+            layer = config.per_layer_config[int(name.split(".")[2])]
+            order = to_llama_cpp(tensor.shape[0], getattr(layer, heads))
+            tensor = pick_rows(tensor, torch.from_numpy(order))
+        tensors[f"{names.get_name(module)}.{part}"] = tensor
+    if config.rope_parameters["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = from_tensor(rope_factors(config))
+    return tensors
+
+
+def balanced_tensors(source: Source) -> dict[str, LazyTensor]:
+    """A checkpoint's tensors by transformers' names, every layer `balanced`. Reads all weights."""
+    family = original_family(source.config, str(source.path))
+    tensors = dict(source.tensors)
+    for index in range(source.num_layers):
+        prefix = family.layer.format(index)
+        layer = {
+            name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)
+        }
+        for name, tensor in balanced(family, layer).items():
+            tensors[prefix + name] = tensor
+    return tensors
+
+
+def rope_factors(config: Any) -> torch.Tensor:
+    """`[head_dim / 2]` float32: what llama.cpp divides RoPE's frequencies by."""
+    scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    factors: torch.Tensor = config.rope_parameters["rope_theta"] ** -exponents / scaled
+    return factors
+
+
+def _add_metadata(writer: GGUFWriter, source: Source, kind: MatrixType) -> None:
+    config = transformers_config(source.config, source.path)
+    layers, head_dim = config.per_layer_config, config.head_dim
+    made = config.truedepth or {}
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.name)
+    if original := made.get("source"):
+        writer.add_description(f"{original}, layer-parallel (truedepth {made.get('version')})")
+    file_types = gguf.LlamaFileType.__members__
+    writer.add_file_type(file_types.get(f"MOSTLY_{kind.name.upper()}", file_types["ALL_F32"]))
+    if kind.quantized:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(layers))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_head_count([layer.num_attention_heads for layer in layers])
+    writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_string(CONFIG, json.dumps(source.config))
+    if (defaults := source.path / "generation_config.json").exists():
+        writer.add_string(GENERATION_CONFIG, defaults.read_text(encoding="utf-8"))

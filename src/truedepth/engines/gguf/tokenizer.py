@@ -1,0 +1,230 @@
+"""A tokenizer in the metadata of a GGUF file.
+
+llama.cpp has two kinds that matter here: byte-level BPE (`gpt2`), whose split of text into words it
+knows by name, and SentencePiece's BPE (`llama`), which merges by scores. The original is carried
+along as it is, too, for programs that can use it.
+
+Small things llama.cpp does its own way, with every file: it does not normalize (Qwen2's NFC), its
+pattern for Tekken takes accented capitals for the ends of words, and with SentencePiece it puts a
+space after special tokens too where the tokenizer puts one before a text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, Keys, TokenType
+
+from truedepth.errors import TruedepthError
+from truedepth.runtime.empty import transformers_config
+from truedepth.sources.source import Source
+from truedepth.text import beginning
+
+
+@dataclass(frozen=True)
+class Words:
+    """How text is split into words before it is merged."""
+
+    patterns: tuple[str, ...] = ()
+    """One after another; `digit` takes digits one by one."""
+
+    then_gpt2: bool = False
+    """GPT-2's own pattern after them."""
+
+    whole: bool = False
+    """Words that are tokens are not merged but taken (`ignore_merges`)."""
+
+
+WORDS = {
+    "gpt-2": Words(then_gpt2=True),
+    "smollm": Words(("digit",), then_gpt2=True),
+    "llama-bpe": Words(
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        whole=True,
+    ),
+    "qwen2": Words(
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+    ),
+    "tekken": Words(
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        whole=True,
+    ),
+}
+"""By llama.cpp's name (llama-vocab.cpp)."""
+
+SPACE = "▁"
+
+
+def check_tokenizer(source: Source) -> None:
+    """Raises TruedepthError where llama.cpp is not known to have the tokenizer."""
+    _kind(source, _definition(source))
+    _special(source)
+
+
+def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
+    """Vocabulary, merges, special tokens and chat template.
+
+    Raises:
+        TruedepthError: llama.cpp is not known to have the tokenizer.
+    """
+    tokenizer, definition = source.tokenizer, _definition(source)
+    model, words = _kind(source, definition)
+    merges = [
+        tuple(merge.split(" ", 1) if isinstance(merge, str) else merge)
+        for merge in definition["model"]["merges"]
+    ]
+    names, types = _tokens(source, definition, byte_tokens=model == "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(words)
+    writer.add_token_list(names)
+    writer.add_token_types(types)
+    if model == "gpt2":
+        # A space within a merge is written as byte-level BPE writes spaces.
+        writer.add_token_merges(
+            [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
+        )
+    else:
+        ranks = {
+            left + right: -float(rank) for rank, (left, right) in reversed([*enumerate(merges)])
+        }
+        writer.add_token_scores([ranks.get(name, -1e6) for name in names])
+        writer.add_add_space_prefix(_begins_with_space(definition))
+    for name, token in _special(source).items():
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(bool(beginning(tokenizer)))
+    ids = tokenizer("x")["input_ids"]
+    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
+    if template := tokenizer.chat_template:
+        named = (
+            template
+            if isinstance(template, str)
+            else [{"name": name, "template": text} for name, text in template.items()]
+        )
+        writer.add_chat_template(named)
+    writer.add_string(Keys.Tokenizer.HF_JSON, json.dumps(definition, ensure_ascii=False))
+
+
+def _definition(source: Source) -> dict[str, Any]:
+    """tokenizer.json."""
+    backend = getattr(source.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TruedepthError(f"{source.path} has no fast tokenizer, which an export needs.")
+    found: dict[str, Any] = json.loads(backend.to_str())
+    return found
+
+
+def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
+    """llama.cpp's names of the tokenizer's model and of its split into words."""
+    steps = _steps(definition.get("pre_tokenizer"))
+    refused = TruedepthError(
+        f"The tokenizer of {source.path} is not one that llama.cpp is known to have: byte-level BPE"
+        f" that splits words as {', '.join(WORDS)} do, or SentencePiece's BPE."
+    )
+    model, normalizers = definition["model"], _steps(definition.get("normalizer"))
+    kinds = {step["type"] for step in steps}
+    if model["type"] != "BPE":
+        raise refused
+    if model.get("byte_fallback"):
+        spaces = [step for step in normalizers if step["type"] in ("Prepend", "Replace")]
+        if kinds - {"Metaspace"} or spaces != normalizers:
+            raise refused
+        return "llama", "default"
+    *before, last = steps or [{}]
+    if (
+        last.get("type") != "ByteLevel"
+        or last.get("add_prefix_space")
+        or {step["type"] for step in normalizers} - {"NFC"}
+    ):
+        raise refused
+    found = Words(
+        tuple(map(_pattern, before)),
+        bool(last.get("use_regex", True)),
+        bool(model.get("ignore_merges")),
+    )
+    for name, words in WORDS.items():
+        if found == words:
+            return "gpt2", name
+    raise refused
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of a pre-tokenizer or normalizer, those of sequences one by one."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        inner = part.get("pretokenizers") or part.get("normalizers") or []
+        return [step for each in inner for step in _steps(each)]
+    return [part]
+
+
+def _pattern(step: dict[str, Any]) -> str:
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "digit"
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return str(step["pattern"].get("Regex"))
+    return str(step["type"])
+
+
+def _special(source: Source) -> dict[str, int]:
+    """Special tokens by name; what the tokenizer does not say the config may.
+
+    Raises:
+        TruedepthError: No token ends a text; llama.cpp would take an ordinary one.
+    """
+    config = transformers_config(source.config, source.path)
+    found = {}
+    for name in ("bos", "eos", "unk", "sep", "pad"):
+        token = getattr(source.tokenizer, f"{name}_token_id", None)
+        if token is None:
+            token = getattr(config, f"{name}_token_id", None)
+        if isinstance(token, list):
+            token = token[0] if token else None
+        if token is not None and 0 <= token < config.vocab_size:
+            found[name] = int(token)
+    if "eos" not in found:
+        raise TruedepthError(f"Neither tokenizer nor config of {source.path} say what ends a text.")
+    return found
+
+
+def _tokens(
+    source: Source, definition: dict[str, Any], *, byte_tokens: bool
+) -> tuple[list[str], list[TokenType]]:
+    """All that the model has embeddings of; those without a name are made unusable."""
+    added = {token["id"]: token for token in definition["added_tokens"]}
+    by_id = {index: name for name, index in source.tokenizer.get_vocab().items()}
+    unknown = source.tokenizer.unk_token_id
+    names, types = [], []
+    for index in range(transformers_config(source.config, source.path).vocab_size):
+        name, kind = by_id.get(index), TokenType.NORMAL
+        if name is None:
+            name, kind = f"[PAD{index}]", TokenType.UNUSED
+        elif index == unknown and byte_tokens:
+            kind = TokenType.UNKNOWN
+        elif index in added:
+            kind = TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
+            name = name if added[index]["special"] else name.replace(SPACE, " ")
+        elif byte_tokens and len(name) == 6 and name.startswith("<0x"):
+            kind = TokenType.BYTE
+        names.append(name)
+        types.append(kind)
+    return names, types
+
+
+def _begins_with_space(definition: dict[str, Any]) -> bool:
+    """Whether a text is tokenized as if a space stood before it."""
+    steps = _steps(definition.get("pre_tokenizer"))
+    if any(step["type"] == "Metaspace" for step in steps):
+        return all(step.get("prepend_scheme", "always") != "never" for step in steps)
+    return any(step["type"] == "Prepend" for step in _steps(definition.get("normalizer")))

@@ -1,0 +1,136 @@
+"""vLLM's own model classes with layers of different width. Imported where vLLM is, by vLLM."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import vllm
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models import commandr, gemma, granite, qwen3
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+
+from truedepth.engines.vllm.plugin import check_version
+from truedepth.modeling import PREFIX, WIDENED
+
+check_version(vllm.__version__)
+
+
+def layer_config(whole: Any, prefix: str) -> Any:
+    """The config of one layer, from the model's and the layer's name.
+
+    Of the same class as the model's, which layers of vLLM's ask for.
+    """
+    if whole.side_by_side:
+        raise ValueError("vLLM runs no branch groups: layers side by side that are not one")
+    width = whole.layer_widths[extract_layer_index(prefix)]
+    if width == 1:
+        return whole
+    own = copy.copy(whole)
+    for name in WIDENED:
+        setattr(own, name, getattr(whole, name) * width)
+    return own
+
+
+class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """vLLM's Llama layer, as wide as the checkpoint says."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
+        config = layer_config(vllm_config.model_config.hf_config, prefix)
+        super().__init__(vllm_config, prefix, config=config, **options)
+
+
+class TruedepthLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """vLLM's Llama with such layers."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=WideLlamaDecoderLayer)
+
+
+class TruedepthMistralForCausalLM(TruedepthLlamaForCausalLM):
+    """Mistral, which is Llama to vLLM; the sliding window is the engine's matter."""
+
+
+class TruedepthQwen2ForCausalLM(TruedepthLlamaForCausalLM):
+    """Qwen2 as vLLM's Llama with biases on queries, keys and values.
+
+    vLLM's own Qwen2 takes no layers of another class.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        vllm_config.model_config.hf_config.qkv_bias = True
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class TruedepthPhi3ForCausalLM(TruedepthLlamaForCausalLM):
+    """Phi-3, which is Llama to vLLM with its maps packed already."""
+
+    packed_modules_mapping = Phi3ForCausalLM.packed_modules_mapping
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every head, each with gains of its own: `[a rank's heads, head_dim]`."""
+
+    def __init__(self, norm: Any, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach().expand(heads, -1).clone())
+        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
+        self.variance_epsilon = norm.variance_epsilon
+
+    def _load(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Of the gains of all heads this rank's."""
+        heads = len(parameter)
+        start = get_tensor_model_parallel_rank() * heads % len(whole)
+        parameter.data.copy_(whole[start : start + heads])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., heads, head_dim]`."""
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:
+    """A model class of vLLM whose layers are as wide as the checkpoint says.
+
+    Args:
+        base: The model class, with a head.
+        holder: The class or module that it takes its layers' class from.
+        name: What that is called there.
+    """
+
+    class WideLayer(getattr(holder, name)):  # type: ignore[misc]
+        def __init__(self, config: Any, *options: Any, prefix: str = "", **more: Any) -> None:
+            own = layer_config(config, prefix)
+            super().__init__(own, *options, prefix=prefix, **more)
+            attention = self.self_attn
+            for norm, heads in (("q_norm", "num_heads"), ("k_norm", "num_kv_heads")):
+                held = getattr(attention, norm, None)
+                if own is not config and held is not None and held.weight.ndim == 1:
+                    setattr(attention, norm, HeadNorm(held, getattr(attention, heads)))
+
+    class Wide(base):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            with patch.object(holder, name, WideLayer):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    Wide.__name__ = Wide.__qualname__ = f"{PREFIX}{base.__name__}"
+    return Wide
+
+
+TruedepthQwen3ForCausalLM = _with_wide_layers(
+    qwen3.Qwen3ForCausalLM, qwen3.Qwen3Model, "decoder_layer_type"
+)
+TruedepthGraniteForCausalLM = _with_wide_layers(
+    granite.GraniteForCausalLM, granite, "GraniteDecoderLayer"
+)
+TruedepthGemmaForCausalLM = _with_wide_layers(gemma.GemmaForCausalLM, gemma, "GemmaDecoderLayer")
+TruedepthCohereForCausalLM = _with_wide_layers(
+    commandr.CohereForCausalLM, commandr, "CohereDecoderLayer"
+)

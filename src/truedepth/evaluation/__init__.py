@@ -1,0 +1,6 @@
+"""What a model loses.
+
+NLL, excess loss, KL and top-1 agreement; perplexity; accuracy on benchmarks.
+
+May import: widening and above.
+"""

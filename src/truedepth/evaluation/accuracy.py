@@ -1,0 +1,296 @@
+"""Accuracy on benchmarks through lm-evaluation-harness, of a model and of its original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from truedepth.errors import TruedepthError
+from truedepth.evaluation.local_tasks import local_tasks
+from truedepth.files.descriptors import quiet
+from truedepth.runtime.loading import Loaded, load, opened, source_of
+from truedepth.sources.source import Source
+from truedepth.tensors import dtype_name
+from truedepth.version import __version__
+
+CPU_BATCH_SIZE = 8
+
+FEWSHOT_SEED = 1234
+"""The harness's own, so that figures compare."""
+
+Scores = dict[tuple[str, int], float]
+"""Of single items, by subtask and number."""
+
+Results = dict[tuple[str, str], Scores]
+"""By task and metric."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A model's score on one task by one metric, and with an original the difference to it."""
+
+    task: str
+    metric: str
+    items: int
+    value: float
+    """Mean over items."""
+
+    stderr: float | None
+    """Of the mean; None for a single item."""
+
+    against: float | None = None
+    """The original's score on the same items."""
+
+    difference: float | None = None
+    """`value - against`."""
+
+    difference_stderr: float | None = None
+    """Paired over items: both models answer the same ones."""
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the original's score that is kept."""
+        return self.value / self.against if self.against else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"kept": self.kept}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Scores on benchmarks, and what they were measured with."""
+
+    model: str
+    """The model's name and where it was found."""
+
+    against: str | None
+    """The original's."""
+
+    scores: list[TaskScore]
+    num_fewshot: int | None
+    """Examples a question; None for each task's own number."""
+
+    limit: int | None
+    """Items a task, or a subtask, at most."""
+
+    seed: int
+    dtype: str
+    versions: dict[str, str]
+    """Of the packages that the figures depend on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"scores": [score.to_dict() for score in self.scores]}
+
+
+def task_scores(
+    model: str | Path | Source | Loaded,
+    tasks: Sequence[str],
+    *,
+    against: str | Path | Source | Loaded | None = None,
+    task_dir: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = FEWSHOT_SEED,
+) -> Accuracy:
+    """Score a model on benchmarks, and its original on the same items.
+
+    Both are opened before anything is scored; only one at a time is in memory.
+
+    Args:
+        model: What to score; anything that `load` takes, or what it gave.
+        tasks: Names of local tasks where `task_dir` is given, else of the harness's own, whose data
+            come from the hub.
+        against: The original.
+        task_dir: Directory of JSONL files.
+        num_fewshot: Examples before every question; by default the task's own number.
+        limit: Items a task (a subtask, where it is made of several) at most.
+        batch_size: A number, or `auto`: the largest that fits on a GPU, 8 on a CPU.
+        device: For models that are not loaded yet.
+        dtype: Likewise.
+        seed: Of the choice of examples.
+
+    Raises:
+        TruedepthError: A task is unknown or its file malformed, or lm-eval is not installed.
+    """
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise TruedepthError(
+            "Tasks need lm-evaluation-harness: pip install 'truedepth[report]'."
+        ) from error
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=task_dir is None)
+    configs: Mapping[str, Sequence[Any]]
+    if task_dir is not None:
+        configs = local_tasks(task_dir, tasks, num_fewshot)
+    else:
+        if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+            raise TruedepthError(
+                f"{unknown[0]!r} is not a task of lm-evaluation-harness; give --task-dir for tasks"
+                " of your own files."
+            )
+        configs = {name: [name] for name in tasks}
+    run = _Run(configs, manager, num_fewshot, limit, batch_size, seed)
+    models = [opened(each) for each in (model, against) if each is not None]
+    names = [source_of(each).label for each in models]
+    results, dtypes = [], []
+    for each in models:
+        loaded = load(each, device=device, dtype=dtype)
+        dtypes.append(dtype_name(loaded.model.dtype))
+        results.append(run.scores(loaded))
+        del loaded  # before the next one is loaded
+    theirs: Results = results[1] if len(results) > 1 else {}
+    return Accuracy(
+        model=names[0],
+        against=names[1] if len(names) > 1 else None,
+        scores=[
+            _compare(task, metric, scores, theirs.get((task, metric)))
+            for (task, metric), scores in results[0].items()
+        ],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        seed=seed,
+        dtype=dtypes[0],
+        versions={
+            "truedepth": __version__,
+            "lm_eval": lm_eval.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One way of asking the harness, for each of the models."""
+
+    configs: Mapping[str, Sequence[Any]]
+    """By task its harness config or name, or those of its subtasks."""
+
+    manager: Any
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int | str
+    seed: int
+
+    def scores(self, loaded: Loaded) -> Results:
+        """The scores of all items, by task and metric."""
+        results = self._ask(loaded)
+        subtasks = results.get("group_subtasks", {})
+        found: Results = {}
+        for task, configs in self.configs.items():
+            names = [c["task"] if isinstance(c, dict) else c for c in configs]
+            members = list(_leaves(names, subtasks))
+            metrics = [_item_scores(results, member) for member in members]
+            for metric in metrics[0] if metrics else ():
+                if all(metric in each for each in metrics):
+                    found[task, metric] = {
+                        (member, number): value
+                        for member, each in zip(members, metrics, strict=True)
+                        for number, value in each[metric].items()
+                    }
+        if not found:
+            raise TruedepthError(
+                f"{', '.join(self.configs)} gave no scores of single items; name tasks, not tags."
+            )
+        return found
+
+    def _ask(self, loaded: Loaded) -> dict[str, Any]:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        batch_size = self.batch_size
+        if batch_size == "auto" and loaded.model.device.type == "cpu":
+            batch_size = CPU_BATCH_SIZE  # the harness would try 64 of the longest request
+        tasks = [config for configs in self.configs.values() for config in configs]
+        try:
+            with quiet():
+                results: dict[str, Any] = simple_evaluate(
+                    HFLM(
+                        pretrained=loaded.model,
+                        tokenizer=loaded.tokenizer,
+                        batch_size=batch_size,
+                    ),
+                    tasks=[dict(task) if isinstance(task, dict) else task for task in tasks],
+                    task_manager=self.manager,
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                    random_seed=self.seed,
+                    numpy_random_seed=self.seed,
+                    torch_random_seed=self.seed,
+                    fewshot_random_seed=self.seed,
+                )
+        except (KeyError, ValueError, OSError, AssertionError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise TruedepthError(
+                f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason}."
+            ) from error
+        return results
+
+
+def _item_scores(results: Mapping[str, Any], task: str) -> dict[str, dict[int, float]]:
+    """By metric the scores of a task's items, where the harness's figure is their plain mean."""
+    by_metric: dict[tuple[str, str], dict[int, float]] = {}
+    for item in results["samples"].get(task, ()):
+        for metric in item["metrics"]:
+            if isinstance(item[metric], bool | int | float):
+                scores = by_metric.setdefault((metric, item["filter"]), {})
+                scores[item["doc_id"]] = float(item[metric])
+    found = {}
+    for (metric, kind), scores in by_metric.items():
+        figure = results["results"][task].get(f"{metric},{kind}")
+        if isinstance(figure, int | float) and math.isclose(
+            figure, _mean(list(scores.values())), abs_tol=1e-9
+        ):
+            found[metric if kind == "none" else f"{metric}, {kind}"] = scores
+    return found
+
+
+def _leaves(names: Sequence[str], subtasks: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Tasks without subtasks, in the place of groups such as the harness's own mmlu."""
+    for name in names:
+        if subtasks.get(name):
+            yield from _leaves(subtasks[name], subtasks)
+        else:
+            yield name
+
+
+def _compare(task: str, metric: str, ours: Scores, theirs: Scores | None) -> TaskScore:
+    values = list(ours.values())
+    plain = TaskScore(task, metric, len(values), _mean(values), _stderr(values))
+    if theirs is None:
+        return plain
+    differences = [value - theirs[item] for item, value in ours.items()]
+    return TaskScore(
+        **asdict(plain)
+        | {
+            "against": _mean([theirs[item] for item in ours]),
+            "difference": _mean(differences),
+            "difference_stderr": _stderr(differences),
+        }
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = _mean(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,103 @@
+"""Which family a config.json is of, and why it is not supported."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from truedepth import families
+from truedepth.errors import TruedepthError
+from truedepth.families.family import Family
+
+
+@cache
+def all_families() -> tuple[Family, ...]:
+    """Every supported family: what the files beside this one list as `FAMILIES`."""
+    files = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+    modules = [import_module(f"{families.__name__}.{file}") for file in files]
+    return tuple(family for module in modules for family in getattr(module, "FAMILIES", ()))
+
+
+CONVERTED = "truedepth_"
+"""Before the `model_type` of the original, that of a layer-parallel checkpoint."""
+
+
+MIXTURES = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+"""What configs call the number of experts."""
+
+
+def unconverted(model_type: str) -> str:
+    """`llama` for `truedepth_llama`."""
+    return model_type.removeprefix(CONVERTED)
+
+
+def known_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of an original's config.json, if it is supported."""
+    return {family.model_type: family for family in all_families()}.get(
+        str(config.get("model_type"))
+    )
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        TruedepthError: The family is unknown, or this model of it cannot be widened exactly.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type.startswith(CONVERTED):
+        raise TruedepthError(
+            f"{where} is layer-parallel already; convert the model that it was made from instead."
+        )
+    family = known_family(config)
+    if family is None:
+        known = (family.model_type for family in all_families())
+        if any(config.get(key) for key in MIXTURES):
+            raise TruedepthError(
+                f"{where} ({model_type}) is a mixture of experts: each of its layers' routers takes"
+                " the best few of its own experts, which are not the best few of two layers'"
+                " experts together, so pairs of such layers are no wide layer; not supported."
+            )
+        if isinstance(inside := config.get("text_config"), dict):
+            raise TruedepthError(
+                f"{where} ({model_type}) takes more than text; save its language model"
+                f" ({inside.get('model_type')}) as a checkpoint of its own and convert that."
+            )
+        raise TruedepthError(
+            f"{where} is of the family {model_type!r}, which is not supported;"
+            f" supported: {', '.join(sorted(known))}."
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise TruedepthError(
+            f"{where} holds quantized weights ({method or 'of an unknown method'}), which cannot be"
+            " folded exactly; convert the unquantized model and quantize the result."
+        )
+    return family
+
+
+def made_from(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a layer-parallel checkpoint's original; its weights may be quantized since.
+
+    Raises:
+        TruedepthError: The family is unknown.
+    """
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return original_family(plain, where)
+
+
+def original_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a model, or of the original of a layer-parallel checkpoint.
+
+    Raises:
+        TruedepthError: As `family_of` does.
+    """
+    return family_of({**config, "model_type": unconverted(str(config.get("model_type")))}, where)

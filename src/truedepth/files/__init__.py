@@ -1,0 +1,7 @@
+"""What reaches the disk whole.
+
+Output that is complete or absent, runs that resume, copying, temporary files. Knows no
+models.
+
+May import: errors, progress, tensors.
+"""

@@ -1,0 +1,65 @@
+"""What a long run keeps beside its output until it is done: a killed run is gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from truedepth.errors import TruedepthError
+from truedepth.files.atomic import USED_UP, discard, empty, locked_directory, whole_file
+
+SETTINGS = "settings.json"
+
+
+@contextmanager
+def unfinished(
+    directory: Path, settings: Mapping[str, Any], *, begin_again: bool
+) -> Iterator[Path]:
+    """A run's directory, locked, with what a run of the same settings left there or empty.
+
+    It is removed when the block ends without an exception.
+
+    Args:
+        directory: Made where it is not there.
+        settings: All that a result depends on, as JSON can hold it.
+        begin_again: Remove what a run of other settings left; else it is refused.
+
+    Raises:
+        TruedepthError: Another run is at work there, left other settings, or it cannot be written;
+            an OSError of the block, such as a full disk, becomes one too.
+    """
+    text = json.dumps(settings, indent=1)
+    lock = locked_directory(directory, busy=f"Another run is at work in {directory}.")
+    try:
+        held, used_up = directory / SETTINGS, (directory / USED_UP).exists()
+        before = held.read_text(encoding="utf-8") if held.exists() else None
+        if before != text:
+            if before is not None and not (begin_again or used_up):
+                changed = _changed(json.loads(before), json.loads(text))
+                raise TruedepthError(
+                    f"An unfinished run with other settings is in {directory} ({changed}); give"
+                    " these to go on with it, or --restart to begin again."
+                )
+            empty(directory)
+            with whole_file(held) as partial:
+                partial.write_text(text, encoding="utf-8")
+        (directory / USED_UP).unlink(missing_ok=True)
+        yield directory
+        discard(directory)
+    except OSError as error:
+        raise TruedepthError(
+            f"Keeping what is done in {directory} failed: {error.strerror or error}; with that put"
+            " right the same command goes on from there.",
+            exit_code=1,
+        ) from error
+    finally:
+        os.close(lock)
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} {before.get(name)!r}" for name in names)

@@ -1,0 +1,279 @@
+"""What a healing trains, and its training by transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from truedepth.errors import TruedepthError
+from truedepth.evaluation.loss import Loss
+from truedepth.healing.distillation import Distillation
+from truedepth.healing.options import Healing, Objective
+
+NO_ROOM = 1 << 20
+"""Bytes left on a disk that a write has just failed for."""
+
+
+class Windows(Dataset[dict[str, Any]]):
+    """Windows of tokens, each with its number."""
+
+    def __init__(self, ids: Tensor) -> None:
+        """Of `[windows, length]`, of any integer type."""
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._ids[index].long(), "number": index}
+
+
+def run_training(
+    model: Distillation,
+    windows: Tensor,
+    validation: Tensor,
+    options: Healing,
+    processes: int,
+    checkpoints: Path,
+    check: Callable[[], object],
+) -> tuple[dict[str, Tensor], list[dict[str, float]], int]:
+    """Train, or go on where a killed run was.
+
+    Args:
+        model: The student and its original.
+        windows: `[windows, length]` token ids, to train on.
+        validation: The same, never trained on.
+        options: Of the training.
+        processes: That train together.
+        checkpoints: A directory for them.
+        check: Called before one is kept; raises where it must not be.
+
+    Returns:
+        The student's trained parameters where they were best, by name, on the CPU and complete in
+        the first process; what was measured on the validation windows, from before the first step
+        on: `step`, `loss` (the objective's, but for hidden states), `nll`, `excess`, `stderr`,
+        `kl`; and the step of these parameters.
+
+    Raises:
+        TruedepthError: The loss stopped being a number.
+    """
+    trainer = _Trainer(
+        model=model,
+        args=training_arguments(options, processes, checkpoints),
+        train_dataset=Windows(windows),
+        eval_dataset=Windows(validation),
+        compute_metrics=lambda found: _metrics(found.predictions, options.objective),
+        callbacks=_callbacks(options, PartialState().is_main_process),
+        check=check,
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed = last_whole(checkpoints)
+    trainer.args.eval_on_start = resumed is None
+    trainer.train(resume_from_checkpoint=resumed)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    best = {name: state[name].detach().cpu() for name in trainer.trained if name in state}
+    rows = [row for row in trainer.state.log_history if "eval_kl" in row]
+    names = ("loss", "nll", "excess", "stderr", "kl")
+    curve = [{"step": row["step"], **{name: row[f"eval_{name}"] for name in names}} for row in rows]
+    trained = {name.removeprefix("student."): value for name, value in best.items()}
+    return trained, curve, trainer.state.best_global_step
+
+
+def passes_a_step(options: Healing, processes: int) -> int:
+    """Forward passes of each process.
+
+    Raises:
+        TruedepthError: The batch cannot be divided so.
+    """
+    passes, rest = divmod(options.batch_size, options.micro_batch_size * processes)
+    if rest:
+        each = f"{processes} processes with {options.micro_batch_size}"
+        raise TruedepthError(
+            f"{options.batch_size} windows a step are not a multiple of"
+            f" {each if processes > 1 else options.micro_batch_size} windows a pass; change"
+            " --batch-size or --micro-batch-size."
+        )
+    return passes
+
+
+def training_arguments(options: Healing, processes: int, directory: Path) -> TrainingArguments:
+    """Transformers' arguments."""
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.micro_batch_size,
+        per_device_eval_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=passes_a_step(options, processes),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule.value,
+        warmup_steps=math.ceil(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.dtype is torch.bfloat16,
+        use_cpu=options.device == "cpu",
+        seed=options.seed,
+        logging_steps=max(1, min(10, options.eval_every)),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_every,
+        save_strategy="steps",
+        save_steps=options.eval_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        report_to="none",
+        disable_tqdm=True,
+        label_names=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=options.device != "cpu",
+        ddp_find_unused_parameters=False,
+    )
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Keeps what is trained and nothing else, and stops where the loss is no number."""
+
+    def __init__(self, model: nn.Module, check: Callable[[], object], **options: Any) -> None:
+        self._check = check
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model=model, **options)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **_: Any) -> Tensor:
+        loss: Tensor = model(**inputs)
+        if not loss.isfinite():
+            raise TruedepthError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Try a smaller"
+                " --learning-rate, a longer --warmup, or --dtype float32; the same command goes on"
+                " from the last evaluation, --restart begins again.",
+                1,
+            )
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        with torch.no_grad():
+            rows = model(**self._prepare_inputs(inputs), measure=True)
+        return None, rows, rows
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """That all else is missing from a checkpoint is as it should be."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each has its own
+            directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            reason = str(error).strip().splitlines()[0]
+            if shutil.disk_usage(directory.parent).free < NO_ROOM:  # torch does not say it
+                reason = "No space left on device"
+            shutil.rmtree(directory, ignore_errors=True)
+            raise TruedepthError(
+                f"Keeping the training's state in {directory} failed: {reason}; with that put right"
+                " the same command goes on from the state before.",
+                exit_code=1,
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        held = {name: value.contiguous() for name, value in state.items() if name in self.trained}
+        save_file(held, directory / "model.safetensors")
+
+
+def _metrics(rows: Any, objective: Objective) -> dict[str, float]:
+    loss = Loss.of(torch.as_tensor(rows, dtype=torch.float64), 2)
+    nll = float(rows[:, 0].mean())
+    share = objective.next_token
+    return {
+        "loss": (1 - share) * loss.kl + share * nll,
+        "nll": nll,
+        "excess": loss.excess,
+        "stderr": loss.stderr or 0.0,
+        "kl": loss.kl,
+    }
+
+
+def last_whole(checkpoints: Path) -> str | None:
+    """The last checkpoint; its state is what is written last."""
+    whole = []
+    for state in checkpoints.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        whole.append(state.parent)
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
+def _callbacks(options: Healing, first: bool) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_Lines(options)]
+    if options.tensorboard is not None and first:  # opening a log makes a file
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise TruedepthError("--tensorboard needs `pip install truedepth[heal]`.") from error
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(options.tensorboard))))
+    return callbacks
+
+
+class _Lines(TrainerCallback):  # type: ignore[misc]
+    """A line on standard error now and then: step, loss, speed, time left; validation."""
+
+    def __init__(self, options: Healing) -> None:
+        self._step_tokens = options.batch_size * options.sequence_length
+        self._seconds: float = 0.0
+        self._steps = 0
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._seconds += time.monotonic() - self._began
+        self._steps += 1
+
+    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "eval_kl" in logs:
+            print(
+                f"validation: excess loss {logs['eval_excess']:.4f} ± {logs['eval_stderr']:.4f},"
+                f" KL {logs['eval_kl']:.4f} nats a token",
+                file=sys.stderr,
+            )
+        elif "loss" in logs and self._steps:
+            each = self._seconds / self._steps
+            left = each * (state.max_steps - state.global_step) / 60
+            print(
+                f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f},"
+                f" {self._step_tokens / each:,.0f} tokens/s, {left:.0f} min left",
+                file=sys.stderr,
+            )

@@ -1,0 +1,388 @@
+"""The best plan under a budget of depth or of loss.
+
+Every candidate group is run by itself, all other layers being the original, and compared with the
+original: first as it is, then refitted. Such losses nearly add up, so the best plans by their sum
+are found exactly, for every depth at once; the best few are then refitted and measured whole, for
+a plan that is best raw is not best refitted, and sums are not exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truedepth.calibration.options import Calibration
+from truedepth.calibration.refit import Calibrator
+from truedepth.calibration.trajectories import walk_of
+from truedepth.calibration.windows import calibration_windows
+from truedepth.errors import TruedepthError
+from truedepth.evaluation.loss import Loss
+from truedepth.plan.choose import cheapest_plans
+from truedepth.plan.plan import Plan
+from truedepth.progress import progress_bar
+from truedepth.sources.opening import open_source
+from truedepth.sources.source import Source
+
+SEARCH_TOKENS = 1 << 14
+MEASURED_WINDOWS = 16
+NEAR = 1.3  # a plan within so many times the limit is a reason to try the next best of its depth
+SCORING = 0.6  # of the time, at most, before plans are measured
+
+Group = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One group by itself, all other layers being the original."""
+
+    group: Group
+    raw: Loss
+    refitted: Loss | None
+    """None where time ran out, or nothing is refitted."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best plan found at one effective depth."""
+
+    plan: Plan
+    predicted: float
+    """Sum of its groups' excess losses, nats a token."""
+
+    measured: Loss | None
+    """Of the whole plan, refitted; None where only the sum is known."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found."""
+
+    source: str
+    """The original's name and where it was found."""
+
+    plan: Plan
+    loss: Loss
+    """Of the plan, on the windows that plans were compared on."""
+
+    check: Loss
+    """Of the plan, on windows that nothing was chosen by."""
+
+    max_loss: float | None
+    frontier: list[Point]
+    """By effective depth, the original's first."""
+
+    scores: list[Score]
+    plans_measured: int
+    forward_passes: float
+    """Passes of one window through all layers of the original; a wide layer counts its members."""
+
+    seconds: float
+    stopped: bool
+    """Whether the time was up before the search was done."""
+
+    calibrated: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        points = [
+            {
+                "effective_depth": point.plan.effective_depth,
+                "groups": [list(group) for group in point.plan.groups if len(group) > 1],
+                "predicted": point.predicted,
+                "measured": asdict(point.measured) if point.measured else None,
+            }
+            for point in self.frontier
+        ]
+        return asdict(self) | {"plan": self.plan.to_dict(), "frontier": points}
+
+
+def search(
+    model: str | Path | Source,
+    *,
+    pairs: int | None = None,
+    depth: int | None = None,
+    max_loss: float | None = None,
+    max_group: int = 2,
+    calibrate: bool = True,
+    calibration: Calibration | None = None,
+    candidates: int = 3,
+    frontier: bool = False,
+    budget: float | None = None,
+) -> Search:
+    """Find the plan of least loss at a depth, or the shallowest one within a loss.
+
+    Args:
+        model: An original: directory, `.gguf` file, hub id, `default`, or an open source.
+        pairs: Layers to save, as so many pairs do.
+        depth: Effective depth to reach.
+        max_loss: Excess loss to stay within, nats a token; give one of these three.
+        max_group: Layers in the widest group.
+        calibrate: Whether the plan is for a calibrated conversion.
+        calibration: Text and tokens that plans are refitted on; 16,384 tokens by default.
+        candidates: Plans of least predicted loss to measure, at the depth that is chosen.
+        frontier: Measure a plan of every depth, not only of those on the way.
+        budget: Minutes after which the best so far is taken.
+
+    Raises:
+        TruedepthError: The goal is out of reach, or text or options do not fit.
+    """
+    source = open_source(model)
+    if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
+        raise TruedepthError("Say how far to go with one of pairs, depth, max_loss.")
+    if max_group < 2:
+        raise TruedepthError(f"The widest group must have at least 2 layers, not {max_group}.")
+    if max_loss is not None and not max_loss > 0:
+        raise TruedepthError(f"The excess loss to stay within must be above 0, not {max_loss}.")
+    if pairs is not None:
+        depth = source.num_layers - pairs
+    least = math.ceil(source.num_layers / max_group)
+    if depth is not None and not least <= depth < source.num_layers:
+        raise TruedepthError(
+            f"An effective depth of {depth} is out of reach: groups of up to {max_group} take"
+            f" {source.num_layers} layers to {least} to {source.num_layers - 1}."
+        )
+    options = calibration or Calibration(tokens=SEARCH_TOKENS)
+    searcher = _Searcher(source, max_group, calibrate, options, budget)
+    searcher.score(candidates)
+    if depth is not None:
+        chosen = searcher.best_at(depth)
+    else:
+        assert max_loss is not None
+        chosen = searcher.within(max_loss)
+    if frontier:
+        searcher.measure_frontier()
+    return searcher.result(chosen, max_loss)
+
+
+class _OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+class _Searcher:
+    """The scores and losses measured so far."""
+
+    def __init__(
+        self,
+        source: Source,
+        max_group: int,
+        calibrate: bool,
+        options: Calibration,
+        budget: float | None,
+    ) -> None:
+        self._start = time.monotonic()
+        self._minutes = math.inf if budget is None else budget
+        self._source, self._calibrate, self._options = source, calibrate, options
+        self._groups = [
+            tuple(range(first, first + size))
+            for first in range(source.num_layers)
+            for size in range(2, max_group + 1)
+            if first + size <= source.num_layers
+        ]
+        text = calibration_windows(source, options, max_group, MEASURED_WINDOWS)
+        if not len(text.measured) or not len(text.check):
+            raise TruedepthError(
+                "The text is too short to measure plans on; give more of it, or a smaller window."
+            )
+        self._text = text
+        self._scores: dict[Group, Score] = {}
+        self._losses: dict[Plan, tuple[Loss, Loss]] = {}
+        self._passes = 0.0
+        self._stopped = False
+        self.plans: dict[int, list[Plan]] = {}
+        """By effective depth, from the least predicted loss on."""
+
+    def _check_time(self, share: float = 1.0) -> None:
+        if time.monotonic() - self._start > 60 * self._minutes * share:
+            self._stopped = True
+            raise _OutOfTimeError
+
+    def score(self, count: int) -> None:
+        """Every group by itself, and from these the best plans of every depth."""
+        try:
+            for group, loss in self._alone(self._groups, refitted=False).items():
+                self._scores[group] = Score(group, loss, None)
+            if self._calibrate:
+                for group, loss in self._alone(self._groups, refitted=True).items():
+                    self._scores[group] = replace(self._scores[group], refitted=loss)
+        except _OutOfTimeError:
+            if not self._scores:
+                raise self._too_early() from None
+        costs = {group: self._loss(group).kl for group in self._scores}
+        finite = {group: kl for group, kl in costs.items() if math.isfinite(kl)}
+        self.plans = cheapest_plans(self._source.num_layers, finite, count)
+        del self.plans[self._source.num_layers]
+
+    def _too_early(self) -> TruedepthError:
+        minutes = f"{self._minutes:g} minute{'s' * (self._minutes != 1)}"
+        return TruedepthError(
+            f"{minutes} are up before a plan that fits was measured; give a larger --budget.", 1
+        )
+
+    def _loss(self, group: Group) -> Loss:
+        score = self._scores[group]
+        return score.refitted or score.raw
+
+    def _alone(self, groups: Sequence[Group], *, refitted: bool) -> dict[Group, Loss]:
+        """Each group's loss by itself, in one walk through the original's layers."""
+        text = self._text
+        fitted = text.fitted if refitted else text.fitted[:0]
+        walk = walk_of(self._source, groups, fitted, text.measured, self._options)
+        calibrator = Calibrator(self._source.family, walk)
+        states: dict[Group, Tensor] = {}
+        title = "Groups, refitted" if refitted else "Groups as they are"
+        with progress_bar(title, self._source.num_layers) as advance:
+            for layer in range(self._source.num_layers):
+                self._check_time(SCORING)
+                walk.onward(layer, [x for group, x in states.items() if group[-1] < layer])
+                for index, group in enumerate(groups):
+                    if group[0] == layer:
+                        refit = refitted and walk.converted.is_wide(index)
+                        aside = calibrator.refit_aside if refit else walk.detour
+                        states[group] = aside(index, group)
+                walk.advance(layer, (layer,))
+                advance(1)
+        rows = walk.losses(list(states.values()))
+        self._passes += walk.token_passes / self._options.window
+        return {g: Loss.of(r, self._options.window) for g, r in zip(states, rows, strict=True)}
+
+    def predicted(self, plan: Plan) -> float:
+        """Sum of the excess losses of the plan's groups, nats a token."""
+        return sum(self._loss(group).excess for group in plan.groups if len(group) > 1)
+
+    def measure(self, plan: Plan) -> Loss:
+        """The plan as a whole, refitted from first to last group."""
+        if plan not in self._losses:
+            self._check_time()
+            measured, check = self._text.measured, self._text.check
+            walk = walk_of(
+                self._source,
+                plan.groups,
+                self._text.fitted,
+                torch.cat([measured, check]),
+                self._options,
+            )
+            calibrator = Calibrator(self._source.family, walk)
+            title = f"A plan of depth {plan.effective_depth}"
+            with progress_bar(title, len(plan.groups)) as advance:
+                for index, group in enumerate(plan.groups):
+                    self._check_time()
+                    if self._calibrate and len(group) > 1 and walk.converted.is_wide(index):
+                        calibrator.refit(index, group)
+                    else:
+                        walk.advance(index, group)
+                    advance(1)
+            rows = walk.losses()[0]
+            window = self._options.window
+            self._losses[plan] = (
+                Loss.of(rows[: len(measured)], window),
+                Loss.of(rows[len(measured) :], window),
+            )
+            self._passes += walk.token_passes / window
+        return self._losses[plan][0]
+
+    def best_at(self, depth: int) -> Plan:
+        """The plan of least measured KL among the most promising of a depth."""
+        if depth not in self.plans:
+            raise TruedepthError(f"No groups that keep the model finite reach depth {depth}.", 1)
+        with contextlib.suppress(_OutOfTimeError):
+            for plan in self.plans[depth]:
+                self.measure(plan)
+        return self._best(depth)
+
+    def _best(self, depth: int) -> Plan:
+        measured = [plan for plan in self._losses if plan.effective_depth == depth]
+        if not measured:
+            raise self._too_early()
+        return min(measured, key=lambda plan: self._losses[plan][0].kl)
+
+    def within(self, limit: float) -> Plan:
+        """The shallowest plan whose measured loss is within a limit, a standard error to spare."""
+        with contextlib.suppress(_OutOfTimeError):
+            shallowest = self._narrow(limit)
+            for depth in sorted(depth for depth in self.plans if depth >= shallowest):
+                self.measure(self.plans[depth][0])
+                if self._held_out(limit, depth):
+                    break
+        for depth in sorted(self.plans):
+            if plans := self._held_out(limit, depth):
+                return min(plans, key=lambda plan: self._losses[plan][0].kl)
+        if self._stopped:
+            raise self._too_early()
+        least, check = min(self._losses.values(), key=lambda losses: losses[0].excess)
+        raise TruedepthError(
+            f"No plan stays within {limit:g} nats a token: the least excess loss found is"
+            f" {least.excess:.4f} ± {least.stderr or 0:.4f}, {check.excess:.4f} on held-out text."
+            " More tokens, or text nearer to the model's use, may lower it."
+        )
+
+    def _fits(self, plan: Plan, limit: float) -> bool:
+        loss = self._losses[plan][0]
+        return loss.excess + (loss.stderr or 0.0) <= limit
+
+    def _held_out(self, limit: float, depth: int) -> list[Plan]:
+        """Plans of a depth that fit, also on held-out text: that may only send the search back."""
+        return [
+            plan
+            for plan, (_, check) in self._losses.items()
+            if plan.effective_depth == depth and self._fits(plan, limit) and check.excess <= limit
+        ]
+
+    def _narrow(self, limit: float) -> int:
+        """The shallowest depth with a plan that fits, the next one without; else the original's.
+
+        Begins where the predictions point to, corrected by what was measured.
+        """
+        depths = sorted(self.plans)
+        fitting, failing, scale = self._source.num_layers, depths[0] - 1, 1.0
+        while between := [depth for depth in depths if failing < depth < fitting]:
+            promising = [d for d in between if scale * self.predicted(self.plans[d][0]) <= limit]
+            depth = min(promising, default=between[-1])
+            first, *others = self.plans[depth]
+            excess = self.measure(first).excess
+            if not self._fits(first, limit) and excess <= NEAR * limit:
+                for plan in others:
+                    self.measure(plan)
+            if any(self._fits(p, limit) for p in self._losses if p.effective_depth == depth):
+                fitting = depth
+            else:
+                failing = depth
+            if (predicted := self.predicted(first)) > 0 and excess > 0:
+                scale = excess / predicted
+        return fitting
+
+    def measure_frontier(self) -> None:
+        """The most promising plan of every depth."""
+        with contextlib.suppress(_OutOfTimeError):
+            for plans in self.plans.values():
+                self.measure(plans[0])
+
+    def result(self, plan: Plan, max_loss: float | None) -> Search:
+        """What was found, with the plan that was chosen."""
+        points = []
+        for depth, plans in self.plans.items():
+            measured = any(p.effective_depth == depth for p in self._losses)
+            best = self._best(depth) if measured else plans[0]
+            loss = self._losses[best][0] if measured else None
+            points.append(Point(best, self.predicted(best), loss))
+        return Search(
+            source=self._source.label,
+            plan=Plan(plan.num_layers, plan.groups, self._source.name),
+            loss=self._losses[plan][0],
+            check=self._losses[plan][1],
+            max_loss=max_loss,
+            frontier=points,
+            scores=list(self._scores.values()),
+            plans_measured=len(self._losses),
+            forward_passes=self._passes,
+            seconds=time.monotonic() - self._start,
+            stopped=self._stopped,
+            calibrated=self._calibrate,
+        )

@@ -1,0 +1,77 @@
+"""A config.json -> the model that transformers builds from it, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from truedepth.errors import TruedepthError, first_line
+from truedepth.sources.source import Source
+from truedepth.tensors import LazyTensor
+
+
+def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
+    """A config.json as transformers' own class.
+
+    Raises:
+        TruedepthError: transformers does not know it or refuses a value.
+    """
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # config classes raise errors of every kind
+        reason = first_line(error)
+        raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
+
+
+def empty_model(
+    config: Mapping[str, Any], where: Path, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model that a config.json describes, without memory for its weights.
+
+    Raises:
+        TruedepthError: transformers cannot build it.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                transformers_config(config, where), dtype=dtype, trust_remote_code=False
+            ).eval()
+    except TruedepthError:
+        raise
+    except Exception as error:  # as above
+        reason = first_line(error)
+        raise TruedepthError(f"transformers cannot build the model of {where}: {reason}") from error
+
+
+def filled_model(
+    source: Source, parameter: Callable[[str, LazyTensor], nn.Parameter]
+) -> PreTrainedModel:
+    """A model whose parameters are the caller's.
+
+    Args:
+        source: The model.
+        parameter: From a parameter's name and its tensor in the source.
+
+    Raises:
+        TruedepthError: transformers cannot build it, or it lacks weights.
+    """
+    model = empty_model(source.config, source.path)
+    missing = {name for name, _ in model.named_parameters()} - source.tensors.keys()
+    if lacking := missing - model.all_tied_weights_keys.keys():
+        raise TruedepthError(f"{source.path} has no tensor for {min(lacking)!r}.")
+    for name in [name for name, _ in model.named_parameters() if name not in missing]:
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, parameter(name, source.tensors[name]))
+    if missing:  # transformers, too, keeps apart what a file holds twice
+        model.tie_weights()
+    return model

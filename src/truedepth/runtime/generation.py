@@ -1,0 +1,199 @@
+"""What a model writes: an answer to a prompt, or text of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, TextStreamer
+
+from truedepth.errors import TruedepthError
+from truedepth.progress import progress_bar
+from truedepth.runtime.loading import Loaded
+from truedepth.text import beginning
+
+OWN_TEXT_BATCH = 64  # windows written at a time
+DRAFT_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written."""
+
+    text: str
+    """Without the prompt."""
+
+    ids: tuple[int, ...]
+    """Its tokens, special ones included."""
+
+    seconds: float
+
+    passes: int
+    """Forward passes of the model whose text it is, that over the prompt included."""
+
+    drafted: int = 0
+    """Tokens that a draft model proposed."""
+
+    @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return len(self.ids)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that stand: every pass adds one token more than it accepts."""
+        return self.tokens - self.passes if self.drafted else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "tokens": self.tokens, "accepted": self.accepted}
+
+
+@torch.inference_mode()
+def answer(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    draft: Loaded | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    raw: bool = False,
+    stream: bool = False,
+) -> Answer:
+    """The model's answer to a prompt.
+
+    Args:
+        loaded: The model.
+        prompt: A user's message where the tokenizer has a chat template, else text to continue.
+        draft: A faster model that proposes tokens, which the model checks several at a time
+            (speculative decoding). Greedy text is the model's own all the same, up to rounding;
+            sampled text is drawn from its distribution.
+        draft_tokens: Proposed at a time at most.
+        max_new_tokens: The answer's length at most.
+        temperature: 0 takes the likeliest token always; above, tokens are sampled.
+        raw: Continue the prompt as it is even where there is a chat template.
+        stream: Print the answer as it comes.
+
+    Raises:
+        TruedepthError: The prompt is empty, or the draft knows other tokens or runs in llama.cpp.
+    """
+    tokenizer, model = loaded.tokenizer, loaded.model
+    if not prompt.strip():
+        raise TruedepthError("The prompt is empty.")
+    for each in (loaded, draft) if draft is not None else ():
+        if each.model._is_stateful:
+            raise TruedepthError(
+                f"{each.source.name} runs in llama.cpp and cannot be checked here; give the"
+                " checkpoint that it was exported from."
+            )
+    if raw or not tokenizer.chat_template:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    if stream:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if draft is not None:
+        if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise TruedepthError(
+                f"{draft.source.name} was not made from {loaded.source.name}: their tokens differ."
+            )
+        draft.model.generation_config.update(
+            num_assistant_tokens=draft_tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
+        options["assistant_model"] = draft.model
+    ids = inputs["input_ids"].to(model.device)
+    mask = inputs["attention_mask"].to(model.device)
+    with ExitStack() as stack:
+        passes = stack.enter_context(_counted(model))
+        drafted = stack.enter_context(_counted(draft.model)) if draft else [0]
+        start = time.perf_counter()
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+        seconds = time.perf_counter() - start
+    written = output[0, ids.shape[1] :]
+    return Answer(
+        text=str(tokenizer.decode(written, skip_special_tokens=True)).strip(),
+        ids=tuple(written.tolist()),
+        seconds=seconds,
+        passes=passes[0],
+        drafted=drafted[0],
+    )
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[list[int]]:
+    """Its forward passes meanwhile, in a list of one number."""
+    count = [0]
+
+    def add(*_: object) -> None:
+        count[0] += 1
+
+    hook = model.register_forward_pre_hook(add)
+    try:
+        yield count
+    finally:
+        hook.remove()
+
+
+@torch.inference_mode()
+def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor:
+    """Text that the model writes by itself, which is text like it was trained on.
+
+    Every window begins with a token drawn from the whole vocabulary and goes on by sampling from
+    the model's own distribution; special tokens are left out. The same seed gives the same text on
+    the same machine.
+
+    Args:
+        loaded: The model.
+        windows: How many.
+        window: Tokens a window.
+        seed: Of the sampling.
+
+    Returns:
+        `[windows, window]` int64 token ids, with the BOS token before them where the tokenizer
+        begins texts with one.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    special = sorted(set(tokenizer.all_special_ids))
+    usual = torch.ones(min(len(tokenizer), model.config.vocab_size), dtype=torch.bool)
+    usual[[token for token in special if token < len(usual)]] = False
+    begun = beginning(tokenizer)
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=window,
+        min_length=window,
+        suppress_tokens=special,
+        pad_token_id=special[0] if special else 0,
+    )
+    written = []
+    with torch.random.fork_rng(), progress_bar("Writing text", windows) as advance:
+        torch.manual_seed(seed)
+        for start in range(0, windows, OWN_TEXT_BATCH):
+            count = min(OWN_TEXT_BATCH, windows - start)
+            first = torch.multinomial(usual.float(), count, replacement=True)[:, None]
+            prefix = torch.tensor(begun, dtype=torch.int64).expand(count, len(begun))
+            ids = torch.cat([prefix, first], 1).to(model.device)
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=sampling
+            )
+            written.append(output.cpu())
+            advance(count)
+    return torch.cat(written)

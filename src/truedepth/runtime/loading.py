@@ -1,0 +1,115 @@
+"""Any model that can be opened -> a transformers model that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from truedepth.errors import TruedepthError, first_line
+from truedepth.plan.config import plan_of
+from truedepth.registration import register
+from truedepth.runtime.device import device_of
+from truedepth.runtime.empty import transformers_config
+from truedepth.sources.directory import has_safetensors
+from truedepth.sources.opening import open_source
+from truedepth.sources.source import Source
+
+register()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, and where it came from."""
+
+    model: PreTrainedModel
+    source: Source
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.source.tokenizer
+
+
+def load(
+    model: str | Path | Source | Loaded,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Loaded:
+    """Load a model, original or converted, for inference.
+
+    Args:
+        model: A directory, `.gguf` file, hub id, `default`, or an open source. What is loaded
+            already is given back as it is. A file that truedepth exported runs in llama.cpp.
+        device: By default the first GPU, else the CPU.
+        dtype: By default float32 on a CPU and the checkpoint's own elsewhere. Not for llama.cpp,
+            which computes with the types that the file has.
+        options: For transformers' `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        TruedepthError: There is no such model, transformers cannot load it, or it lacks weights.
+    """
+    if isinstance(model, Loaded):
+        return model
+    source = open_source(model)
+    device = device_of(device)
+    if source.path.is_file() and plan_of(source.config):
+        from truedepth.runtime.llama_cpp import load_llama_cpp
+
+        return Loaded(load_llama_cpp(source, device), source)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    options = {"dtype": dtype or "auto", "device_map": device, **options}
+    tensors = source.tensors  # opened here so that a broken file is named
+    try:
+        config = transformers_config(source.config, source.path)
+        if source.path.is_dir() and has_safetensors(source.path):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        else:
+            # One reader of GGUF and pickles for loading and converting: both see the same weights.
+            loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict={name: tensor.read() for name, tensor in tensors.items()},
+                output_loading_info=True,
+                **options,
+            )
+    except TruedepthError:
+        raise
+    except Exception as error:  # what a config's odd value leads to
+        reason = first_line(error)
+        raise TruedepthError(f"transformers cannot load {source.path}: {reason}") from error
+    for kind in ("missing_keys", "mismatched_keys"):  # transformers would fill them at random
+        if names := report[kind]:
+            raise TruedepthError(
+                f"{source.path} does not hold the weights that its config.json describes:"
+                f" {kind.replace('_', ' ')}, among them {min(map(str, names))!r}."
+            )
+    return Loaded(loaded.eval(), source)
+
+
+def opened(model: str | Path | Source | Loaded) -> Source | Loaded:
+    """What `load` takes, opened but not loaded: errors of its place and config come at once."""
+    return model if isinstance(model, Loaded) else open_source(model)
+
+
+def source_of(model: Source | Loaded) -> Source:
+    """Where it came from."""
+    return model.source if isinstance(model, Loaded) else model

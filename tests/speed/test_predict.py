@@ -1,0 +1,172 @@
+"""Predicted times. What is timed here is only looked at for its form; sums are held exactly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import truedepth as td
+from truedepth.runtime.empty import empty_model
+from truedepth.speed import layer_timing, prediction
+from truedepth.speed.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
+from truedepth.speed.links import LINKS, parse_link
+from truedepth.speed.timing import Case, Collectives, Task
+
+PLAN = td.Plan(6, [[1, 2], [3, 4]])
+TIMES = LayerTimes(layers={1: 5.0, 2: 8.0}, weights=3.0, rest=7.0, all_reduce=0.5, bandwidth=1.0)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The arguments of what would be timed."""
+    seen = []
+    monkeypatch.setattr(prediction, "layer_times", lambda *given: seen.append(given) or TIMES)
+    return seen
+
+
+def test_sums_of_layers_on_one_rank(make_model, timed):
+    found = td.predict(make_model(), PLAN, device="cpu", length=9, batch=2)
+    assert (found.before.weights, found.before.layers, found.before.all_reduces) == (18, 12, 0)
+    assert (found.after.weights, found.after.layers, found.after.all_reduces) == (18, 8, 0)
+    assert found.speedup == pytest.approx((30 + 7) / (26 + 7))
+    config, _, widths, case, *_, ranks = timed[0]
+    assert config["num_attention_heads"] == 4
+    assert widths == [1, 2]
+    assert case == Case(Task.decode, 9, 2)
+    assert ranks == 1
+
+
+def test_all_reduces_measured_between_ranks(make_model, timed):
+    found = td.predict(make_model(), PLAN, ranks=2, device="cpu")
+    assert found.before.all_reduces == 2 * 6 * 0.5
+    assert found.after.all_reduces == 2 * 4 * 0.5
+    config, *_, ranks = timed[0]
+    assert ranks == 2
+    assert config["num_attention_heads"] == 4  # transformers shards it
+
+
+def test_all_reduces_of_a_link(make_model, timed):
+    link = parse_link("30,0.5")
+    found = td.predict(make_model(), PLAN, ranks=2, link=link, device="cpu", dtype=torch.float32)
+    size = 64 * 4
+    assert found.before.all_reduces == pytest.approx(12 * (30e-6 + size / 0.5e9))
+    head = 320 * 4
+    more = 30e-6 + size / 0.5e9 + (30e-6 + head / 0.5e9) / 2
+    assert found.before.rest == found.after.rest == pytest.approx(7 + more)
+    config, *_, ranks = timed[0]
+    assert ranks == 1
+    assert config["num_attention_heads"] == 2  # one rank's share
+
+
+def test_a_converted_model_is_compared_with_what_it_was_made_from(make_model, tmp_path, timed):
+    td.convert(make_model(), tmp_path / "out", PLAN)
+    ours = td.predict(tmp_path / "out", device="cpu", dtype=torch.float32)
+    theirs = td.predict(make_model(), PLAN, device="cpu", dtype=torch.float32)
+    assert (ours.plan.groups, ours.after) == (theirs.plan.groups, theirs.after)
+    (config, _, *rest), (same, _, *others) = timed
+    assert rest == others
+    of_layers = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_widths")
+    assert [config[name] for name in of_layers] == [same[name] for name in of_layers]
+    assert td.predict(tmp_path / "out", depth=3, device="cpu").plan.effective_depth == 3
+
+
+def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
+    from truedepth.report.speed import print_prediction
+
+    found = td.predict(make_model(), PLAN, device="cpu")
+    assert found.pays
+    print_prediction(found)
+    assert "not pay" not in capsys.readouterr().out
+    same = LayerTimes(layers={1: 5.0, 2: 10.0}, weights=4.9, rest=1.0, all_reduce=0, bandwidth=1)
+    monkeypatch.setattr(prediction, "layer_times", lambda *given: same)
+    found = td.predict(make_model(), PLAN, device="cpu")
+    assert not found.pays
+    print_prediction(found)
+    assert "95% of a token is reading the weights of layers" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_a_share_has_one_rank_s_parameters(make_model):
+    path = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    config = json.loads((path / "config.json").read_text())
+    own = rank_config(unpaired_config(config, 2), 2) | {
+        "num_hidden_layers": 2,
+        "layer_widths": [1, 2],
+    }
+    layers = empty_model(own, path).model.layers
+    narrow, wide = (
+        {name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers
+    )
+    ffn = config["intermediate_size"] // 2
+    assert narrow["self_attn.q_proj.weight"] == (3 * 16, 48)  # 6 heads of 2 KV heads, halved
+    assert narrow["self_attn.k_proj.weight"] == (1 * 16, 48)
+    assert narrow["mlp.down_proj.weight"] == (48, ffn)
+    assert wide["self_attn.o_proj.weight"] == (48, 2 * 3 * 16)
+    assert wide["mlp.up_proj.weight"] == (2 * ffn, 48)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_are_timed(make_model, ranks):
+    path = make_model()
+    config = unpaired_config(json.loads((path / "config.json").read_text()), ranks)
+    case = Case(Task.decode, 4)
+    found = layer_times(config, path, [1, 2], case, "cpu", torch.float32, ranks, 1 << 16)
+    assert found.layers.keys() == {1, 2}
+    assert found.bandwidth > 0
+    assert found.weights > 0
+    assert (found.all_reduce > 0) == (ranks == 2)
+
+
+def test_times_of_layers_are_differences_of_stacks(monkeypatch):
+    """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5."""
+
+    class Runner:
+        def __init__(self, widths):
+            self.widths = widths
+
+        def seconds(self, case):
+            return 4 + 0.5 + sum(2 * width + 1 + 2 * 0.5 for width in self.widths)
+
+        def collectives(self, case):
+            calls = {"all_reduce": 2 * len(self.widths), "all_gather": 1}
+            spent = 0.5 * sum(calls.values())
+            return Collectives(calls, 1, spent, spent / self.seconds(case))
+
+    class Stack(torch.nn.Linear):
+        def __init__(self, widths):
+            super().__init__(8, 8)
+            self.widths = widths
+
+    monkeypatch.setattr(layer_timing, "TransformersRunner", lambda model: Runner(model.widths))
+    stacks = [(1, 6), (1, 3), (2, 3), (3, 2)]
+    models = {(width, layers): Stack([width] * layers) for width, layers in stacks}
+    found = layer_timing._measure(models, *stacks[:2], Case(Task.decode, 4), "cpu", 8, 4096)
+    assert found.layers == {1: pytest.approx(3), 2: pytest.approx(5), 3: pytest.approx(7)}
+    assert found.all_reduce == pytest.approx(0.5)
+    assert found.rest == pytest.approx(4.5)
+
+
+def test_links():
+    nvlink = LINKS["nvlink"]
+    assert nvlink.all_reduce(8192, 2) == pytest.approx(6.6e-6 + 2 * (0.6e-6 + 4096 / 450e9))
+    order = ["nvlink", "pcie5", "pcie4", "infiniband", "40gbe", "10gbe"]
+    times = [LINKS[name].all_reduce(1 << 16, 4) for name in order]
+    assert times == sorted(times)
+    assert set(order) == set(LINKS)
+    assert LINKS["10gbe"].all_reduce(8, 4) == pytest.approx(263e-6, rel=0.01)  # what gloo measured
+
+
+@pytest.mark.parametrize("text", ["usb", "30", "-1,5", "5,0", "a,b"])
+def test_links_that_are_none(text):
+    with pytest.raises(td.TruedepthError, match=r"A link is one of nvlink, .* as 30,12.5"):
+        parse_link(text)
+
+
+def test_errors(make_model):
+    with pytest.raises(td.TruedepthError, match="not converted yet: say what to pair"):
+        td.predict(make_model())
+    with pytest.raises(td.TruedepthError, match=r"plan is for 7 layers; .* has 6"):
+        td.predict(make_model(), td.Plan(7))

@@ -29,12 +29,12 @@ WAYS = ("a second model", "shared", "kept on disk")
 
 HEAL = """
 import sys, json, torch, truedepth as td
-from truedepth import healing
-from truedepth.heal_options import Healing, TextPart
+from truedepth.healing import run
+from truedepth.healing.options import Healing, TextPart
 checkpoint, out, teacher, text, way = sys.argv[1:]
 if way == "a second model":
-    beside = healing.original_beside
-    healing.original_beside = lambda *given, shared: beside(*given, shared=False)
+    beside = run.original_beside
+    run.original_beside = lambda *given, shared: beside(*given, shared=False)
 options = Healing(
     text=(TextPart(text),), tokens=2 * 2 * 512, batch_size=2, micro_batch_size=1, validation=2,
     keep_predictions=64 * (way == "kept on disk"),

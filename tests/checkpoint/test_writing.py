@@ -303,7 +303,7 @@ def test_a_full_disk_leaves_nothing(make_model, tmp_path):
 
 SLOW_RUN = """
 import sys, time, truedepth as td
-from truedepth import copying
+from truedepth.files import copying
 write = copying._write_block
 def slowly(*where):
     print("writing", flush=True)

@@ -280,14 +280,14 @@ def test_validation_measures_are_those_of_eval(make_model, converted, options, t
 
 KILLED = """
 import os, sys
-from truedepth import cli
-from truedepth.heal_training import _Trainer
+from truedepth.cli.app import main
+from truedepth.healing.training import _Trainer
 step = _Trainer.training_step
 def once(self, *inputs):
     if self.state.global_step == 6: os.kill(os.getpid(), 9)
     return step(self, *inputs)
 _Trainer.training_step = once
-cli.main()
+main()
 """
 
 

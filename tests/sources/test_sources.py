@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 import truedepth as td
 from conftest import random_ids, random_model
 from gguf_files import GGUF_TINY, write_gguf
-from truedepth import sources
 from truedepth.sources import wheel
+from truedepth.sources.opening import DEFAULT_MODEL
 
 
 def test_single_file_and_shards_hold_the_same_tensors(make_model):
@@ -231,7 +231,7 @@ def test_a_hub_model_is_opened_from_its_snapshot(make_model, monkeypatch):
 def test_the_default_model_prefers_the_hubs_cache(make_model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(make_model()))
     source = td.open_source("default")
-    assert source.name == sources.DEFAULT_MODEL
+    assert source.name == DEFAULT_MODEL
     assert "local cache" in source.origin
 
 

@@ -27,8 +27,8 @@ LAYERS = 3
 
 CALIBRATE = """
 import sys, torch, truedepth as td
-from truedepth.calibration import Calibrator
-from truedepth.calibration_run import walk_of
+from truedepth.calibration.refit import Calibrator
+from truedepth.calibration.trajectories import walk_of
 tokens, dtype = int(sys.argv[2]), getattr(torch, sys.argv[3])
 source = td.open_source(sys.argv[1])
 plan = td.Plan(source.num_layers, [[1, 2]])

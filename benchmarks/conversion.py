@@ -67,7 +67,7 @@ CONVERT = """
 import os, sys, time
 import truedepth as td
 from truedepth.conversion import convert
-from truedepth.copying import Copier
+from truedepth.files.copying import Copier
 layers, sink = int(sys.argv[3]), sys.argv[4] == "True"
 if sink:
     nowhere, copy = os.open(os.devnull, os.O_WRONLY), Copier.copy

@@ -24,9 +24,9 @@ from conversion import LLAMA_3_70B, peak_memory, write_model
 
 STUDY = """
 import sys, torch, truedepth as td
-from truedepth.loading import load
-from truedepth.schedule import Runner, in_order
-from truedepth.transformations import Cell
+from truedepth.runtime.loading import load
+from truedepth.depth_study.schedule import Runner, in_order
+from truedepth.depth_study.transformations import Cell
 source, windows = td.open_source(sys.argv[1]), int(sys.argv[2])
 layers = source.num_layers
 ids = torch.randint(source.config["vocab_size"], (windows, 64))

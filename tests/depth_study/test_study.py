@@ -279,7 +279,7 @@ MEASURE = """
 import re, sys, threading, time
 from pathlib import Path
 import torch
-from truedepth.depth_study import study
+from truedepth.depth_study.run import study
 
 small, model, out, text = sys.argv[1:]
 options = {"window": 16, "windows": 5, "stride": 4, "permutations": 1, "dtype": torch.bfloat16}

@@ -19,7 +19,7 @@ RANK = """
 import sys, torch, truedepth
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-from truedepth.collectives import watched
+from truedepth.speed.collectives import watched
 checkpoint, ids, logits = sys.argv[1:]
 ranks = DistributedConfig(tp_size=2)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=ranks)

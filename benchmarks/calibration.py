@@ -13,6 +13,7 @@ import itertools
 import json
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def main() -> None:
             out = Path(directory) / "out"
             done = td.convert(source, out, plan, calibration=calibration)
             seconds = time.perf_counter() - start
+            check = done.calibration.check if done.calibration else None
             loaded = td.load(out, dtype=dtype)
             losses = {
                 path.name: td.perplexity(loaded, against=original, text=path, windows=WINDOWS)
@@ -75,7 +77,7 @@ def main() -> None:
         rows[key] = {
             "plan": plan.to_dict(),
             "dtype": str(dtype),
-            "check": (done.calibration or {}).get("check"),
+            "check": asdict(check) if check else None,
             "seconds": seconds,
             "losses": {
                 name: {part: getattr(loss, part) for part in PARTS} for name, loss in losses.items()

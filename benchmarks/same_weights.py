@@ -6,7 +6,7 @@ Tiny random models of five families are converted as they are, calibrated, heale
 and, where llama.cpp runs the family, exported; one is studied and searched for a plan. The commit
 BASE and the working tree do this with the same Python, each with its own sources. Tensors are
 compared byte for byte; config.json and results as data, but for versions and times, and numbers in
-them to a millionth. Both then load the checkpoints that BASE has made, and their logits are compared
+them to a millionth. Both then load the checkpoints that BASE has made, whose logits are compared
 byte for byte too.
 
 Only public names of truedepth are used here, so that any two checkouts can be compared.

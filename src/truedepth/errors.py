@@ -24,4 +24,5 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines() or [""]
     said = textwrap.shorten(lines[0], 200, placeholder=" …")
-    return ": ".join(filter(None, (type(error).__name__, said.rstrip(".")))) + "."
+    name = type(error).__name__
+    return f"{name}: {said.rstrip('.')}." if said else f"{name}."

@@ -170,10 +170,10 @@ class LayerForm:
     """How the layers of a model compute, by names within a layer; `sublayers` in config.json."""
 
     attention: Sequence[str | None]
-    """The attention's module, the norm before it and the norm after it; None where there is none."""
+    """Names of the attention, the norm before it and the norm after it; None for a missing norm."""
 
     ffn: Sequence[str | None]
-    """The FFN's module, the norm before it and the norm after it."""
+    """Names of the FFN, the norm before it and the norm after it."""
 
     parallel: bool
     """Whether attention and FFN read the same state."""

@@ -241,7 +241,7 @@ class Bench:
         before = _state(case, out, old, new)
         code, _ = wait(run(lambda: command(arguments), self.root / "log"), TIMEOUT)
         said = (self.root / "log").read_text().strip()
-        if code == 2 and "exists already; give --force" in said and before == "new":
+        if code == 2 and "already exists; give --force" in said and before == "new":
             outcome.ended["refused: it is there"] += 1
         elif code == 0:
             outcome.ended["completed"] += 1

@@ -255,7 +255,11 @@ def test_tokenizer_is_the_originals(source, checkpoint):
 
 @pytest.mark.parametrize(
     ("widths", "words"),
-    [([1, 2], "2 entries for 3"), ([1, 2, 0], "at least 1"), ("123", "list of integers")],
+    [
+        ([1, 2], "2 entries, but num_hidden_layers is 3"),
+        ([1, 2, 0], "at least 1"),
+        ("123", "list of integers"),
+    ],
 )
 def test_config_refuses_wrong_widths(widths, words):
     with pytest.raises(ValueError, match=words):

@@ -54,7 +54,7 @@ def test_contents(make_model, tmp_path):
     assert config["truedepth"]["version"] == td.__version__
     card = (tmp_path / "out" / "README.md").read_text()
     assert "0 [1+2] [3+4] 5" in card
-    assert "| all-reduces a token under tensor parallelism | 12 | 8 |" in card
+    assert "| all-reduces per token under tensor parallelism | 12 | 8 |" in card
 
 
 def test_shards_are_filled_to_their_size_and_load(make_model, tmp_path):
@@ -115,7 +115,7 @@ def test_sizes_of_shards(tmp_path, size):
 
 @pytest.mark.parametrize("size", ["huge", "-5GB", "0", 0, 1.5, "5XB", ""])
 def test_sizes_that_are_none(tmp_path, size):
-    with pytest.raises(td.TruedepthError, match="not a size"):
+    with pytest.raises(td.TruedepthError, match="not a file size"):
         write_weights(tmp_path, {"a": from_tensor(torch.zeros(3))}, size)
 
 
@@ -352,5 +352,5 @@ def test_a_plan_of_another_depth(make_model, tmp_path):
 
 def test_a_converted_model_cannot_be_converted_again(make_model, tmp_path):
     td.convert(make_model(), tmp_path / "out", PLAN)
-    with pytest.raises(td.TruedepthError, match="layer-parallel already"):
+    with pytest.raises(td.TruedepthError, match="already layer-parallel"):
         td.convert(tmp_path / "out", tmp_path / "again", td.Plan(4))

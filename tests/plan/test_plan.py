@@ -77,7 +77,7 @@ def test_yaml_of_another_style(tmp_path):
         (lambda: Plan(0), ["at least 1"]),
         (lambda: Plan.span(30, 14, 30), ["Layer 30", "0 to 29"]),
         (lambda: Plan.span(30, 14, 26), ["length 13", "layer 25 or 27"]),
-        (lambda: Plan.span(30, 29, 29), ["length 1", "divide."]),
+        (lambda: Plan.span(30, 29, 29), ["length 1", "group size 2."]),
         (lambda: Plan.span(30, 14, 12), ["empty"]),
         (lambda: Plan.span(30, 14, 15, group=0), ["at least 1"]),
         (lambda: Plan.late_pairs(30, 16), ["16 pairs", "0 to 15"]),

@@ -1,5 +1,5 @@
-"""Cohere (Command R): attention and FFN side by side already, behind one norm. In Cohere 2 some
-layers attend locally, the others without RoPE.
+"""Cohere (Command R): attention and FFN already run side by side, after one norm. In Cohere 2 some
+layers attend locally, and the others have no RoPE.
 """
 
 from dataclasses import replace

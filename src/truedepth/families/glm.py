@@ -1,4 +1,4 @@
-"""GLM: Llama's layers with gate and up in one map. GLM-4 has norms behind attention and FFN too."""
+"""GLM: Llama's layers with gate and up in one map. GLM-4 also has norms after both sublayers."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ GLM4 = replace(
     class_prefix="Glm4",
     attention=SublayerNames("self_attn", "input_layernorm", "post_self_attn_layernorm"),
     ffn=SublayerNames("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
-    side_by_side_only="each has a norm behind its attention and FFN",
+    side_by_side_only="each has a norm after its attention and FFN",
 )
 
 FAMILIES = (GLM, GLM4)

@@ -1,6 +1,6 @@
-"""GPT-NeoX (Pythia): attention and FFN side by side already, mostly, each behind its LayerNorm.
+"""GPT-NeoX (Pythia): in most models attention and FFN run side by side, each after its LayerNorm.
 
-Its attention takes the size of a head from the number of heads, so a layer cannot have more.
+transformers computes this family's head size from the number of heads, so a layer cannot have more.
 """
 
 from truedepth.families.family import Family, SublayerNames

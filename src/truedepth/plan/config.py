@@ -1,4 +1,4 @@
-"""The plan as config.json says it: its one reader and writer."""
+"""Writes and reads a plan as config.json holds it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from truedepth.errors import TruedepthError
 from truedepth.plan.plan import MAX_LAYERS, Plan
 
 GroupLayers = tuple[tuple[int, ...], ...]
-"""For each group of a plan its layers in the converted model: one wide layer, or each member."""
+"""For each group of a plan, its layers in the converted model: one wide layer, or every member."""
 
 
 def plan_entries(widths: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """What config.json says of a plan.
+    """The entries of config.json that hold a plan.
 
     Args:
-        widths: Of every group the number of its layers in the original and in the converted model:
-            the second is 1 for a wide layer, else the same.
+        widths: For every group, its numbers of layers in the original and in the converted model;
+            the second is 1 for a wide layer, else the same as the first.
     """
     entries: list[int] = []
     side_by_side: list[list[int]] = []
@@ -34,26 +34,27 @@ def plan_of(config: Mapping[str, Any]) -> Plan | None:
     """The plan of a converted checkpoint, from its config.json; None for any other model.
 
     Raises:
-        TruedepthError: `layer_widths` or `side_by_side` hold something else.
+        TruedepthError: `layer_widths` is out of range, or `side_by_side` is malformed.
     """
     widths = config.get("layer_widths")
     if not isinstance(widths, list) or not all(type(width) is int for width in widths):
         return None
     if not all(1 <= width <= MAX_LAYERS for width in widths) or len(widths) > MAX_LAYERS:
         raise TruedepthError(
-            f"layer_widths must be integers from 1 to {MAX_LAYERS}, not {reprlib.repr(widths)}."
+            f"layer_widths must be 1 to {MAX_LAYERS} integers from 1 to {MAX_LAYERS}, not"
+            f" {reprlib.repr(widths)}."
         )
-    Plan(sum(widths))  # refuses too many
+    Plan(sum(widths))  # refuses too many layers
     members = iter(range(sum(widths)))
     sizes = [sum(widths[layer] for layer in layers) for layers in group_layers(config)]
     return Plan(sum(widths), [[next(members) for _ in range(size)] for size in sizes])
 
 
 def group_layers(config: Mapping[str, Any]) -> GroupLayers:
-    """The layers of a model that stand for each group of its plan, by its config.json.
+    """The layers of a model that realise each group of its plan, from its config.json.
 
-    A wide layer stands for a group by itself; layers that run side by side are as many as the group
-    has. An original's layers stand for themselves.
+    A group is realised by one wide layer, or by as many layers as it has, which run side by side.
+    In an original, every layer realises itself.
 
     Raises:
         TruedepthError: `side_by_side` is not a list of groups of consecutive layers.
@@ -67,7 +68,7 @@ def group_layers(config: Mapping[str, Any]) -> GroupLayers:
                 side_by_side[group[0]] = group
     except (TruedepthError, TypeError) as error:
         raise TruedepthError(
-            f"side_by_side of a config must be a list of groups of layers: {error}"
+            f"side_by_side must be a list of groups of consecutive layers: {error}"
         ) from error
     inside = {layer for group in side_by_side.values() for layer in group[1:]}
     return tuple(side_by_side.get(layer, (layer,)) for layer in range(depth) if layer not in inside)

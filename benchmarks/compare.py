@@ -25,13 +25,13 @@ from torch import Tensor
 
 import truedepth as td
 from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers, patch_linearly
+from rows import WINDOWS, Rows, parser_of
 from truedepth.calibration.windows import calibration_windows
 from truedepth.plan.plan import Plan
 from truedepth.planning.search import SEARCH_TOKENS
 from truedepth.runtime.device import fast_dtype
 from truedepth.runtime.loading import Loaded
 
-WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
 SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
@@ -54,9 +54,7 @@ class Comparison:
         self.calibration = td.Calibration(text=arguments.calibration, tokens=arguments.tokens)
         self.plans = plans_of(arguments.plans)
         self.raw_plans = plans_of(arguments.raw_plans)
-        self.rows: dict[str, Any] = {}
-        if arguments.json.exists():
-            self.rows = json.loads(arguments.json.read_text())
+        self.rows = Rows(arguments.json)
         self._ids: Tensor | None = None
 
     @property
@@ -97,13 +95,11 @@ class Comparison:
             row["tasks"] = {f"{s.task} {s.metric}": s.value for s in found.scores}
         row["seconds"] = {"made": made - start, "measured": time.perf_counter() - made}
         self.rows[key] = row
-        self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
-        print(json.dumps(row), flush=True)
+        self.rows.show(key)
 
     def repeat(self, method: str, other: str, depth: int) -> None:
         """A row that is another's: the model is the same."""
         self.rows[f"{method} @ {depth}"] = self.rows[f"{other} @ {depth}"] | {"method": method}
-        self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
         """A checkpoint of this package."""
@@ -138,7 +134,7 @@ class Comparison:
 
 def main() -> None:
     """Measure row after row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
@@ -150,7 +146,6 @@ def main() -> None:
     parser.add_argument(
         "--depths", type=lambda text: list(map(int, text.split(","))), default=[27, 25, 23, 20, 15]
     )
-    parser.add_argument("--json", type=Path, required=True)
     comparison = Comparison(parser.parse_args())
     layers = comparison.source.num_layers
     comparison.row("original", layers, lambda: (comparison.load(), ""))

@@ -13,10 +13,8 @@ computed is written to /dev/null. That shows memory, and which tensors come out,
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from unittest import mock
 
 import torch
 
+from rows import machine, parser_of, report
 from truedepth.checkpoint.writing import write_weights
 from truedepth.files.copying import Copier
 from truedepth.tensors import LazyTensor
@@ -187,13 +186,12 @@ def headers(directory: Path) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Copy and convert in turn; print and write what it took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--model", choices=MODELS, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--sparse", action="store_true", help="memory only, needs no disk")
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model: dict[str, Any] = MODELS[arguments.model]
     layers: int = arguments.layers or model["num_hidden_layers"]
@@ -202,7 +200,7 @@ def main() -> None:
         source.mkdir()
         size = write_model(source, model | {"num_hidden_layers": layers}, arguments.sparse)
         result: dict[str, Any] = {
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": machine(),
             "model": arguments.model,
             "layers": layers,
             "size": size,
@@ -213,9 +211,7 @@ def main() -> None:
             result["peak_anonymous_bytes"] = peak
         else:
             result |= compared(source, target, layers, arguments.runs)
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, arguments.json)
 
 
 def compared(source: Path, target: Path, layers: int, runs: int) -> dict[str, Any]:

@@ -12,8 +12,6 @@ that was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +20,11 @@ from typing import Any
 import torch
 
 import truedepth as td
+from rows import Rows, losses, parser_of
 from truedepth.healing.options import Healing, Objective, TextPart, Train
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device, fast_dtype
 
-WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
-PARTS = ("excess", "excess_stderr", "kl", "tokens")
 STARTS = ("raw", "calibrated")
 
 
@@ -50,7 +47,7 @@ def variant(name: str, healing: Healing) -> Healing:
 
 def main() -> None:
     """Heal and measure, row after row; the first rows of a plan are those it begins from."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)
     parser.add_argument("--calibration", type=Path, action="append", required=True)
@@ -64,29 +61,17 @@ def main() -> None:
     parser.add_argument("--runs", default="kl")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--directory", type=Path, required=True, help="for checkpoints")
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     source = td.open_source(arguments.model)
     device = default_device()
     dtype = fast_dtype(source, torch.device(device))
     original = td.load(source, device=device, dtype=dtype)
-    rows: dict[str, Any] = {}
-    if arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())
+    rows = Rows(arguments.json)
 
     def measure(key: str, path: Path, more: dict[str, Any]) -> None:
         loaded = td.load(path, device=device, dtype=dtype)
-        losses = {
-            text.name: td.perplexity(loaded, against=original, text=text, windows=WINDOWS)
-            for text in arguments.text
-        }
-        rows[key] = more | {
-            "losses": {
-                name: {part: getattr(loss, part) for part in PARTS} for name, loss in losses.items()
-            },
-        }
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-        print(key, json.dumps(rows[key]["losses"]), flush=True)
+        rows[key] = more | {"losses": losses(loaded, original, arguments.text)}
+        rows.show(key, "losses")
 
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     healing = Healing(

@@ -15,8 +15,6 @@ Everything is imported once; runs are forks of this process.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import random
@@ -39,6 +37,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from rows import parser_of, report
 from truedepth import conversion
 from truedepth.cli import app as cli
 from truedepth.depth_study import run as depth_study
@@ -394,12 +393,11 @@ def bench(seed: int, directory: Path | None) -> Iterator[Bench]:
 
 def main() -> None:
     """Kill; print and write what was found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--kills", type=int, default=60, help="over all cases, shared equally")
     parser.add_argument("--only", action="append", choices=CASES, help="this case; repeat")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="on the file system to try")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     names = arguments.only or list(CASES)
     start = time.monotonic()
@@ -416,9 +414,7 @@ def main() -> None:
             for name, outcome in outcomes.items()
         },
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, arguments.json)
     sys.exit(1 if result["violations"] else 0)
 
 

@@ -11,7 +11,6 @@ costs the share c of the original's time pays where more than that share of its 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 import truedepth as td
+from rows import parser_of
 from truedepth.cli.options import DType
 from truedepth.runtime.device import default_device
 from truedepth.runtime.generation import answer
@@ -32,7 +32,7 @@ PROMPT = 64  # tokens
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("original")
     parser.add_argument("drafts", nargs="+")
     parser.add_argument("--text", type=Path, required=True)
@@ -41,7 +41,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtype", choices=DType, type=DType, default=DType.auto)
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     dtype = arguments.dtype.torch()
     original = td.load(arguments.original, dtype=dtype)

@@ -12,7 +12,6 @@ large tensor reaches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
+from rows import parser_of
 from truedepth.plan.plan import Plan
 from truedepth.registration import register
 from truedepth.runtime.device import default_device
@@ -178,13 +178,12 @@ def copy_bandwidth(device: str, size: int) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Measure shape after shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", default=",".join(name for name in SHAPES if name != "tiny"))
     parser.add_argument("--depths", default="0,20,33,50", help="per cent fewer")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     depths = [int(word) for word in arguments.depths.split(",")]
     if 0 not in depths or arguments.steps < 4:

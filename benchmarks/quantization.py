@@ -33,6 +33,7 @@ from torchao.quantization import (
 )
 
 import truedepth as td
+from rows import LOSS, Rows, losses, parser_of
 from truedepth.calibration.options import Calibration
 from truedepth.checkpoint.writing import write_weights
 from truedepth.engines.gguf.types import MatrixType
@@ -42,7 +43,7 @@ from truedepth.runtime.loading import Loaded
 from truedepth.sources.source import Source
 from truedepth.tensors import constant, scale_columns
 
-PARTS = ("nll", "excess", "excess_stderr", "kl", "tokens")
+PARTS = ("nll", *LOSS)
 TORCHAO = {
     "int8": Int8WeightOnlyConfig(),
     "int4": IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(32)),  # noqa: B009
@@ -53,7 +54,7 @@ SMALL = "q4_0"
 
 def main() -> None:
     """Measure row after row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)
     parser.add_argument("--calibration", type=Path, action="append", required=True)
@@ -62,11 +63,10 @@ def main() -> None:
     parser.add_argument("--types", default="f16,q8_0,q4_0,q4_k_m,int8,int4")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     source = td.open_source(given.model)
-    rows: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    rows = Rows(given.json)
     original = td.load(source, dtype=torch.float32)
     types = given.types.split(",")
     for name, checkpoint, kind in jobs(source, given, types):
@@ -75,12 +75,9 @@ def main() -> None:
         variant = name.rpartition(", ")[2]
         balanced = {"plain": False, "balanced": True}.get(variant)
         model, size = quantized(checkpoint, kind, given.directory, balanced)
-        rows[name] = {"bytes": size}
-        for text in given.text:
-            found = td.perplexity(model, against=original, text=text, windows=given.windows)
-            rows[name][text.name] = {part: getattr(found, part) for part in PARTS}
-        print(name, json.dumps(rows[name]), flush=True)
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+        lost = losses(model, original, given.text, given.windows, PARTS)
+        rows[name] = {"bytes": size, **lost}
+        rows.show(name)
 
 
 def jobs(

@@ -12,7 +12,6 @@ One token with a full cache, the model and its base in turn. Beside each ratio t
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 import truedepth as td
+from rows import parser_of
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.speed.collectives import watched
 from truedepth.speed.ranks import run_ranks
@@ -60,7 +60,7 @@ def measure(
 
 def main() -> None:
     """Measure, predict, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--against", required=True)
     parser.add_argument("--ranks", type=int, default=2)
@@ -68,7 +68,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--delays", default="0,50,100,500,1000", help="microseconds")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     delays = [float(word) * 1e-6 for word in arguments.delays.split(",")]

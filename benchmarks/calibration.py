@@ -3,7 +3,7 @@
     python benchmarks/calibration.py --calibration FILE [--calibration FILE…] --text FILE
         [--text FILE…] [--layers 14-27] [--tokens 16384,65536] [--own-text 0,0.5] --json PATH
 
-Rows that are in the JSON file already are not measured again, so a run that was stopped goes on.
+Rows that are already in the JSON file are not measured again, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from truedepth.runtime.device import fast_dtype
 
 
 def main() -> None:
-    """Measure row after row; the first is the conversion as it is."""
+    """Measure row after row; the first row is the conversion without calibration."""
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--calibration", type=Path, action="append", required=True)

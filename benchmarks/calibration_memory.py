@@ -1,9 +1,9 @@
 """Memory of calibrating one pair of layers of Llama-2-7B's width.
 
 Writes a synthetic checkpoint of three such layers, then refits the pair (1, 2) on random tokens in
-a process of its own, whose anonymous resident memory is sampled. Weights are mapped from files,
-states are in memory; the target is 24 GB for everything at 64 k tokens. Needs 4 GB of disk, Linux,
-and hours on 2 cores.
+a separate process and samples its anonymous resident memory. Weights are mapped from files, states
+are in memory; the target is 24 GB for everything at 64 k tokens. Needs 4 GB of disk, Linux, and
+hours on 2 cores.
 
     python benchmarks/calibration_memory.py [--tokens 65536] [--activation-dtype bfloat16]
         [--json PATH]

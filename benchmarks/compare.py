@@ -1,12 +1,11 @@
-"""Ways to make a model shallower at equal effective depth, on the same text and tasks.
+"""Ways to make a model shallower, compared at equal effective depth on the same text and tasks.
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
         --plans PATH --raw-plans PATH [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
 
-The plans are those of `truedepth plan MODEL --depth 23 --frontier --json PATH`, and of the same
-with `--no-calibrate`. Rows that are in the JSON file already are not measured again, so a run that
-was stopped goes on. Rivals choose and fit on windows of the same calibration text as the
-calibration of this package.
+The plans come from `truedepth plan MODEL --depth 23 --frontier --json PATH`, and from the same
+command with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the
+same command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
 
 def plans_of(path: Path) -> dict[int, Plan]:
-    """By effective depth, the best plan that a search found."""
+    """The best plan that a search found, by effective depth."""
     found = json.loads(path.read_text())
     layers = found["plan"]["num_layers"]
     return {point["effective_depth"]: Plan(layers, point["groups"]) for point in found["frontier"]}
 
 
 class Comparison:
-    """One original, and the rows measured so far."""
+    """An original and the rows measured so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -98,7 +97,7 @@ class Comparison:
         self.rows.show(key)
 
     def repeat(self, method: str, other: str, depth: int) -> None:
-        """A row that is another's: the model is the same."""
+        """Copy another method's row: the model is the same."""
         self.rows[f"{method} @ {depth}"] = self.rows[f"{other} @ {depth}"] | {"method": method}
 
     def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
@@ -118,7 +117,7 @@ class Comparison:
         return loaded, str(plan)
 
     def rival(self, cut: Callable[[Loaded, Tensor, int], Any], count: int) -> tuple[Loaded, Any]:
-        """A method of `rivals` that takes `count` layers out."""
+        """Apply a method of `rivals` that removes `count` layers."""
         loaded = self.load()
         return loaded, cut(loaded, self.ids, count)
 
@@ -139,10 +138,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--plans", type=Path, required=True, help="JSON of a search")
-    parser.add_argument("--raw-plans", type=Path, required=True, help="JSON of an uncalibrated one")
+    parser.add_argument(
+        "--raw-plans", type=Path, required=True, help="JSON of an uncalibrated search"
+    )
     parser.add_argument("--task-dir", type=Path)
-    parser.add_argument("--limit", type=int, default=200, help="items a task")
-    parser.add_argument("--tokens", type=int, default=1 << 16, help="to calibrate on")
+    parser.add_argument("--limit", type=int, default=200, help="items per task")
+    parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens to calibrate on")
     parser.add_argument(
         "--depths", type=lambda text: list(map(int, text.split(","))), default=[27, 25, 23, 20, 15]
     )

@@ -4,10 +4,10 @@
         --train-text FILE --text FILE [--text FILE…] --directory DIR --json PATH
         [--tokens 204800] [--runs kl,next-token,raw,lora] [--dtype bfloat16]
 
-Every run heals the calibrated conversion of a plan by distillation but for what its name says:
+Every run heals the calibrated conversion of a plan by distillation, except for what its name says:
 `next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before),
-`lora`, `all`, `hidden`. Rows that are in the JSON file already are not measured again, and a run
-that was stopped goes on.
+`lora`, `all`, `hidden`. Rows that are already in the JSON file are not measured again, so the same
+command resumes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STARTS = ("raw", "calibrated")
 
 
 def variant(name: str, healing: Healing) -> Healing:
-    """The options of a run, which is `NAME` or `NAME:LEARNING-RATE`."""
+    """The options of a run, named `NAME` or `NAME:LEARNING-RATE`."""
     name, _, rate = name.partition(":")
     changes: dict[str, Any] = {"learning_rate": float(rate)} if rate else {}
     if name == "next-token":
@@ -46,7 +46,7 @@ def variant(name: str, healing: Healing) -> Healing:
 
 
 def main() -> None:
-    """Heal and measure, row after row; the first rows of a plan are those it begins from."""
+    """Heal and measure, row after row; the first rows of a plan are its conversions."""
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)

@@ -1,11 +1,11 @@
-"""Memory of healing: with the original as a second model, sharing what is frozen, and kept on disk.
+"""Memory of healing: the original as a second model, sharing frozen tensors, or kept on disk.
 
     python benchmarks/healing_memory.py [--model default] [--layers 14-27] --train-text FILE
         [--runs 3] [--json PATH]
 
-Every run is a process of its own that takes two steps (the optimizer's moments are there from the
-first on) of two windows of 512 tokens, one a pass; the peak is of the GPU's allocated memory
-where there is one, else of the process's anonymous resident memory. Linux.
+Every run is a separate process that takes two steps (the optimizer's moments exist from the first
+on) of two windows of 512 tokens, one window per pass. The peak is that of the GPU's allocated
+memory if there is a GPU, else of the process's anonymous resident memory. Needs Linux.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if torch.cuda.is_available():
 
 
 def main() -> None:
-    """Heal in every way, interleaved; print and write the peaks."""
+    """Heal in each of the three ways, interleaved; print and write the peaks."""
     parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--model", default="default")
     parser.add_argument("--layers", default="14-27")

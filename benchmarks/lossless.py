@@ -1,12 +1,13 @@
-"""A layer-parallel checkpoint as the draft of its original: tokens that stand, and speed.
+"""A layer-parallel checkpoint as the draft of its original: accepted tokens, and speed.
 
     python benchmarks/lossless.py ORIGINAL CKPT [CKPT…] --text FILE --json PATH
         [--draft-tokens 1,2,4] [--prompts 8] [--tokens 64] [--repetitions 3] [--dtype bfloat16]
 
-The original continues the first 64 tokens of windows all over the text, greedily, alone and with
-every draft, in turn. `same_tokens` counts the prompts on which the tokens are the original's own:
-all, but for ties within the rounding of the dtype. With one token proposed at a time, a draft that
-costs the share c of the original's time pays where more than that share of its tokens stands.
+The original continues the first 64 tokens of windows from all over the text, greedily, alone and
+with each draft, in turn. `same_tokens` counts the prompts on which the tokens are the original's
+own: all of them, except for ties within the rounding of the dtype. With one token drafted at a
+time, a draft that costs the share c of the original's time pays if more than that share of its
+tokens is accepted.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def main() -> None:
             "depth": drafts[name].source.num_layers if name else original.source.num_layers,
         }
         rows.append(row)
-        accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%} stand, "
+        accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%} accepted, "
         print(
-            f"depth {row['depth']}, {count} proposed: {accepted}"
-            f"{row['tokens_a_pass']:.2f} tokens a pass, {row['speedup']:.2f}x,"
+            f"depth {row['depth']}, {count} drafted: {accepted}"
+            f"{row['tokens_a_pass']:.2f} tokens per pass, {row['speedup']:.2f}x,"
             f" same tokens: {row['same_tokens']} of {len(prompts)} prompts",
             flush=True,
         )

@@ -4,14 +4,15 @@
         [--calibration FILE…] --text FILE [--text FILE…] --directory DIR --json PATH
         [--types f16,q8_0,q4_0,q4_k_m,int8,int4] [--windows 16]
 
-Every model is measured against the original in float32: the model as it is, each plan of it
-calibrated, and for comparison the model with its norms' gains folded and nothing paired, and each
-plan as it is. Types of GGUF run in llama.cpp, int8 and int4 are torchao's of weights alone, in
-transformers. `plain` rows are exported without balancing, `balanced` ones with it where that is not
-the default, and `quantized first` rows are calibrated from and toward weights that had been rounded
-to q4_0 before.
+Every model is measured against the original in float32: the model as it is, each of its plans
+calibrated, and, for comparison, the model with its norms' gains folded and nothing paired, and each
+plan without calibration. GGUF's types run in llama.cpp; int8 and int4 are torchao's weight-only
+types in transformers. `plain` rows are exported without balancing, `balanced` rows with it where
+that is not the default, and `quantized first` rows are calibrated from and toward weights that had
+been rounded to q4_0 before.
 
-Rows that are in the JSON file already are not measured again. Needs llama-cpp-python and torchao.
+Rows that are already in the JSON file are not measured again, so the same command resumes. Needs
+llama-cpp-python and torchao.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TORCHAO = {
     "int4": IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(32)),  # noqa: B009
 }
 SMALL = "q4_0"
-"""The type of the comparisons."""
+"""The type in which the variants are compared."""
 
 
 def main() -> None:
@@ -118,7 +119,7 @@ def jobs(
 def checkpoint_of(
     source: Source, path: Path, plan: Plan, calibration: Calibration | None = None
 ) -> Path:
-    """Converted, unless it is there."""
+    """Convert, unless the checkpoint exists already."""
     if not path.exists():
         td.convert(source, path, plan, calibration=calibration, dtype=torch.float32)
     if plan_of(td.open_source(path).config) != Plan(plan.num_layers, plan.groups):
@@ -129,7 +130,7 @@ def checkpoint_of(
 def quantized(
     checkpoint: Path, kind: str, directory: Path, balanced: bool | None
 ) -> tuple[Loaded, int | None]:
-    """A checkpoint in a type, and the bytes that it takes where a file has it."""
+    """A checkpoint in a type, loaded, and its size in bytes."""
     if kind == "f32":
         loaded = td.load(checkpoint, dtype=torch.float32)
         return loaded, sum(p.nbytes for p in loaded.model.parameters())
@@ -146,7 +147,7 @@ def quantized(
 
 
 def held_bytes(parameter: torch.Tensor, kind: str) -> int:
-    """Of a weight, with its scales; int4 as if packed, where torchao holds a byte each."""
+    """Bytes of a weight with its scales; int4 as if packed (torchao holds one byte each)."""
     if not hasattr(parameter, "__tensor_flatten__"):
         return parameter.nbytes
     parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
@@ -178,7 +179,7 @@ def folded(original: Source, whole: Path, directory: Path) -> Path:
 
 
 def rounded(source: Source, whole: Path, directory: Path) -> Source:
-    """The original with weights as the small type has them, as an ordinary checkpoint."""
+    """The original with weights rounded to the small type, as an ordinary checkpoint."""
     out = directory / "rounded"
     if not out.exists():
         td.export(whole, directory / "rounded.gguf", type=SMALL, force=True)

@@ -5,8 +5,8 @@
 Tiny random models of five families are converted as they are, calibrated, healed for a few steps
 and, where llama.cpp runs the family, exported; one is studied and searched for a plan. The commit
 BASE and the working tree do this with the same Python, each with its own sources. Tensors are
-compared byte for byte, config.json and results as data, but for versions and times. Both then load
-the checkpoints that BASE has made, and their logits are compared too.
+compared byte for byte, config.json and results as data, except for versions and times. Both then
+load the checkpoints that BASE has made, and their logits are compared too.
 
 Only public names of truedepth are used here, so that any two checkouts can be compared.
 """
@@ -47,7 +47,7 @@ PASSING = ("version", "truedepth", "seconds", "origin", "source", "original", "p
 
 
 def main() -> None:
-    """Make all of it with both checkouts and say what differs; exit code 1 if anything does."""
+    """Make everything with both checkouts and print what differs; exit code 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="commit to compare the working tree with")
     parser.add_argument("--keep", type=Path, help="directory to work in, kept afterwards")
@@ -65,13 +65,13 @@ def main() -> None:
     before, now = found
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     for key in changed:
-        print(f"{key}: {before.get(key, 'not there')} -> {now.get(key, 'not there')}")
+        print(f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}")
     print(f"{len(changed)} of {len(before | now)} tensors, configs and results differ.")
     sys.exit(1 if changed or not before else 0)
 
 
 def _run(tree: Path, directory: Path, name: str) -> dict[str, str]:
-    """What the sources of a checkout make: a hash of every tensor, config and result."""
+    """A hash of every tensor, config and result that a checkout's sources make."""
     environment = os.environ | {
         "PYTHONPATH": str(tree / "src"),
         "OMP_NUM_THREADS": "1",  # sums in one order
@@ -123,10 +123,10 @@ def _alphabet() -> list[str]:
 
 
 def _work(directory: Path, name: str, sources: str) -> None:
-    """In a process of its own, with the sources of one checkout."""
+    """Make everything, in a separate process, with the sources of one checkout."""
     import truedepth as td
 
-    assert str(td.__file__).startswith(sources), f"{td.__file__} is not of {sources}"
+    assert str(td.__file__).startswith(sources), f"{td.__file__} is not in {sources}"
     torch.set_num_threads(1)
     found: dict[str, str] = {}
     out, text = directory / name, directory / "text.txt"
@@ -187,7 +187,7 @@ def _hashes(checkpoint: Path, title: str) -> dict[str, str]:
 
 
 def _file_hash(path: Path) -> str:
-    """Of a GGUF file's tensors: its metadata carry the version."""
+    """A hash of a GGUF file's tensors, without its metadata, which carry the version."""
     import gguf
 
     digest = hashlib.sha256()
@@ -198,7 +198,7 @@ def _file_hash(path: Path) -> str:
 
 
 def _digest(data: Any) -> str:
-    """Data as one line, but for what may differ."""
+    """Data as one line, without what may differ."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -2,9 +2,9 @@
 
     python benchmarks/study.py --text FILE [--windows 8] [--window 256] [--json PATH]
 
-The target: 2,048 tokens (the default here) in under 45 minutes on 2 cores, and at most 60 % of the
-layer evaluations that running every cell by itself would take. The directory is thrown away, so
-nothing measured before is reused.
+The target is 2,048 tokens (the default here) in under 45 minutes on 2 cores, and at most 60 % of
+the layer evaluations that running every cell by itself would take. The study's directory is
+temporary, so no earlier measurement is reused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the study once; print and write what it took."""
     parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--text", type=Path, help="by default Python's own documentation")
+    parser.add_argument("--text", type=Path, help="default: Python's own documentation")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--stride", type=int, default=1)

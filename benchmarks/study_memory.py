@@ -1,6 +1,6 @@
 """Memory of a study of a model that is larger than memory.
 
-A synthetic checkpoint of Llama-3-70B's width, whose files are holes: they take no disk and read as
+The files of a synthetic checkpoint of Llama-3-70B's width are holes: they take no disk and read as
 zeros, through the page cache as all files do. All its layers are run in order, in pairs and merged,
 and once more with every layer's input kept, in a process whose anonymous resident memory is
 sampled. Needs Linux.
@@ -39,7 +39,7 @@ def main() -> None:
     """Study once; print and write what it took."""
     parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--layers", type=int, default=14)
-    parser.add_argument("--windows", type=int, default=4, help="of 64 tokens")
+    parser.add_argument("--windows", type=int, default=4, help="windows of 64 tokens")
     parser.add_argument("--directory", type=Path, help="for the checkpoint")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -59,11 +60,12 @@ def main() -> None:
             out = Path(directory) / "out"
             done = td.convert(source, out, plan, calibration=calibration)
             seconds = time.perf_counter() - start
+            check = done.calibration.check if done.calibration else None
             lost = losses(td.load(out, dtype=dtype), original, arguments.text)
         rows[key] = {
             "plan": plan.to_dict(),
             "dtype": str(dtype),
-            "check": (done.calibration or {}).get("check"),
+            "check": asdict(check) if check else None,
             "seconds": seconds,
             "losses": lost,
         }

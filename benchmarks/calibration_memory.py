@@ -24,14 +24,17 @@ LAYERS = 3
 CALIBRATE = """
 import sys, torch, truedepth as td
 from truedepth.calibration.refit import Calibrator
-from truedepth.calibration.trajectories import walk_of
+from truedepth.calibration.trajectories import layer_stack, walk_through
+from truedepth.widening.layout import Layout
 tokens, dtype = int(sys.argv[2]), getattr(torch, sys.argv[3])
 source = td.open_source(sys.argv[1])
 plan = td.Plan(source.num_layers, [[1, 2]])
 ids = torch.randint(source.config["vocab_size"], (tokens // 512, 512))
-walk = walk_of(source, plan.groups, ids, ids[:0], td.Calibration(activation_dtype=dtype))
-walk.advance(0, (0,))
-Calibrator(source.family, walk).refit(1, (1, 2))
+options = td.Calibration(activation_dtype=dtype)
+stack = layer_stack(source, options)
+walk = walk_through(stack, Layout(source, plan), ids, ids[:0], options)
+walk.advance((0,))
+Calibrator(walk).refit((1, 2))
 """
 
 

@@ -105,7 +105,12 @@ def main() -> None:
             measure(
                 key,
                 out,
-                {"on": processor, "seconds": done.seconds, "curve": done.curve, **done.record},
+                {
+                    "on": processor,
+                    "seconds": done.seconds,
+                    "curve": done.curve,
+                    **done.record.to_dict(),
+                },
             )
 
 

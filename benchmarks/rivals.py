@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from truedepth.depth_study.schedule import Runner, in_order
-from truedepth.families.family import sublayers
+from truedepth.modeling import LayerForm
 from truedepth.plan.plan import Plan
-from truedepth.runtime.layer_stack import run_branch
 from truedepth.runtime.loading import Loaded
+from truedepth.runtime.stage import run_stage, stages_of
 
 
 def parallel_whole_layers(loaded: Loaded, plan: Plan) -> None:
@@ -31,7 +31,7 @@ class _SideBySide(nn.Module):
 
     def __init__(self, loaded: Loaded, members: Sequence[nn.Module]) -> None:
         super().__init__()
-        self._sublayers = sublayers(loaded.source.family, loaded.model.config)
+        self._form = LayerForm(**loaded.source.family.layer_form(loaded.model.config))
         self.members = nn.ModuleList(members)
 
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
@@ -39,8 +39,10 @@ class _SideBySide(nn.Module):
         x = hidden_states.float()
         y = x
         for member in self.members:
-            attended = run_branch(self._sublayers, member, 0, x, call)
-            y = y + attended + run_branch(self._sublayers, member, 1, x + attended, call)
+            state = x
+            for stage in stages_of({0: member}, self._form):
+                state = run_stage(state, stage, [call])
+            y = y + (state - x)
         return y.to(hidden_states.dtype)
 
 
@@ -92,8 +94,10 @@ def patch_linearly(loaded: Loaded, ids: Tensor, count: int) -> list[int]:
         for start in range(1, last + 1)
     }
     start = min(turns, key=lambda each: turns[each].item())
-    attended = states[start - 1] + runner.branch(0, start - 1, states[start - 1])
-    ffn = runner.branch(1, start - 1, attended).flatten(0, 1).double()
+    attended = states[start - 1] + runner.member("attention", start - 1)(
+        states[start - 1], runner.calls
+    )
+    ffn = runner.member("ffn", start - 1)(attended, runner.calls).flatten(0, 1).double()
     wanted = (states[start + count] - attended).flatten(0, 1).double()
     gram = ffn.T @ ffn
     gram.diagonal().add_(1e-6 * gram.diagonal().mean())

@@ -16,6 +16,8 @@ transformers, so that checkpoints load with `trust_remote_code=True` where trued
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,8 +49,8 @@ class LayerConfig:
 
 
 class LayerWidthsConfig:
-    """Adds to a config `layer_widths` (one integer a layer), `side_by_side` (layers of each branch
-    group), `sublayers` (what these compute) and `truedepth` (how it was made).
+    """Adds to a config `layer_widths` (one integer per layer), `side_by_side` (groups of layers
+    that run on one input), `sublayers` (their `LayerForm`) and `truedepth` (how it was made).
     """
 
     layer_widths: list[int] | None = None
@@ -88,8 +90,8 @@ class LayerWidthsConfig:
 
 
 class LayerWidthsModel:
-    """Replaces the layers that are wider than one by the family's own layer, built wider, and those
-    of branch groups by `Branch`.
+    """Replaces layers wider than one by the family's own layer, built wider, and makes the layers
+    of `side_by_side` run on one input.
     """
 
     def __init__(self, config: Any) -> None:
@@ -103,17 +105,31 @@ class LayerWidthsModel:
             )
         super().__init__(config)  # type: ignore[call-arg]
         layers = self.base_model.layers  # type: ignore[attr-defined]
-        for index, layer_config in enumerate(config.per_layer_config):
-            if layer_config is not config:
-                layers[index] = type(layers[index])(layer_config, index)
-                _give_heads_their_gains(layers[index], layer_config)
+        for index, width in enumerate(config.layer_widths):
+            if width > 1:
+                layers[index] = wide_layer(layers[index], config, width, index)
         for group in config.side_by_side or ():
             for index in group:
-                Branch.put_in_place_of(layers[index], config.sublayers)
+                SideBySide.mix_into(layers[index], LayerForm(**config.sublayers))
             layers[group[0]].is_first, layers[group[-1]].is_last = True, True
             # in a tuple, or they would be parts of the last layer too
             layers[group[-1]].members = tuple(layers[index] for index in group)
         self.post_init()  # type: ignore[attr-defined]
+
+
+def wide_layer(layer: nn.Module, config: Any, width: int, index: int) -> nn.Module:
+    """A layer of the same class, `width` times as wide, with new weights.
+
+    Args:
+        layer: Of an ordinary model.
+        config: The model's, with `head_dim`, which does not follow from a wide layer's heads.
+        width: As a multiple of the layer.
+        index: In the model.
+    """
+    own = LayerConfig(config, width)
+    wide: nn.Module = type(layer)(own, index)
+    _give_heads_their_gains(wide, own)
+    return wide
 
 
 def _give_heads_their_gains(layer: nn.Module, config: Any) -> None:
@@ -145,60 +161,76 @@ class HeadNorm(nn.Module):
         return gains * x.to(hidden_states.dtype)
 
 
-class Branch:
-    """Mixed into a layer of a branch group, whose layers run on one input x:
+@dataclass(frozen=True)
+class LayerForm:
+    """What the layers of a model compute, by names within a layer; `sublayers` in config.json."""
 
-        a = x + Σ A_i(x)        y = a + Σ F_i(a)
+    attention: Sequence[str | None]
+    """Its module, the norm before it and the norm behind it."""
 
-    A_i and F_i are attention and FFN of layer i with their norms. Layers before the last pass on x
-    and what there is of a, `[2, batch, length, hidden]`; the last gives y.
+    ffn: Sequence[str | None]
+    """The same of the FFN."""
+
+    parallel: bool
+    """Whether both read the same state."""
+
+    multiplier: str | None
+    """The layer's attribute that what they add is multiplied by."""
+
+
+class SideBySide:
+    """Mixed into the layers of a group that run on one input x:
+
+        a = x + Σ A_i(N_i x)        y = a + Σ F_i(N'_i a)
+
+    Layers before the last pass on x and what there is of a, `[2, batch, length, hidden]`; the last
+    gives y.
     """
 
     is_first = is_last = False
     members: tuple[Any, ...] = ()
-    sublayers: dict[str, Any]
+    form: LayerForm
 
     @classmethod
-    def put_in_place_of(cls, layer: Any, sublayers: dict[str, Any]) -> None:
-        """Make a layer one of a branch group."""
+    def mix_into(cls, layer: Any, form: LayerForm) -> None:
+        """Make a layer one of a group."""
         own = type(layer)
         layer.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__})
-        layer.sublayers = sublayers
+        layer.form = form
 
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
         """Of x, or of x and a, what comes next."""
         x, a = (hidden_states, hidden_states) if self.is_first else hidden_states.unbind(0)
-        a = a + run_sublayer(self, self.sublayers, "attention", x, *args, **call)
+        a = a + run_sublayer(self, self.form, "attention", x, *args, **call)
         if not self.is_last:
             return torch.stack([x, a])
-        y, entered = a, x if self.sublayers["parallel"] else a
+        y, entered = a, x if self.form.parallel else a
         for member in self.members:
-            y = y + run_sublayer(member, self.sublayers, "ffn", entered)
+            y = y + run_sublayer(member, self.form, "ffn", entered)
         return y
 
 
 def run_sublayer(
-    layer: Any, sublayers: dict[str, Any], which: str, x: Tensor, *args: Any, **call: Any
+    layer: Any, form: LayerForm, kind: str, x: Tensor, *args: Any, **call: Any
 ) -> Tensor:
-    """What a layer's attention or FFN adds to the residual stream.
+    """What a sub-layer adds to the residual stream: `s(N_s x)`.
 
     Args:
         layer: With its weights.
-        sublayers: Their modules, the norms before and behind them, and the layer's multiplier.
-        which: `attention` or `ffn`.
+        form: Where its sub-layers and norms are.
+        kind: `attention` or `ffn`.
         x: `[batch, length, hidden]`.
         args: Given to the attention, as the layer gets them.
         call: Likewise.
     """
-    module, norm, post_norm = sublayers[which]
+    module, norm, post_norm = getattr(form, kind)
     if norm is not None:
         x = layer.get_submodule(norm)(x)
     output = layer.get_submodule(module)(x, *args, **call)
     added: Tensor = output[0] if isinstance(output, tuple) else output
     if post_norm is not None:
         added = layer.get_submodule(post_norm)(added)
-    multiplier = sublayers["multiplier"]
-    return added if multiplier is None else added * getattr(layer, multiplier)
+    return added if form.multiplier is None else added * getattr(layer, form.multiplier)
 
 
 _AUTO_CLASSES = {

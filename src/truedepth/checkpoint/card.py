@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from truedepth.checkpoint.records import calibration_words
+from truedepth.checkpoint.records import CalibrationRecord, HealingRecord
 from truedepth.plan.plan import Plan
 from truedepth.sources.source import Source
 from truedepth.version import __version__
@@ -21,8 +18,8 @@ def model_card(
     source: Source,
     plan: Plan,
     all_reduces: int,
-    calibration: Mapping[str, Any] | None,
-    healing: Mapping[str, Any] | None = None,
+    calibration: CalibrationRecord | None,
+    healing: HealingRecord | None = None,
 ) -> str:
     """Markdown with the metadata that model hubs read.
 
@@ -30,8 +27,8 @@ def model_card(
         source: The original.
         plan: Of the checkpoint.
         all_reduces: Per token over several ranks, of the layers as engines run them.
-        calibration: Its record in config.json, if it was calibrated.
-        healing: Likewise.
+        calibration: If it was calibrated.
+        healing: If it was healed.
     """
     base = f"base_model: {source.name}\n" if "/" in source.name else ""
     quantized = ""
@@ -40,25 +37,24 @@ def model_card(
     repaired = ""
     if calibration:
         repaired = (
-            "\nThe wide layers were refitted to the original in closed form, on"
-            f" {calibration_words(calibration)}.\n"
+            f"\nThe wide layers were refitted to the original in closed form, on {calibration}.\n"
         )
-        if check := calibration["check"]:
+        if check := calibration.check:
             repaired += (
-                f"On {check['tokens']:,} other tokens of that text the loss is"
-                f" {check['excess']:.4f} nats a token above the original's.\n"
+                f"On {check.tokens:,} other tokens of that text the loss is"
+                f" {check.excess:.4f} nats a token above the original's.\n"
             )
     if healing:
-        tokens = sum(healing["text"].values())
-        loss = healing["validation"]["after"]
+        tokens = sum(healing.text.values())
+        loss = healing.validation.after
         repaired += (
-            f"\nThen {TRAINED[healing['train']]} trained toward the original on {tokens:,} tokens"
-            f" of {', '.join(healing['text'])}.\nOn tokens of that text that were not"
+            f"\nThen {TRAINED[healing.train]} trained toward the original on {tokens:,} tokens"
+            f" of {', '.join(healing.text)}.\nOn tokens of that text that were not"
             f" trained on the loss is {loss['excess']:.4f} nats a token above the original's, KL"
             f" {loss['kl']:.4f}.\n"
         )
     without = "" if healing else " without training"
-    before = plan.unpaired.all_reduces_per_token(2)
+    before = plan.unpaired.all_reduces
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation

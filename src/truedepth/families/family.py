@@ -5,8 +5,8 @@ behind a norm of its own. Linear maps read the normed stream and write to it; th
 are what widening needs, and docs/families.md says how to write them down.
 
 Some layers cannot become one wide layer, because something nonlinear stands between their output
-and the stream, or because they attend in different ways. They run side by side as they are: a
-*branch group*.
+and the stream, or because they attend in different ways. They keep
+their places and run side by side as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUERY, KEY_VALUE, FFN = "num_attention_heads", "num_key_value_heads", "intermedi
 
 
 @dataclass(frozen=True)
-class Sublayer:
+class SublayerNames:
     """Attention or FFN: `x + post_norm(module(norm(x)))`, each by its name within a layer."""
 
     module: str
@@ -50,8 +50,8 @@ class Family:
     body_prefix: str = ""
     """The same of the config and the model without a head, where these have another."""
 
-    attention: Sublayer = Sublayer("self_attn", "input_layernorm")
-    ffn: Sublayer = Sublayer("mlp", "post_attention_layernorm")
+    attention: SublayerNames = SublayerNames("self_attn", "input_layernorm")
+    ffn: SublayerNames = SublayerNames("mlp", "post_attention_layernorm")
 
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Linear maps that are several in one, one under another -> what config.json calls the size of
@@ -73,7 +73,7 @@ class Family:
     per_layer: tuple[str, ...] = ("layer_types",)
     """Lists in the config with one entry a layer. Layers that differ in one are not joined."""
 
-    branches_only: str = ""
+    side_by_side_only: str = ""
     """Why layers of this family cannot become one wide layer, as the end of a sentence."""
 
     obsolete: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class Family:
         return f"{body}Config", f"{body}Model", f"{self.class_prefix}ForCausalLM"
 
     @property
-    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+    def sublayers(self) -> tuple[SublayerNames, SublayerNames]:
         """Attention and FFN."""
         return self.attention, self.ffn
 
@@ -134,6 +134,19 @@ class Family:
             getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
         )
 
+    def layer_form(self, config: Any) -> dict[str, Any]:
+        """What a layer computes, as config.json says it: the fields of `modeling.LayerForm`.
+
+        Args:
+            config: The model's, transformers' own.
+        """
+        return {
+            "attention": [self.attention.module, self.attention.norm, self.attention.post_norm],
+            "ffn": [self.ffn.module, self.ffn.norm, self.ffn.post_norm],
+            "parallel": self.is_parallel(config),
+            "multiplier": self.multiplier,
+        }
+
     def current_name(self, tensor: str) -> str:
         """What transformers calls the tensor of that name in a file."""
         for old, new in self.renamed.items():
@@ -153,15 +166,15 @@ class Family:
                 return int(index), rest
         return None, tensor
 
-    def why_branches(self, config: Any, group: Sequence[int]) -> str:
+    def why_not_wide(self, config: Any, group: Sequence[int]) -> str:
         """Why the layers of a group cannot be one wide layer, as the end of a sentence; else "".
 
         Args:
             config: The original's, transformers' own.
             group: Layers of the original.
         """
-        if self.branches_only and len(group) > 1:
-            return self.branches_only
+        if self.side_by_side_only and len(group) > 1:
+            return self.side_by_side_only
         for key in self.per_layer:
             entries = getattr(config, key, None)
             if entries and len(found := dict.fromkeys(entries[layer] for layer in group)) > 1:
@@ -173,13 +186,3 @@ class Family:
 def head_dim(config: Mapping[str, Any]) -> int:
     """Of a config.json, which need not say it."""
     return int(config.get("head_dim") or config["hidden_size"] // config[QUERY])
-
-
-def sublayers(family: Family, config: Any) -> dict[str, Any]:
-    """How a layer of a model with that config (transformers') computes, for `modeling.Branch`."""
-    return {
-        "attention": [family.attention.module, family.attention.norm, family.attention.post_norm],
-        "ffn": [family.ffn.module, family.ffn.norm, family.ffn.post_norm],
-        "parallel": family.is_parallel(config),
-        "multiplier": family.multiplier,
-    }

@@ -2,17 +2,17 @@
 
 from dataclasses import replace
 
-from truedepth.families.family import Sublayer
+from truedepth.families.family import SublayerNames
 from truedepth.families.llama import LLAMA
 
 OLMO2 = replace(
     LLAMA,
     model_type="olmo2",
     class_prefix="Olmo2",
-    attention=Sublayer("self_attn", None, "post_attention_layernorm"),
-    ffn=Sublayer("mlp", None, "post_feedforward_layernorm"),
+    attention=SublayerNames("self_attn", None, "post_attention_layernorm"),
+    ffn=SublayerNames("mlp", None, "post_feedforward_layernorm"),
     heads={},  # the norms are over all of them
-    branches_only="each has a norm behind its attention and FFN",
+    side_by_side_only="each has a norm behind its attention and FFN",
 )
 OLMO3 = replace(OLMO2, model_type="olmo3", class_prefix="Olmo3")
 

@@ -107,14 +107,13 @@ class Plan:
         """Width of every layer of the converted model, as a multiple of an original layer."""
         return [len(group) for group in self.groups]
 
-    def all_reduces_per_token(self, tp: int) -> int:
-        """All-reduces in the decoder layers for one token at tensor-parallel size `tp`.
+    @property
+    def all_reduces(self) -> int:
+        """All-reduces per token in the decoder layers, over any number of ranks above 1.
 
-        Two a layer (after attention and after the FFN, Megatron-LM's sharding), none on one device.
+        Two per layer, after attention and after the FFN (Megatron-LM's sharding).
         """
-        if tp < 1:
-            raise TruedepthError(f"Tensor-parallel size must be at least 1, not {tp}.")
-        return 2 * self.effective_depth if tp > 1 else 0
+        return 2 * self.effective_depth
 
     def __str__(self) -> str:
         """One line, for example ``0 1 [2+3] [4+5] 6``; long runs of single layers as ``0 … 13``."""

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.refit import Calibrator
-from truedepth.calibration.trajectories import walk_of
+from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.calibration.windows import calibration_windows
+from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
-from truedepth.evaluation.loss import Loss
+from truedepth.evaluation.loss import loss_of
 from truedepth.plan.choose import cheapest_plans
 from truedepth.plan.plan import Plan
 from truedepth.progress import progress_bar
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
+from truedepth.widening.layout import Layout
 
 SEARCH_TOKENS = 1 << 14
 MEASURED_WINDOWS = 16
@@ -192,9 +194,11 @@ class _Searcher:
                 "The text is too short to measure plans on; give more of it, or a smaller window."
             )
         self._text = text
+        # All plans share the original's layers; which of them are paired makes no difference here.
+        self._stack = layer_stack(source, options)
+        self._layout = Layout(source, Plan(source.num_layers))
         self._scores: dict[Group, Score] = {}
         self._losses: dict[Plan, tuple[Loss, Loss]] = {}
-        self._passes = 0.0
         self._stopped = False
         self.plans: dict[int, list[Plan]] = {}
         """By effective depth, from the least predicted loss on."""
@@ -234,24 +238,22 @@ class _Searcher:
         """Each group's loss by itself, in one walk through the original's layers."""
         text = self._text
         fitted = text.fitted if refitted else text.fitted[:0]
-        walk = walk_of(self._source, groups, fitted, text.measured, self._options)
-        calibrator = Calibrator(self._source.family, walk)
+        walk = walk_through(self._stack, self._layout, fitted, text.measured, self._options)
+        calibrator = Calibrator(walk)
         states: dict[Group, Tensor] = {}
         title = "Groups, refitted" if refitted else "Groups as they are"
         with progress_bar(title, self._source.num_layers) as advance:
             for layer in range(self._source.num_layers):
                 self._check_time(SCORING)
                 walk.onward(layer, [x for group, x in states.items() if group[-1] < layer])
-                for index, group in enumerate(groups):
+                for group in groups:
                     if group[0] == layer:
-                        refit = refitted and walk.converted.is_wide(index)
-                        aside = calibrator.refit_aside if refit else walk.detour
-                        states[group] = aside(index, group)
-                walk.advance(layer, (layer,))
+                        refit = refitted and self._layout.is_wide(group)
+                        states[group] = (calibrator.refit_aside if refit else walk.detour)(group)
+                walk.advance((layer,))
                 advance(1)
         rows = walk.losses(list(states.values()))
-        self._passes += walk.token_passes / self._options.window
-        return {g: Loss.of(r, self._options.window) for g, r in zip(states, rows, strict=True)}
+        return {g: loss_of(r, self._options.window) for g, r in zip(states, rows, strict=True)}
 
     def predicted(self, plan: Plan) -> float:
         """Sum of the excess losses of the plan's groups, nats a token."""
@@ -262,30 +264,24 @@ class _Searcher:
         if plan not in self._losses:
             self._check_time()
             measured, check = self._text.measured, self._text.check
-            walk = walk_of(
-                self._source,
-                plan.groups,
-                self._text.fitted,
-                torch.cat([measured, check]),
-                self._options,
-            )
-            calibrator = Calibrator(self._source.family, walk)
+            both = torch.cat([measured, check])
+            walk = walk_through(self._stack, self._layout, self._text.fitted, both, self._options)
+            calibrator = Calibrator(walk)
             title = f"A plan of depth {plan.effective_depth}"
             with progress_bar(title, len(plan.groups)) as advance:
-                for index, group in enumerate(plan.groups):
+                for group in plan.groups:
                     self._check_time()
-                    if self._calibrate and len(group) > 1 and walk.converted.is_wide(index):
-                        calibrator.refit(index, group)
+                    if self._calibrate and self._layout.is_wide(group):
+                        calibrator.refit(group)
                     else:
-                        walk.advance(index, group)
+                        walk.advance(group)
                     advance(1)
             rows = walk.losses()[0]
             window = self._options.window
             self._losses[plan] = (
-                Loss.of(rows[: len(measured)], window),
-                Loss.of(rows[len(measured) :], window),
+                loss_of(rows[: len(measured)], window),
+                loss_of(rows[len(measured) :], window),
             )
-            self._passes += walk.token_passes / window
         return self._losses[plan][0]
 
     def best_at(self, depth: int) -> Plan:
@@ -381,7 +377,7 @@ class _Searcher:
             frontier=points,
             scores=list(self._scores.values()),
             plans_measured=len(self._losses),
-            forward_passes=self._passes,
+            forward_passes=self._stack.token_passes / self._options.window,
             seconds=time.monotonic() - self._start,
             stopped=self._stopped,
             calibrated=self._calibrate,

@@ -1,7 +1,7 @@
-"""What else makes a model shallower without training, each from its paper's description.
+"""Other methods that make a model shallower without training, after their papers' descriptions.
 
-Every function changes `model.base_model.layers` of a model that is its caller's own copy. They are
-for comparison only: none of them is part of the package.
+Every function changes `model.base_model.layers` in place; the caller passes a copy of its own. They
+are for comparison only: none of them is part of the package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def parallel_whole_layers(loaded: Loaded, plan: Plan) -> None:
 
 
 class _SideBySide(nn.Module):
-    """y = x + Σ_i f_i(x), where x + f_i(x) is what layer i gives."""
+    """y = x + Σ_i f_i(x), where x + f_i(x) is the output of layer i."""
 
     def __init__(self, loaded: Loaded, members: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _SideBySide(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
-        """As a decoder layer is called."""
+        """Called like a decoder layer."""
         x = hidden_states.float()
         y = x
         for member in self.members:
@@ -72,18 +72,19 @@ def greedy_order(loaded: Loaded, ids: Tensor, count: int) -> list[int]:
 
 
 def drop(loaded: Loaded, layers: Sequence[int]) -> None:
-    """Take layers out."""
+    """Remove layers."""
     kept = [x for i, x in enumerate(loaded.model.base_model.layers) if i not in set(layers)]
     _replace(loaded, kept)
 
 
 @torch.no_grad()
 def patch_linearly(loaded: Loaded, ids: Tensor, count: int) -> list[int]:
-    """ReplaceMe (arXiv 2505.02819): a span of layers becomes one linear map behind the FFN before.
+    """ReplaceMe (arXiv 2505.02819): a span of layers becomes a linear map after the previous FFN.
 
     The span is the one over which hidden states turn least (mean cosine distance). The map is the
-    least-squares solution T of (M T + Y ≈ L), M being the FFN's output of the last layer before
-    the span, Y what is added to it and L the span's output; it is folded into the down projection.
+    least-squares solution T of (M T + Y ≈ L), where M is the FFN's output in the last layer before
+    the span, Y is what it is added to and L is the span's output. T is folded into the down
+    projection.
     """
     runner = Runner(loaded, ids)
     states = runner.inputs()

@@ -5,9 +5,9 @@
 Tiny random models of five families are converted as they are, calibrated, healed for a few steps
 and, where llama.cpp runs the family, exported; one is studied and searched for a plan. The commit
 BASE and the working tree do this with the same Python, each with its own sources. Tensors are
-compared byte for byte; config.json and results as data, but for versions and times, and numbers in
-them to a millionth. Both then load the checkpoints that BASE has made, whose logits are compared
-byte for byte too.
+compared byte for byte; config.json and results as data, except for versions and times, and with
+numbers equal to a millionth. Both then load the checkpoints that BASE has made, and their logits
+are compared byte for byte too.
 
 Only public names of truedepth are used here, so that any two checkouts can be compared.
 """
@@ -49,7 +49,7 @@ PASSING = ("version", "truedepth", "seconds", "origin", "source", "original", "p
 
 
 def main() -> None:
-    """Make all of it with both checkouts and say what differs; exit code 1 if anything does."""
+    """Make everything with both checkouts and print what differs; exit code 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="commit to compare the working tree with")
     parser.add_argument("--keep", type=Path, help="directory to work in, kept afterwards")
@@ -67,7 +67,7 @@ def main() -> None:
     before, now = found
     changed = [key for key in before | now if not _alike(before.get(key), now.get(key))]
     for key in changed:
-        said = (str(each.get(key, "not there"))[:200] for each in (before, now))
+        said = (str(each.get(key, "absent"))[:200] for each in (before, now))
         print(f"{key}: {' -> '.join(said)}")
     print(f"{len(changed)} of {len(before | now)} tensors, configs and results differ.")
     sys.exit(1 if changed or not before else 0)
@@ -85,7 +85,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _run(tree: Path, directory: Path, name: str) -> dict[str, Any]:
-    """What the sources of a checkout make: a hash of every tensor, configs and results."""
+    """What a checkout's sources make: a hash of every tensor, configs and results."""
     environment = os.environ | {
         "PYTHONPATH": str(tree / "src"),
         "OMP_NUM_THREADS": "1",  # sums in one order
@@ -137,10 +137,10 @@ def _alphabet() -> list[str]:
 
 
 def _work(directory: Path, name: str, sources: str) -> None:
-    """In a process of its own, with the sources of one checkout."""
+    """Make everything, in a separate process, with the sources of one checkout."""
     import truedepth as td
 
-    assert str(td.__file__).startswith(sources), f"{td.__file__} is not of {sources}"
+    assert str(td.__file__).startswith(sources), f"{td.__file__} is not in {sources}"
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     out, text = directory / name, directory / "text.txt"
@@ -203,7 +203,7 @@ def _hashes(checkpoint: Path, title: str) -> dict[str, Any]:
 
 
 def _file_hash(path: Path) -> str:
-    """Of a GGUF file's tensors: its metadata carry the version."""
+    """A hash of a GGUF file's tensors, without its metadata, which carry the version."""
     import gguf
 
     digest = hashlib.sha256()

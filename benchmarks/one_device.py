@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
+from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
-from truedepth.registration import register
 from truedepth.runtime.device import default_device
 from truedepth.runtime.empty import transformers_config
 from truedepth.speed.timing import in_turn

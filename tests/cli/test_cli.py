@@ -325,7 +325,9 @@ def test_verified_generation(run, make_model, tmp_path):
     code, out, err = run("generate", tmp_path / "out", *options, "--verify", make_model())
     assert code == 0
     assert out == alone
-    assert re.search(r"12 tokens in \d+ passes of .*; \d+% of \d+ proposed tokens stand\.", err)
+    assert re.search(
+        r"12 tokens in \d+ passes of .*; \d+% of \d+ drafted tokens were accepted\.", err
+    )
 
 
 def test_version(run):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.refit import Calibrator, Refit
 from truedepth.calibration.trajectories import walk_of
-from truedepth.calibration.windows import calibration_windows
+from truedepth.calibration.windows import activation_dtype, calibration_windows, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Loss
 from truedepth.files.atomic import whole_file
@@ -67,7 +67,7 @@ def calibrated(
             " layers stay as they are; convert it with --no-calibrate."
         )
     text = calibration_windows(source, options, max(plan.widths))
-    _, dtype = options.place(source)
+    _, dtype = placement(source, options)
     settings = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": text.fitted.numel(),
@@ -75,7 +75,7 @@ def calibrated(
         "window": options.window,
         "seed": options.seed,
         "dtype": dtype_name(dtype),
-        "activation_dtype": dtype_name(options.activation_dtype),
+        "activation_dtype": dtype_name(activation_dtype(options)),
     }
     identity = {
         **settings,

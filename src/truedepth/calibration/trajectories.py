@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from truedepth.calibration.options import Calibration
+from truedepth.calibration.windows import activation_dtype, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Predictions, window_measures
 from truedepth.runtime.layer_stack import Calls, LayerStack
@@ -233,7 +234,7 @@ def walk_of(
     tensors = converted_tensors(source, groups, torch.float32)
     config = converted_config(source, groups, tensors)
     places = places_of_groups(source, groups)
-    device, dtype = options.place(source)
+    device, dtype = placement(source, options)
     return Walk(
         LayerStack(source, device=device, dtype=dtype),
         LayerStack(
@@ -241,7 +242,7 @@ def walk_of(
         ),
         torch.cat([fitted, measured]),
         measured=len(measured),
-        activation_dtype=options.activation_dtype,
+        activation_dtype=activation_dtype(options),
         workspace=options.workspace,
         batch_size=options.batch_size,
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from truedepth.calibration.trajectories import walk_of
 from truedepth.calibration.windows import calibration_windows
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Loss
+from truedepth.options import Bounds, checked
 from truedepth.plan.choose import cheapest_plans
 from truedepth.plan.plan import Plan
+from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.progress import progress_bar
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 
-SEARCH_TOKENS = 1 << 14
 MEASURED_WINDOWS = 16
 NEAR = 1.3  # a plan within so many times the limit is a reason to try the next best of its depth
 SCORING = 0.6  # of the time, at most, before plans are measured
@@ -104,32 +105,34 @@ class Search:
         return asdict(self) | {"plan": self.plan.to_dict(), "frontier": points}
 
 
+@checked
 def search(
     model: str | Path | Source,
     *,
-    pairs: int | None = None,
-    depth: int | None = None,
-    max_loss: float | None = None,
-    max_group: int = 2,
+    pairs: Annotated[int | None, Bounds(1)] = None,
+    depth: Annotated[int | None, Bounds(1)] = None,
+    max_loss: Annotated[float | None, Bounds(above=0)] = None,
+    max_group: Annotated[int, Bounds(2)] = 2,
     calibrate: bool = True,
     calibration: Calibration | None = None,
-    candidates: int = 3,
+    candidates: Annotated[int, Bounds(1)] = 3,
     frontier: bool = False,
-    budget: float | None = None,
+    budget: Annotated[float | None, Bounds(0)] = None,
 ) -> Search:
     """Find the plan of least loss at a depth, or the shallowest one within a loss.
 
     Args:
         model: An original: directory, `.gguf` file, hub id, `default`, or an open source.
-        pairs: Layers to save, as so many pairs do.
-        depth: Effective depth to reach.
-        max_loss: Excess loss to stay within, nats a token; give one of these three.
-        max_group: Layers in the widest group.
-        calibrate: Whether the plan is for a calibrated conversion.
-        calibration: Text and tokens that plans are refitted on; 16,384 tokens by default.
+        pairs: Find the best plan of this many pairs, or of wider groups that save as many layers.
+        depth: Find the best plan of this effective depth.
+        max_loss: Find the shallowest plan whose excess loss is at most this many nats per token.
+            Give one of `pairs`, `depth` and `max_loss`.
+        max_group: Largest number of layers in a group that a search considers.
+        calibrate: Refit the plans that are compared, for a conversion that will be calibrated.
+        calibration: Text and tokens that plans are refitted on; default: `SEARCH_CALIBRATION`.
         candidates: Plans of least predicted loss to measure, at the depth that is chosen.
-        frontier: Measure a plan of every depth, not only of those on the way.
-        budget: Minutes after which the best so far is taken.
+        frontier: Also measure a plan at each of the other effective depths.
+        budget: Minutes after which the search takes the best plan so far. Default: no limit.
 
     Raises:
         TruedepthError: The goal is out of reach, or text or options do not fit.
@@ -137,10 +140,6 @@ def search(
     source = open_source(model)
     if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of pairs, depth, max_loss.")
-    if max_group < 2:
-        raise TruedepthError(f"The widest group must have at least 2 layers, not {max_group}.")
-    if max_loss is not None and not max_loss > 0:
-        raise TruedepthError(f"The excess loss to stay within must be above 0, not {max_loss}.")
     if pairs is not None:
         depth = source.num_layers - pairs
     least = math.ceil(source.num_layers / max_group)
@@ -149,7 +148,7 @@ def search(
             f"An effective depth of {depth} is out of reach: groups of up to {max_group} take"
             f" {source.num_layers} layers to {least} to {source.num_layers - 1}."
         )
-    options = calibration or Calibration(tokens=SEARCH_TOKENS)
+    options = calibration or SEARCH_CALIBRATION
     searcher = _Searcher(source, max_group, calibrate, options, budget)
     searcher.score(candidates)
     if depth is not None:

@@ -32,15 +32,15 @@ def open_source(
 ) -> Source:
     """Open a model without reading its weights.
 
-    Nothing that comes with a model is run, unless it is allowed here. The source keeps that in
-    mind, and every function that takes a model takes a source.
+    Nothing that comes with a model is run, unless it is allowed here; a model's own code never is,
+    for the families are transformers' own. The source remembers what is allowed, and every function
+    that takes a model takes a source.
 
     Args:
         model: A directory, a `.gguf` file, a hub id, or `default`. An open source is given back.
-        allow_pickle: Read pickled weights (`.bin`, `.pt`) where there are no safetensors, and of
-            them only what makes tensors.
-        trust_remote_code: Run the code that a tokenizer brings. A model's own code is never run:
-            the families are transformers' own.
+        allow_pickle: Read pickled weights (`.bin`, `.pt`) if there are no safetensors; only tensors
+            are read from them.
+        trust_remote_code: Run a tokenizer's own Python code; read it first.
 
     Raises:
         TruedepthError: There is no such model, or it is not one that can be read.

@@ -47,7 +47,9 @@ class Bounds:
         """As in "must be …"."""
         if self.above is not None:
             return f"above {self.above}"
-        return f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
+        return (
+            f"at least {self.least}" if self.most is None else f"from {self.least} to {self.most}"
+        )
 
 
 class OneOf:

@@ -99,7 +99,6 @@ class _Parameter:
     option: Option
     """What the library says of it."""
 
-    metadata: tuple[Any, ...] = ()
     group: str | None = None
     """The `Given` that it belongs to."""
 
@@ -199,6 +198,8 @@ def _expanded(group: str, chosen: Fields) -> list[_Parameter]:
         type_, default = _typer_type(option, value)
         info = _switch(name) if default is False else typer.Option()
         info.rich_help_panel = option.panel
+        limits = tuple(each for each in option.metadata if isinstance(each, Bounds))
+        option = replace(option, metadata=limits)  # words are refused by typer
         found.append(_Parameter(name, type_, default, info, option, group=group))
     return found
 
@@ -234,7 +235,7 @@ def _read(option: Option, value: Any) -> Any:
     if isinstance(value, list):
         (part,) = parts
         return tuple(map(getattr(part, "parse", lambda text: text), value))
-    return value.value if any(isinstance(each, OneOf) for each in option.metadata) else value
+    return str(value) if isinstance(value, StrEnum) and type(value) not in parts else value
 
 
 def _explain(parameter: _Parameter, flags: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers,
 from rows import WINDOWS, Rows, parser_of
 from truedepth.calibration.windows import calibration_windows
 from truedepth.plan.plan import Plan
-from truedepth.planning.search import SEARCH_TOKENS
+from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.runtime.device import fast_dtype
 from truedepth.runtime.loading import Loaded
 
@@ -61,7 +61,7 @@ class Comparison:
         """What rivals choose and fit on: as many tokens as a search does."""
         if self._ids is None:
             options = td.Calibration(
-                text=self.arguments.calibration, tokens=SEARCH_TOKENS, own_text=0.0
+                text=self.arguments.calibration, tokens=SEARCH_CALIBRATION.tokens, own_text=0.0
             )
             self._ids = calibration_windows(self.source, options, 2).fitted
         return self._ids

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from rows import parser_of
+from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
-from truedepth.registration import register
 from truedepth.runtime.device import default_device
 from truedepth.runtime.empty import transformers_config
 from truedepth.speed.timing import in_turn

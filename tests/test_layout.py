@@ -12,8 +12,18 @@ import truedepth as td
 PACKAGE = Path(td.__file__).parent
 
 ROOMS = (
-    *("errors", "version", "progress", "tensors", "modeling", "files", "families", "plan"),
-    *("registration", "sources", "checkpoint", "text", "runtime", "widening", "evaluation"),
+    *(
+        "errors",
+        "options",
+        "version",
+        "progress",
+        "tensors",
+        "modeling",
+        "files",
+        "families",
+        "plan",
+    ),
+    *("sources", "checkpoint", "text", "runtime", "widening", "evaluation"),
     *("calibration", "healing", "depth_study", "engines", "planning", "conversion", "inspection"),
     *("speed", "demo", "report", "cli"),
 )

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truedepth.errors import TruedepthError
+from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
-from truedepth.registration import register
 from truedepth.version import __version__
 
 if TYPE_CHECKING:

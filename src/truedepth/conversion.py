@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from truedepth.checkpoint.card import model_card
 from truedepth.checkpoint.records import CalibrationRecord
 from truedepth.checkpoint.writing import write_checkpoint
 from truedepth.files.atomic import beside, check_apart, check_output
+from truedepth.options import Bounds, checked
 from truedepth.plan.plan import Plan
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
@@ -61,6 +62,7 @@ class Conversion:
         }
 
 
+@checked
 def convert(
     model: str | Path | Source,
     out: str | Path,
@@ -68,7 +70,7 @@ def convert(
     *,
     calibration: Calibration | None = None,
     dtype: torch.dtype | None = None,
-    pad_heads: int = 1,
+    pad_heads: Annotated[int, Bounds(1)] = 1,
     shard_size: int | str = "5GB",
     force: bool = False,
 ) -> Conversion:
@@ -83,9 +85,10 @@ def convert(
         out: Directory to write; appears when it is complete.
         plan: Which layers run together; for a model of this depth.
         calibration: Refit the wide layers on this text; by default they are exact.
-        dtype: Of the weights; by default as in the source, float32 for quantized GGUF files.
-        pad_heads: Ranks that head counts shall divide by; heads of zeros are added until they do.
-        shard_size: Most bytes a file of weights holds, as a number or such as `"5GB"`.
+        dtype: Dtype of the written weights. Default: as in the source, float32 for quantized GGUF
+            files.
+        pad_heads: Add heads of zeros until the head counts divide by this number of ranks.
+        shard_size: Largest size of a weights file: a number of bytes, or such as `5GB`.
         force: Replace `out` if it exists.
 
     Raises:

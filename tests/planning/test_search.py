@@ -155,7 +155,7 @@ def test_a_search_whose_time_is_up_takes_the_best_so_far(make_model, calibration
         ({"pairs": 4}, "depth of 2 is out of reach"),
         ({"depth": 6}, "6 layers to 3 to 5"),
         ({"max_loss": 0.0}, "above 0"),
-        ({"pairs": 1, "max_group": 1}, "at least 2 layers"),
+        ({"pairs": 1, "max_group": 1}, "max_group must be at least 2, not 1"),
     ],
 )
 def test_impossible_goals(make_model, calibration, goal, words):

@@ -111,7 +111,7 @@ def test_heads_that_do_not_divide(make_model):
 
 
 def test_lengths_of_nothing(make_model):
-    with pytest.raises(td.TruedepthError, match="A length must be at least 1, not 0"):
+    with pytest.raises(td.TruedepthError, match="lengths must be at least 1, not 0"):
         td.bench(make_model(), lengths=[0])
 
 

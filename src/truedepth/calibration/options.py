@@ -1,60 +1,79 @@
-"""What to calibrate on, and how."""
+"""Options of a calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+from truedepth.errors import TruedepthError
+from truedepth.options import Bounds, check_fields
 
-from truedepth.runtime.device import default_device, fast_dtype
-from truedepth.sources.source import Source
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on, and how."""
+    """What to calibrate on, and how.
+
+    Raises:
+        TruedepthError: A value is out of bounds, or the tokens make fewer than two windows.
+    """
 
     text: Sequence[str | Path] = ()
-    """`.txt` or `.jsonl` files, each with the same share of the tokens while it lasts; by default
-    the documentation that Python carries."""
+    """Text to calibrate on: a `.txt` or `.jsonl` file. Default: Python's own documentation.
 
-    own_text: float | None = None
-    """Share of the tokens that the model writes itself: it knows what it was trained on. By default
-    half where no text is given, and nothing where some is."""
+    Several files have equal shares of the tokens; what a short one lacks, the others give."""
 
-    tokens: int = 1 << 16
-    window: int = 512
-    """Tokens a window."""
+    own_text: Annotated[float | None, Bounds(0, 1)] = None
+    """Share of the tokens that the model writes itself. Default: 0.5 without `text`, else 0.
 
-    check: int = 16
-    """Windows beside these tokens that the calibrated model is compared with the original on."""
+    What a model writes resembles what it was trained on."""
+
+    tokens: Annotated[int, Bounds(1)] = 1 << 16
+    """Number of tokens to calibrate on."""
+
+    window: Annotated[int, Bounds(2)] = 512
+    """Tokens per window."""
+
+    check: Annotated[int, Bounds(0)] = 16
+    """Windows, in addition to these tokens, on which the calibrated model is compared with the
+    original."""
 
     device: str | torch.device | None = None
+    """Device to run on, such as cpu, cuda or cuda:1. Default: the first GPU, else the CPU."""
+
     dtype: torch.dtype | None = None
-    """In which layers compute; by default bfloat16 where that is fast."""
+    """Dtype that the layers compute in. Default: on a CPU bfloat16 if it is fast there, else
+    float32; on a GPU the dtype of the weights."""
 
-    activation_dtype: torch.dtype = torch.float32
-    """Of the states that are kept for every token."""
+    activation_dtype: torch.dtype | None = None
+    """Dtype of the hidden states, which are kept for every token. Default: float32."""
 
-    batch_size: int = 8
-    """Windows a forward pass."""
+    batch_size: Annotated[int, Bounds(1)] = 8
+    """Windows per forward pass."""
 
     workspace: Path | None = None
-    """A directory for memory-mapped states; by default they are in memory."""
+    """Directory for the hidden states, as memory-mapped files. Default: they stay in memory."""
 
     seed: int = 0
-    """Of the order of windows, which decides which of them choose penalties, and of own text."""
+    """Random seed for the order of the windows and for the text that the model writes.
+
+    The order decides on which windows penalties are chosen."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.tokens < 2 * self.window:
+            raise TruedepthError(
+                f"{self.tokens} calibration tokens are too few: two windows of {self.window} are"
+                " the least, one to fit on and one to choose penalties on."
+            )
 
     @property
     def own_share(self) -> float:
-        """`own_text`, or what it is by default."""
+        """`own_text`, or its default."""
         if self.own_text is None:
             return 0.0 if self.text else 0.5
         return self.own_text
-
-    def place(self, source: Source) -> tuple[torch.device, torch.dtype]:
-        """Where layers compute, and in what."""
-        device = torch.device(self.device or default_device())
-        return device, self.dtype or fast_dtype(source, device)

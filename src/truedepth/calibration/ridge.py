@@ -78,7 +78,10 @@ class Regression:
         prior = prior.to(self._gram)
         if not self._gram.isfinite().all() or not self._cross.isfinite().all():
             raise TruedepthError(
-                "The activations on the calibration text are not finite; try --dtype float32.", 1
+                "The activations on the calibration text are not finite. Compute in float32:"
+                " truedepth convert --compute-dtype float32, truedepth plan --dtype float32, or"
+                " Calibration(dtype=torch.float32) in Python.",
+                1,
             )
         before = after = float("nan")
         penalty = lambdas[0]

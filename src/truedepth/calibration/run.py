@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.refit import Calibrator, Refit
 from truedepth.calibration.trajectories import layer_stack, walk_through
-from truedepth.calibration.windows import calibration_windows
+from truedepth.calibration.windows import activation_dtype, calibration_windows, placement
 from truedepth.checkpoint.records import CalibrationRecord, MapError
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import loss_of
@@ -62,7 +62,7 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
             " layers run side by side as they are. Convert it with --no-calibrate."
         )
     text = calibration_windows(source, options, max(plan.widths))
-    _, dtype = options.place(source)
+    _, dtype = placement(source, options)
     settings: dict[str, Any] = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": text.fitted.numel(),
@@ -70,7 +70,7 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
         "window": options.window,
         "seed": options.seed,
         "dtype": dtype_name(dtype),
-        "activation_dtype": dtype_name(options.activation_dtype),
+        "activation_dtype": dtype_name(activation_dtype(options)),
     }
     identity = {
         **settings,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from truedepth.calibration.options import Calibration
+from truedepth.calibration.windows import activation_dtype, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Predictions, window_measures
 from truedepth.runtime.calls import Calls
@@ -229,7 +230,7 @@ class Walk:
 
 def layer_stack(source: Source, options: Calibration) -> LayerStack:
     """The layers of an original, where and in the dtype that the options say."""
-    device, dtype = options.place(source)
+    device, dtype = placement(source, options)
     return LayerStack(source, device=device, dtype=dtype)
 
 
@@ -250,7 +251,7 @@ def walk_through(
         layout,
         torch.cat([fitted, measured]),
         measured=len(measured),
-        activation_dtype=options.activation_dtype,
+        activation_dtype=activation_dtype(options),
         workspace=options.workspace,
         batch_size=options.batch_size,
     )

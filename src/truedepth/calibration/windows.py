@@ -1,4 +1,4 @@
-"""What to calibrate on: options, and text cut into windows to fit to, measure and check on."""
+"""What to calibrate on: text cut into windows to fit to, measure and check on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from truedepth.calibration.options import Calibration
 from truedepth.errors import TruedepthError
+from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.generation import own_text
 from truedepth.runtime.loading import load
 from truedepth.sources.source import Source
@@ -37,6 +38,17 @@ class CalibrationText:
     """Never looked at before the end."""
 
 
+def placement(source: Source, options: Calibration) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that the layers of a calibration compute in."""
+    device = torch.device(options.device or default_device())
+    return device, options.dtype or fast_dtype(source, device)
+
+
+def activation_dtype(options: Calibration) -> torch.dtype:
+    """The dtype that the hidden states of a calibration are kept in."""
+    return options.activation_dtype or torch.float32
+
+
 def calibration_windows(
     source: Source, options: Calibration, widest: int, measured: int = 0
 ) -> CalibrationText:
@@ -54,7 +66,7 @@ def calibration_windows(
     text, own = given_text(source, options, widest, measured)
     if not own:
         return text
-    device, dtype = options.place(source)
+    device, dtype = placement(source, options)
     loaded = load(source, device=device, dtype=dtype)
     written = own_text(loaded, own, options.window, options.seed)
     return replace(text, fitted=_mixed([text.fitted, written], options.seed))
@@ -68,16 +80,7 @@ def given_text(
     Each use is spread evenly over every file. Seconds where the other takes minutes: called alone,
     it says what is wrong before a search.
     """
-    if not 0 <= options.own_share <= 1:
-        raise TruedepthError(
-            f"The model's own share of the text must be from 0 to 1, not {options.own_share}."
-        )
     window = options.window
-    if window < 2 or options.tokens < 2 * window:
-        raise TruedepthError(
-            f"{options.tokens} calibration tokens are too few: two windows of {window} are the"
-            " least, one to fit on and one to choose penalties on."
-        )
     own = round(options.own_share * (options.tokens // window))
     check_window(source, window)
     texts = [read_text(path) for path in options.text] or [default_text()]

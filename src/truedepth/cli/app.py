@@ -15,23 +15,23 @@ import typer
 from truedepth.cli import heal as cli_heal
 from truedepth.cli import plan as cli_plan
 from truedepth.cli import speed as cli_speed
+from truedepth.cli.commands import command
 from truedepth.cli.options import (
-    AllowPickle,
     Device,
     DType,
     Fast,
-    Force,
     JsonPath,
     Model,
-    RemoteCode,
     Seed,
-    Text,
+    UnusedDevice,
+    UnusedSeed,
     Weights,
     trusted,
     write_json,
 )
 from truedepth.engines.gguf.types import MatrixType
 from truedepth.errors import TruedepthError
+from truedepth.options import Bounds
 from truedepth.version import __version__
 
 app = typer.Typer(
@@ -54,14 +54,17 @@ def _app(
 
 
 @app.command()
+@command()
 def info(
     model: Model,
     json_path: JsonPath = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Annotated[DType, typer.Option(help="To state sizes in; auto is bfloat16.")] = DType.auto,
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype assumed when printing sizes; auto: bfloat16.")
+    ] = DType.auto,
 ) -> None:
-    """What a model is, what can be paired, and what a plan would save."""
+    """Show what a model is, which layers can be paired, and what a plan would save."""
     from truedepth.inspection import inspect_model
     from truedepth.report.pages import print_info
 
@@ -76,29 +79,33 @@ app.command()(cli_heal.heal)
 
 
 @app.command()
+@command("truedepth.depth_study.run.study")
 def study(
     model: Model,
+    *,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory of the study; one begun is completed.")
+        Path,
+        typer.Option(
+            "--out", "-o", help="Directory of the study; an interrupted study in it is completed."
+        ),
     ],
-    text: Text = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 256,
-    windows: Annotated[int, typer.Option(min=1, help="Use the first so many.")] = 16,
-    stride: Annotated[
-        int, typer.Option(min=1, help="Spans begin and end at multiples of this.")
-    ] = 1,
-    permutations: Annotated[int, typer.Option(min=1, help="Random orders a span.")] = 2,
+    text: Path | None,
+    window: int,
+    windows: int,
+    stride: int,
+    permutations: int,
     only: Annotated[
-        list[str] | None, typer.Option(help="This transformation only; repeat for several.")
+        list[str] | None,
+        typer.Option(help="Apply only this transformation; repeat for several."),
     ] = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
+    allow_pickle: bool,
+    trust_remote_code: bool,
     json_path: JsonPath = None,
-    seed: Seed = 0,
+    seed: int,
     device: Device = None,
     dtype: Fast = DType.auto,
 ) -> None:
-    """How deep a model really is: every span of layers transformed; report.html."""
+    """Measure how deep a model really is: transform every span of layers, write report.html."""
     from truedepth.depth_study.run import study
     from truedepth.depth_study.transformations import TRANSFORMATIONS
     from truedepth.report.pages import print_study
@@ -129,40 +136,51 @@ def study(
 
 
 @app.command("eval")
+@command("truedepth.evaluation.perplexity.perplexity", "truedepth.evaluation.accuracy.task_scores")
 def evaluate(
     model: Model,
-    against: Annotated[str | None, typer.Option(help="The original, on the same tokens.")] = None,
-    text: Text = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    windows: Annotated[int, typer.Option(min=0, help="Use the first so many; 0 for all.")] = 64,
+    *,
+    against: Annotated[
+        str | None, typer.Option(help="The original, measured on the same tokens or items.")
+    ] = None,
+    text: Path | None,
+    window: int,
+    windows: Annotated[
+        int,
+        Bounds(0),
+        typer.Option(help="Number of windows, from the beginning of the text; 0: all."),
+    ] = 64,
     tasks: Annotated[
-        str | None, typer.Option(help="Benchmarks instead of text: piqa,arc_easy,…")
+        str | None,
+        typer.Option(help="Benchmarks instead of text, separated by commas: piqa,arc_easy,…"),
     ] = None,
     task_dir: Annotated[
-        Path | None, typer.Option(help="JSONL files of the tasks.", show_default="from the hub")
+        Path | None,
+        typer.Option(help="Directory of the tasks' JSONL files.", show_default="from the hub"),
     ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples a question.", show_default="the task's")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Items a task at most.", show_default="all")
-    ] = None,
-    batch_size: Annotated[str, typer.Option(help="Windows or items a forward pass.")] = "auto",
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: Annotated[
+        str, typer.Option(help="Windows or items per forward pass: a number or auto.")
+    ] = "auto",
+    allow_pickle: bool,
+    trust_remote_code: bool,
     json_path: JsonPath = None,
     seed: Annotated[
-        int, typer.Option(help="Of the choice of examples; lm-evaluation-harness's own default.")
+        int,
+        typer.Option(
+            help="Random seed for choosing examples; the default is lm-evaluation-harness's."
+        ),
     ] = 1234,
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
-    """Perplexity or benchmark accuracy, and with --against the distance from the original."""
+    """Measure perplexity or benchmark accuracy; --against adds the distance from the original."""
     from truedepth.report.tables import perplexity_rows, print_rows, print_scores
 
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise TruedepthError(f"--batch-size must be a number or auto, not {batch_size!r}.")
-    if tasks is None and (task_dir or num_fewshot is not None or limit):
+    if tasks is None and (task_dir or num_fewshot is not None or limit is not None):
         raise TruedepthError("--task-dir, --num-fewshot and --limit go with --tasks.")
     if tasks is not None and text is not None:
         raise TruedepthError("--tasks and --text are two measurements; run eval twice.")
@@ -207,25 +225,29 @@ def evaluate(
 
 
 @app.command()
+@command("truedepth.engines.gguf.export.export")
 def export(
     model: Annotated[
         str, typer.Argument(metavar="CKPT", help="Checkpoint that convert or heal wrote.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
+    *,
     kind: Annotated[
         MatrixType,
         typer.Option(
             "--type",
             case_sensitive=False,
-            help="Of matrices. auto is the checkpoint's own, without loss. From q6_k on llama.cpp's"
-            " quantizer makes them, which truedepth\\[gguf] brings.",
+            help="Type of the matrices. auto: the checkpoint's (lossless). k- and i-quants use"
+            " llama.cpp's quantizer: pip install 'truedepth\\[gguf]'.",
         ),
     ] = MatrixType.auto,
-    force: Force = False,
+    force: bool,
     json_path: JsonPath = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Annotated[DType, typer.Option(help="The same as --type f32, f16 or bf16.")] = DType.auto,
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Another way to write --type f32, f16 or bf16.")
+    ] = DType.auto,
 ) -> None:
     """Write a layer-parallel checkpoint as a GGUF file that llama.cpp runs as it is."""
     if dtype is not DType.auto:
@@ -245,30 +267,30 @@ app.command()(cli_speed.predict)
 
 
 @app.command()
+@command("truedepth.runtime.generation.answer")
 def generate(
     model: Model,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What the model answers or continues.")
+        str, typer.Argument(metavar="PROMPT", help="Text that the model answers or continues.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt; no chat template.")
-    ] = False,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    raw: bool,
     verify: Annotated[
         str | None,
         typer.Option(
             metavar="ORIGINAL",
-            help="Let MODEL propose tokens and its original check them: greedy text is then the"
+            help="Let MODEL draft tokens and its original check them: greedy text is then the"
             " original's.",
         ),
     ] = None,
     draft_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Proposed at a time, with --verify.", show_default="2"),
+        typer.Option(help="Tokens drafted at a time, with --verify.", show_default="2"),
     ] = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
+    allow_pickle: bool,
+    trust_remote_code: bool,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
@@ -294,7 +316,7 @@ def generate(
         original or loaded,
         prompt,
         draft=loaded if original else None,
-        draft_tokens=draft_tokens or DRAFT_TOKENS,
+        draft_tokens=DRAFT_TOKENS if draft_tokens is None else draft_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         raw=raw,
@@ -303,23 +325,27 @@ def generate(
     if original is not None:
         print(
             f"{written.tokens} tokens in {written.passes} passes of {original.source.name};"
-            f" {written.accepted / max(1, written.drafted):.0%} of {written.drafted} proposed"
-            " tokens stand.",
+            f" {written.accepted / max(1, written.drafted):.0%} of {written.drafted} drafted"
+            " tokens were accepted.",
             file=sys.stderr,
         )
     write_json(json_path, {"model": model, "prompt": prompt, **written.to_dict()})
 
 
 @app.command()
+@command("truedepth.demo.run_demo")
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the converted checkpoint here.")] = None,
-    force: Force = False,
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to keep the converted checkpoint in.")
+    ] = None,
+    force: bool,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
-    """Pair 14 of the default model's layers, calibrate, and measure: one page."""
+    """Pair 14 of the default model's layers, calibrate, and measure: a page of results."""
     from truedepth.demo import run_demo
     from truedepth.report.pages import print_demo
 
@@ -330,7 +356,7 @@ def demo(
 
 
 def _prepare(seed: int) -> None:
-    """Before a model is loaded: the random state, and no bars of others in log files."""
+    """Set the random state, and keep other libraries' progress bars out of log files."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

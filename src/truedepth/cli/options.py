@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DType(StrEnum):
-    """Of weights, in memory or on disk."""
+    """A dtype by its name; auto: what suits the machine and the model."""
 
     auto = "auto"
     float32 = "float32"
@@ -34,21 +34,25 @@ class DType(StrEnum):
 
 
 def writable(path: Path | None) -> Path | None:
-    """Before hours of work, not after them."""
+    """Refuse a file that cannot be written, before hours of work.
+
+    Raises:
+        TruedepthError: It cannot be written.
+    """
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise TruedepthError(f"Cannot write {path}: give a file in a directory that exists.")
     return path
 
 
 def trusted(model: str, allow_pickle: bool, trust_remote_code: bool) -> Source:
-    """MODEL, opened with what the user allows it."""
+    """Open a model with what the user allows it."""
     from truedepth.sources.opening import open_source
 
     return open_source(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:
-    """Where --json says, if it does."""
+    """Write the result to the file that --json names, if it names one."""
     if path is not None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -56,31 +60,25 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or 'default'.")
 ]
-AllowPickle = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle", help="Read .bin and .pt where there are no safetensors: tensors only."
-    ),
-]
-RemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run a tokenizer's own Python code; read it first."),
-]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")]
 JsonPath = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write the result as JSON.", callback=writable),
+    typer.Option("--json", help="Also write the result as JSON to this file.", callback=writable),
 ]
-Seed = Annotated[int, typer.Option(help="Of random choices, where there are any.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+UnusedSeed = Annotated[int, typer.Option(help="Not used; every command takes it.")]
+UnusedDevice = Annotated[str | None, typer.Option(help="Not used; every command takes it.")]
 Device = Annotated[
     str | None,
-    typer.Option(help="Where a model runs: cpu, cuda, cuda:1, …", show_default="a GPU if any"),
+    typer.Option(help="Device to run on: cpu, cuda, cuda:1, …", show_default="a GPU if any"),
 ]
 Weights = Annotated[
-    DType, typer.Option(help="Of weights; auto is float32 on a CPU, else the checkpoint's own.")
+    DType, typer.Option(help="Dtype of the weights; auto: float32 on a CPU, else as stored.")
 ]
-Fast = Annotated[DType, typer.Option(help="auto is bfloat16 on processors that are fast at it.")]
-Text = Annotated[
-    Path | None,
-    typer.Option(help=".txt or .jsonl file.", show_default="Python's own documentation"),
+Fast = Annotated[
+    DType,
+    typer.Option(
+        help="Dtype to compute in; auto: on a CPU bfloat16 if it is fast there, else float32; on a"
+        " GPU as stored."
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

@@ -7,48 +7,56 @@ from typing import Annotated
 
 import typer
 
-from truedepth.cli.options import Device, DType, Fast, JsonPath, Model, Seed, writable, write_json
+from truedepth.cli.commands import Like, command
+from truedepth.cli.options import (
+    Device,
+    DType,
+    Fast,
+    JsonPath,
+    Model,
+    Seed,
+    UnusedSeed,
+    writable,
+    write_json,
+)
 from truedepth.errors import TruedepthError
 from truedepth.speed.timing import REPETITIONS, Engine, Task
 
 
+@command("truedepth.speed.benchmark.bench")
 def bench(
     model: Model,
+    *,
     against: Annotated[
-        str | None, typer.Option(help="What to compare with, in turn: the original.")
+        str | None, typer.Option(help="Model to compare with, timed in turn: the original.")
     ] = None,
     tasks: Annotated[
         str,
         typer.Option(
-            help="prefill: one pass over a prompt of so many tokens; generate: so many tokens, one"
-            " after another; decode: one token, with so many in the KV cache."
+            help="prefill: one pass over a prompt of LENGTHS tokens; generate: LENGTHS tokens, one"
+            " after another; decode: one token, with LENGTHS tokens in the KV cache."
         ),
     ] = ",".join(Task),
-    lengths: Annotated[str, typer.Option(help="Tokens; several with commas.")] = "128",
-    batch: Annotated[str, typer.Option(help="Sequences at a time; several with commas.")] = "1",
-    engine: Annotated[Engine, typer.Option(help="What runs the models.")] = Engine.transformers,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, started here.")] = 1,
-    eager: Annotated[
-        bool,
-        typer.Option(
-            "--eager",
-            help="Nothing compiled, no CUDA graphs. By default vLLM compiles, and transformers on a"
-            " GPU.",
-        ),
-    ] = False,
-    repetitions: Annotated[
-        int, typer.Option(min=1, help="Timed runs of each model, in turn.")
-    ] = REPETITIONS,
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "128",
+    batch: Annotated[
+        str, typer.Option(help="Numbers of sequences at a time, separated by commas.")
+    ] = "1",
+    engine: Annotated[
+        Engine, typer.Option(help="Engine that runs the models.")
+    ] = Engine.transformers,
+    tp: Annotated[int, Like("ranks")],
+    eager: bool,
+    repetitions: int = REPETITIONS,
     plot: Annotated[
         Path | None,
         typer.Option(help="Picture of the speed-ups: .png, .svg or .pdf.", callback=writable),
     ] = None,
     json_path: JsonPath = None,
-    seed: Seed = 0,
+    seed: UnusedSeed = 0,
     device: Device = None,
     dtype: Fast = DType.auto,
 ) -> None:
-    """How fast a model is, alone or beside its original: prefill, generation, one token."""
+    """Time a model, alone or in turn with its original: prefill, generation, one token."""
     numbers = _numbers("--lengths", lengths), _numbers("--batch", batch)
     names = [word.strip() for word in tasks.split(",")]
     if not set(names) <= set(Task):
@@ -81,32 +89,32 @@ def bench(
     print_benchmark(found)
 
 
+@command("truedepth.speed.prediction.predict")
 def predict(
     model: Model,
+    *,
     plan: Annotated[
         Path | None,
-        typer.Option(help="Plan file.", show_default="of a converted model its own"),
+        typer.Option(help="Plan file (YAML).", show_default="the converted model's own plan"),
     ] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="Pairs down to this effective depth; which does not matter.")
-    ] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    depth: int | None,
+    tp: Annotated[int, Like("ranks")],
     link: Annotated[
         str | None,
         typer.Option(
-            help="Between them: nvlink, pcie5, pcie4, infiniband, 40gbe, 10gbe, or an all-reduce's"
-            " microseconds and GB/s as 30,12.5.",
+            help="Link between the ranks: nvlink, pcie5, pcie4, infiniband, 40gbe, 10gbe, or the"
+            " microseconds and GB/s of an all-reduce as 30,12.5.",
             show_default="measured between the ranks",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache.")] = 128,
+    batch: int,
+    length: int,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Fast = DType.auto,
 ) -> None:
-    """What a plan would buy on this machine: a token's time before and after."""
+    """Predict the time per token before and after pairing, on this machine."""
     if plan is not None and depth is not None:
         raise TruedepthError("Say what to pair with one of --plan and --depth.")
     if link is not None and tp == 1:
@@ -136,7 +144,7 @@ def predict(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """`128,1024` as numbers."""
+    """The numbers of `128,1024`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise TruedepthError(f"{option} takes numbers like 128 or 128,1024, not {text!r}.")

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from truedepth.depth_study.schedule import Runner, Schedule, in_order, layer_eva
 from truedepth.depth_study.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import perplexity_of
+from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import load
@@ -125,15 +126,16 @@ class Study:
         }
 
 
+@checked
 def study(
     model: str | Path | Source,
     out: str | Path,
     *,
     text: str | Path | None = None,
-    window: int = 256,
-    windows: int = 16,
-    stride: int = 1,
-    permutations: int = 2,
+    window: Annotated[int, Bounds(2)] = 256,
+    windows: Annotated[int, Bounds(1)] = 16,
+    stride: Annotated[int, Bounds(1)] = 1,
+    permutations: Annotated[int, Bounds(1)] = 2,
     transformations: Sequence[str] = tuple(TRANSFORMATIONS),
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -146,14 +148,14 @@ def study(
         out: The study's directory. What it holds of the same study is not measured again, and what
             is measured is kept there as it comes. What it holds whole of other transformations is
             reported too.
-        text: A `.txt` or `.jsonl` file; by default the documentation that Python carries.
-        window: Tokens a window.
-        windows: Use the first so many windows of the text.
-        stride: Spans begin and end at multiples of this.
-        permutations: Random orders a span.
+        text: A `.txt` or `.jsonl` file. Default: Python's own documentation.
+        window: Tokens per window.
+        windows: Number of windows, from the beginning of the text.
+        stride: Study only spans that begin and end at multiples of this number of layers.
+        permutations: Number of random layer orders per span.
         transformations: Which of `TRANSFORMATIONS`.
-        seed: Of the random orders.
-        device: To run on.
+        seed: Random seed for the layer orders.
+        device: Device to run on. Default: the first GPU, else the CPU.
         dtype: Of weights and products; by default bfloat16 on processors that are fast at it, else
             as `load`. The residual stream is float32 in any case.
 
@@ -161,9 +163,6 @@ def study(
         TruedepthError: The directory holds another study or cannot be written, model or text cannot
             be used, or the model's files changed meanwhile.
     """
-    for name, value in (("stride", stride), ("permutations", permutations)):
-        if value < 1:
-            raise TruedepthError(f"--{name} must be at least 1, not {value}.")
     if unknown := sorted(set(transformations) - set(TRANSFORMATIONS)):
         raise TruedepthError(
             f"{unknown[0]!r} is not a transformation; there are {', '.join(TRANSFORMATIONS)}."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -14,6 +14,7 @@ import transformers
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.local_tasks import local_tasks
 from truedepth.files.descriptors import quiet
+from truedepth.options import Bounds, checked
 from truedepth.runtime.loading import Loaded, load, opened, source_of
 from truedepth.sources.source import Source
 from truedepth.tensors import dtype_name
@@ -90,15 +91,16 @@ class Accuracy:
         return asdict(self) | {"scores": [score.to_dict() for score in self.scores]}
 
 
+@checked
 def task_scores(
     model: str | Path | Source | Loaded,
     tasks: Sequence[str],
     *,
     against: str | Path | Source | Loaded | None = None,
     task_dir: str | Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int | str = "auto",
+    num_fewshot: Annotated[int | None, Bounds(0)] = None,
+    limit: Annotated[int | None, Bounds(1)] = None,
+    batch_size: Annotated[int | str, Bounds(1)] = "auto",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int = FEWSHOT_SEED,
@@ -113,8 +115,8 @@ def task_scores(
             come from the hub.
         against: The original.
         task_dir: Directory of JSONL files.
-        num_fewshot: Examples before every question; by default the task's own number.
-        limit: Items a task (a subtask, where it is made of several) at most.
+        num_fewshot: Examples before every question; default: each task's own number.
+        limit: Most items per task, or per subtask if a task has several; default: all.
         batch_size: A number, or `auto`: the largest that fits on a GPU, 8 on a CPU.
         device: For models that are not loaded yet.
         dtype: Likewise.

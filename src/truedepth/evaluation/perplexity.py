@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import perplexity_of, window_measures
+from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
 from truedepth.runtime.loading import Loaded, load, opened, source_of
 from truedepth.sources.source import Source
@@ -73,14 +74,15 @@ class Perplexity:
         }
 
 
+@checked
 def perplexity(
     model: str | Path | Source | Loaded,
     *,
     against: str | Path | Source | Loaded | None = None,
     text: str | Path | None = None,
-    window: int = 512,
-    windows: int | None = 64,
-    batch_size: int = 4,
+    window: Annotated[int, Bounds(2)] = 512,
+    windows: Annotated[int | None, Bounds(1)] = 64,
+    batch_size: Annotated[int, Bounds(1)] = 4,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Perplexity:
@@ -89,8 +91,8 @@ def perplexity(
     Args:
         model: What to measure; anything that `load` takes, or what it gave.
         against: The original, run on the same tokens.
-        text: A `.txt` or `.jsonl` file; by default the documentation that Python carries.
-        window: Tokens a window.
+        text: A `.txt` or `.jsonl` file; default: the documentation that comes with Python.
+        window: Tokens per window.
         windows: Use at most the first so many windows of the text; None for all.
         batch_size: Windows a forward pass.
         device: For models that are not loaded yet.
@@ -99,8 +101,6 @@ def perplexity(
     Raises:
         TruedepthError: The text is too short, the tokenizers differ, or a model gives no numbers.
     """
-    if batch_size < 1:
-        raise TruedepthError(f"The batch size must be at least 1, not {batch_size}.")
     content = default_text() if text is None else read_text(text)
     # Texts and tokenizers first: what is wrong with them should not take the loading of a model.
     models = [opened(each) for each in (model, against) if each is not None]

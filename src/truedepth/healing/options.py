@@ -1,4 +1,4 @@
-"""What to heal, on what, and how. Knows no torch."""
+"""Options of a healing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from truedepth.errors import TruedepthError
+from truedepth.options import Bounds, OneOf, Panel, check_fields
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_DATA = "togethercomputer/RedPajama-Data-1T-Sample"
+
+TEXT, TRAINED, MEMORY = Panel("Text"), Panel("What is trained"), Panel("Memory")
+STEPS, RUN = Panel("Steps"), Panel("The run")
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,11 @@ class TextPart:
     """A `.txt` or `.jsonl` file, a directory of such files, or a data set of the Hugging Face hub
     with a column `text`, as `owner/name` or `owner/name:configuration`."""
 
-    weight: float = 1.0
+    weight: Annotated[float, Bounds(above=0)] = 1.0
     """Its share of the tokens, in proportion to the others'."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def title(self) -> str:
@@ -55,31 +62,39 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised."""
+    """The loss that is minimised; `distillation.py` has the formula.
 
-    next_token: float = 0.0
-    """a: 0 is distillation alone, 1 the training of language models as usual."""
+    Raises:
+        TruedepthError: A value is out of bounds.
+    """
 
-    temperature: float = 1.0
-    """τ"""
+    next_token: Annotated[float, Bounds(0, 1), TRAINED] = 0.0
+    """Weight a of the next-token loss; the KL divergence from the original has the weight 1 - a. 0
+    is pure distillation, 1 ordinary language-model training."""
 
-    hidden: float = 0.0
-    """b"""
+    temperature: Annotated[float, Bounds(above=0), TRAINED] = 1.0
+    """Temperature τ of the KL divergence."""
+
+    hidden: Annotated[float, Bounds(0), TRAINED] = 0.0
+    """Weight b of the hidden-state error of the wide layers."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class Train(StrEnum):
-    """Which parameters are trained."""
+    """The parameters that are trained."""
 
     paired = "paired"
-    """Those of wide layers."""
+    """All parameters of the wide layers."""
 
     all = "all"
     lora = "lora"
-    """Low-rank additions to the linear maps of wide layers."""
+    """Low-rank additions to the linear maps of the wide layers."""
 
 
 class Schedule(StrEnum):
-    """How the learning rate falls, after the warm-up."""
+    """How the learning rate falls after the warm-up."""
 
     linear = "linear"
     cosine = "cosine"
@@ -87,53 +102,114 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True)
 class Healing:
-    """What to train, on what, and how."""
+    """What to train, on what, and how.
 
-    text: Sequence[TextPart] = (TextPart(DEFAULT_DATA),)
-    tokens: int = 2_000_000
-    """To train on, rounded down to whole steps; shorter text is read several times."""
+    Raises:
+        TruedepthError: A value is out of bounds, or values do not go together.
+    """
 
-    sequence_length: int = 512
-    validation: int = 64
-    """Windows that are never trained on; the checkpoint that is best on them is kept."""
+    text: Annotated[Sequence[TextPart], TEXT] = (TextPart(DEFAULT_DATA),)
+    """Text to train on: a `.txt` or `.jsonl` file, a directory of such files, or a dataset of the
+    Hugging Face hub; NAME=2 gives it twice the weight. Default: RedPajama's sample from the hub."""
 
-    train: Train = Train.paired
-    rank: int = 16
-    """Of low-rank additions."""
+    tokens: Annotated[int, Bounds(1), TEXT] = 2_000_000
+    """Number of tokens to train on, rounded down to whole steps; shorter text is read several
+    times."""
+
+    sequence_length: Annotated[int, Bounds(2), TEXT] = 512
+    """Tokens per window."""
+
+    validation: Annotated[int, Bounds(1), TEXT] = 64
+    """Windows for validation, which are never trained on; the checkpoint that is best on them is
+    kept."""
+
+    train: Annotated[Train, TRAINED] = Train.paired
+    """Which parameters to train: those of the wide layers (paired), all, or LoRA on the wide
+    layers."""
+
+    rank: Annotated[int, Bounds(1), TRAINED] = 16
+    """Rank of LoRA."""
 
     objective: Objective = field(default_factory=Objective)
-    keep_predictions: int = 0
-    """Most likely tokens of the original's predictions to compute before training and keep on disk:
-    the original is then in no memory during it, and text that is read several times is predicted
-    once. 0 runs the original beside the student, on all tokens."""
+    """The loss."""
 
-    learning_rate: float = 5e-5
-    schedule: Schedule = Schedule.cosine
-    warmup: float = 0.05
-    """Share of the steps."""
+    keep_predictions: Annotated[int, Bounds(0), MEMORY] = 0
+    """Keep the probabilities of this many most likely tokens per position on disk, computed before
+    training, instead of the original in memory. 0: the original stays in memory.
 
-    batch_size: int = 4
-    """Windows a step, on all devices."""
+    Then all tokens are compared; with kept predictions, text that is read several times is
+    predicted once."""
 
-    micro_batch_size: int = 4
-    """Windows a forward pass, on one."""
+    learning_rate: Annotated[float, Bounds(0, 1), STEPS] = 5e-5
+    """Peak learning rate."""
 
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    eval_every: int = 50
-    """Steps."""
+    schedule: Annotated[Schedule, STEPS] = Schedule.cosine
+    """How the learning rate falls after the warm-up."""
+
+    warmup: Annotated[float, Bounds(0, 1), STEPS] = 0.05
+    """Share of the steps during which the learning rate rises."""
+
+    batch_size: Annotated[int, Bounds(1), STEPS] = 4
+    """Windows per step, on all devices together."""
+
+    micro_batch_size: Annotated[int, Bounds(1), MEMORY] = 4
+    """Windows per forward pass, on each device."""
+
+    weight_decay: Annotated[float, Bounds(0), STEPS] = 0.0
+    """Weight decay of AdamW."""
+
+    max_grad_norm: Annotated[float, Bounds(0), STEPS] = 1.0
+    """Norm to which the gradient is clipped; 0: it is not clipped."""
+
+    gradient_checkpointing: Annotated[bool, MEMORY] = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    eval_every: Annotated[int, Bounds(1), RUN] = 50
+    """Steps between validations, each of which also saves the state of the run."""
 
     seed: int = 0
-    device: str | None = None
-    dtype: torch.dtype | None = None
-    """In which the models compute: bfloat16, the trained weights and the optimizer staying float32,
-    or float32; by default float32 on a CPU and bfloat16 elsewhere."""
+    """Random seed."""
 
-    tensorboard: Path | None = None
-    """A directory for its logs."""
+    device: Annotated[str | None, OneOf("cpu", "cuda")] = None
+    """Device to train on. Default: all GPUs, else the CPU."""
+
+    dtype: Annotated[torch.dtype | None, OneOf("float32", "bfloat16")] = None
+    """Dtype that the models compute in; trained weights and the optimizer's state are always
+    float32. Default: float32 on a CPU; on a GPU that of the original, bfloat16 for float16."""
+
+    tensorboard: Annotated[Path | None, RUN] = None
+    """Directory for TensorBoard's logs."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.steps < 1:
+            raise TruedepthError(
+                f"{self.tokens} tokens are less than one step of {self.batch_size} windows of"
+                f" {self.sequence_length}."
+            )
+        if self.keep_predictions and self.objective.hidden:
+            raise TruedepthError("--hidden needs the original in memory; drop --keep-predictions.")
 
     @property
     def steps(self) -> int:
-        """Of the optimizer."""
+        """Number of optimizer steps."""
         return self.tokens // (self.batch_size * self.sequence_length)
+
+
+class Recipe(StrEnum):
+    """Settings with a name."""
+
+    distil = "distil"
+    paper = "paper"
+
+    @property
+    def healing(self) -> Healing:
+        """These settings."""
+        if self is Recipe.distil:
+            return Healing()
+        return Healing(
+            objective=Objective(next_token=1.0),
+            learning_rate=1e-4,
+            schedule=Schedule.linear,
+            batch_size=32,
+        )

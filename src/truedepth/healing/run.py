@@ -97,14 +97,15 @@ def heal(
 
     Args:
         checkpoint: A converted checkpoint, calibrated or not.
-        out: Directory to write; appears when it is complete. A run that was stopped before that is
-            gone on with by the same call.
-        teacher: The original.
+        out: Directory to write; appears when it is complete. An interrupted run resumes when the
+            same call is made again.
+        teacher: The original: hub id, directory, `.gguf` file, or 'default'.
         healing: What to train, on what, and how.
-        keep_adapter: A directory for the LoRA adapter, for peft; it is merged in `out` either way.
-        shard_size: Most bytes a file of weights holds, as a number or such as `"5GB"`.
+        keep_adapter: Directory for the LoRA adapter, as peft loads it; it is merged into the
+            weights of `out` in any case.
+        shard_size: Largest size of a weights file: a number of bytes, or such as `5GB`.
         force: Replace `out` if it exists.
-        restart: Give up an unfinished run.
+        restart: Discard an unfinished run that had other settings.
 
     Raises:
         TruedepthError: Models, text or options do not fit, or the loss stopped being a number.
@@ -342,32 +343,7 @@ def _check(source: Source, original: Source, options: Healing) -> None:
                 f"{original.name} is not the original of {source.path}: {name} differs,"
                 f" {original.config[name]} and {source.config[name]}."
             )
-    objective = options.objective
-    for name, value, least, most in (
-        ("next_token", objective.next_token, 0, 1),
-        ("hidden", objective.hidden, 0, float("inf")),
-        ("warmup", options.warmup, 0, 1),
-        ("learning_rate", options.learning_rate, 0, 1),
-    ):
-        if not least <= value <= most:
-            raise TruedepthError(f"{name} must be from {least} to {most}, not {value}.")
-    if not objective.temperature > 0:
-        raise TruedepthError(f"temperature must be above 0, not {objective.temperature}.")
-    for name in ("batch_size", "micro_batch_size", "validation", "eval_every", "rank"):
-        if getattr(options, name) < 1:
-            raise TruedepthError(f"{name} must be at least 1, not {getattr(options, name)}.")
-    if options.sequence_length < 2:
-        raise TruedepthError(
-            f"A window needs at least 2 tokens to predict one, not {options.sequence_length}."
-        )
     check_window(source, options.sequence_length)
-    if options.steps < 1:
-        raise TruedepthError(
-            f"{options.tokens} tokens are less than one step of {options.batch_size} windows of"
-            f" {options.sequence_length}."
-        )
-    if options.keep_predictions and objective.hidden:
-        raise TruedepthError("What wide layers give is compared only without --keep-predictions.")
 
 
 def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
@@ -377,8 +353,6 @@ def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else fast_dtype(original, torch.device(device))
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise TruedepthError(f"Models are trained in float32 or bfloat16, not {dtype_name(dtype)}.")
     return replace(options, device=device, dtype=dtype), dtype
 
 

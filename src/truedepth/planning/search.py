@@ -13,20 +13,21 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.trajectories import Group
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
+from truedepth.options import Bounds, checked
 from truedepth.plan.choose import cheapest_plans
 from truedepth.plan.plan import Plan
 from truedepth.planning.budget import Budget, OutOfTimeError
+from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 
-SEARCH_TOKENS = 1 << 14
 NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
 SCORING = 0.6  # the share of the time after which plans are measured
 
@@ -86,32 +87,34 @@ class Search:
         return asdict(self) | {"plan": self.plan.to_dict(), "frontier": points}
 
 
+@checked
 def search(
     model: str | Path | Source,
     *,
-    pairs: int | None = None,
-    depth: int | None = None,
-    max_loss: float | None = None,
-    max_group: int = 2,
+    pairs: Annotated[int | None, Bounds(1)] = None,
+    depth: Annotated[int | None, Bounds(1)] = None,
+    max_loss: Annotated[float | None, Bounds(above=0)] = None,
+    max_group: Annotated[int, Bounds(2)] = 2,
     calibrate: bool = True,
     calibration: Calibration | None = None,
-    candidates: int = 3,
+    candidates: Annotated[int, Bounds(1)] = 3,
     frontier: bool = False,
-    budget: float | None = None,
+    budget: Annotated[float | None, Bounds(0)] = None,
 ) -> Search:
     """Find the plan of least loss at a depth, or the shallowest one within a loss.
 
     Args:
         model: An original: directory, `.gguf` file, hub id, `default`, or an open source.
-        pairs: Layers to save, as so many pairs do.
-        depth: Effective depth to reach.
-        max_loss: Excess loss to stay within, nats a token; give one of these three.
-        max_group: Layers in the widest group.
-        calibrate: Whether the plan is for a calibrated conversion.
-        calibration: Text and tokens that plans are refitted on; 16,384 tokens by default.
+        pairs: Find the best plan of this many pairs, or of wider groups that save as many layers.
+        depth: Find the best plan of this effective depth.
+        max_loss: Find the shallowest plan whose excess loss is at most this many nats per token.
+            Give one of `pairs`, `depth` and `max_loss`.
+        max_group: Largest number of layers in a group that a search considers.
+        calibrate: Refit the plans that are compared, for a conversion that will be calibrated.
+        calibration: Text and tokens that plans are refitted on; default: `SEARCH_CALIBRATION`.
         candidates: Plans of least predicted loss to measure, at the depth that is chosen.
-        frontier: Measure a plan of every depth, not only of those on the way.
-        budget: Minutes after which the best so far is taken.
+        frontier: Also measure a plan at each of the other effective depths.
+        budget: Minutes after which the search takes the best plan so far. Default: no limit.
 
     Raises:
         TruedepthError: The goal is out of reach, or text or options do not fit.
@@ -119,10 +122,6 @@ def search(
     source = open_source(model)
     if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of pairs, depth, max_loss.")
-    if max_group < 2:
-        raise TruedepthError(f"The widest group must have at least 2 layers, not {max_group}.")
-    if max_loss is not None and not max_loss > 0:
-        raise TruedepthError(f"The excess loss to stay within must be above 0, not {max_loss}.")
     if pairs is not None:
         depth = source.num_layers - pairs
     least = math.ceil(source.num_layers / max_group)
@@ -132,7 +131,7 @@ def search(
             f" {source.num_layers} layers to {least} to {source.num_layers - 1}."
         )
     clock = Budget(budget)
-    scorer = Scorer(source, calibration or Calibration(tokens=SEARCH_TOKENS), max_group)
+    scorer = Scorer(source, calibration or SEARCH_CALIBRATION, max_group)
     searcher = _Searcher(scorer, source.num_layers, max_group, calibrate, clock)
     searcher.score(candidates)
     if depth is not None:

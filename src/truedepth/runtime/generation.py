@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
 from truedepth.errors import TruedepthError
+from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
 from truedepth.runtime.loading import Loaded
 from truedepth.text import beginning
@@ -54,15 +55,16 @@ class Answer:
         return {**asdict(self), "tokens": self.tokens, "accepted": self.accepted}
 
 
+@checked
 @torch.inference_mode()
 def answer(
     loaded: Loaded,
     prompt: str,
     *,
     draft: Loaded | None = None,
-    draft_tokens: int = DRAFT_TOKENS,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    draft_tokens: Annotated[int, Bounds(1)] = DRAFT_TOKENS,
+    max_new_tokens: Annotated[int, Bounds(1)] = 128,
+    temperature: Annotated[float, Bounds(0)] = 0.0,
     raw: bool = False,
     stream: bool = False,
 ) -> Answer:
@@ -74,10 +76,10 @@ def answer(
         draft: A faster model that proposes tokens, which the model checks several at a time
             (speculative decoding). Greedy text is the model's own all the same, up to rounding;
             sampled text is drawn from its distribution.
-        draft_tokens: Proposed at a time at most.
-        max_new_tokens: The answer's length at most.
-        temperature: 0 takes the likeliest token always; above, tokens are sampled.
-        raw: Continue the prompt as it is even where there is a chat template.
+        draft_tokens: Largest number of tokens that the draft proposes at a time.
+        max_new_tokens: Largest length of the answer, in tokens.
+        temperature: 0 always takes the most likely token; above 0, tokens are sampled.
+        raw: Continue the prompt as it is, even if the tokenizer has a chat template.
         stream: Print the answer as it comes.
 
     Raises:

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from truedepth.errors import TruedepthError, first_line
+from truedepth.families.registration import register
 from truedepth.plan.config import plan_of
-from truedepth.registration import register
 from truedepth.runtime.device import device_of
 from truedepth.runtime.empty import transformers_config
 from truedepth.sources.directory import has_safetensors

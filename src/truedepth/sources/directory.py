@@ -107,7 +107,7 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     from transformers import AutoConfig, AutoTokenizer
 
-    from truedepth.registration import register
+    from truedepth.families.registration import register
 
     for file in _companions(path):
         if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:

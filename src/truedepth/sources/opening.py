@@ -38,10 +38,10 @@ def open_source(
     Args:
         model: A directory, a `.gguf` file, a hub id, or `default`. An open source is returned
             unchanged.
-        allow_pickle: Read pickled weights (`.bin`, `.pt`) if there are no safetensors; only
-            pickles that make nothing but tensors are read.
-        trust_remote_code: Run the code that comes with a tokenizer. A model's own code is never
-            run: the families' classes are transformers' own.
+        allow_pickle: Read pickled weights (`.bin`, `.pt`) if there are no safetensors; only tensors
+            are read from them.
+        trust_remote_code: Run a tokenizer's own Python code; read it first. A model's own code is
+            never run.
 
     Raises:
         TruedepthError: There is no such model, or it cannot be read.

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from truedepth.errors import TruedepthError
+from truedepth.options import Bounds, checked
 from truedepth.plan.config import plan_of
 from truedepth.progress import working
 from truedepth.runtime.device import device_of, fast_dtype
@@ -43,17 +44,18 @@ class Benchmark:
         }
 
 
+@checked
 def bench(
     model: str | Path,
     *,
     against: str | Path | None = None,
     tasks: Sequence[Task] = tuple(Task),
-    lengths: Sequence[int] = (128,),
-    batches: Sequence[int] = (1,),
+    lengths: Annotated[Sequence[int], Bounds(1)] = (128,),
+    batches: Annotated[Sequence[int], Bounds(1)] = (1,),
     engine: Engine = Engine.transformers,
-    ranks: int = 1,
+    ranks: Annotated[int, Bounds(1)] = 1,
     eager: bool = False,
-    repetitions: int = REPETITIONS,
+    repetitions: Annotated[int, Bounds(1)] = REPETITIONS,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Benchmark:
@@ -61,13 +63,13 @@ def bench(
 
     Args:
         model: What `load` takes; for vLLM a directory or a hub id, for llama.cpp a GGUF file.
-        against: The same.
+        against: The base, likewise; default: the model is timed alone.
         tasks: What to time.
         lengths: Tokens; every task at each.
         batches: Sequences at a time; every length at each.
         engine: What runs them.
-        ranks: Of tensor parallelism; they are started here.
-        eager: Compile nothing. By default vLLM compiles, and transformers on a GPU.
+        ranks: Tensor-parallel size; this call starts the processes.
+        eager: Compile nothing. Default: vLLM compiles, and so does transformers on a GPU.
         repetitions: Timed runs of each model and case.
         device: As in `load`; vLLM has the one that it was built for.
         dtype: Of both; by default bfloat16 on CPUs that are fast at it and float32 on others, on a
@@ -76,10 +78,8 @@ def bench(
     Raises:
         TruedepthError: An option makes no sense, or a model cannot be run so.
     """
-    counts = {"length": lengths, "batch": batches, "number of ranks": [ranks]}
-    for name, values in counts.items():
-        if not values or min(values) < 1:
-            raise TruedepthError(f"A {name} must be at least 1, not {min(values, default=None)}.")
+    if not (tasks and lengths and batches):
+        raise TruedepthError("Give at least one task, one length and one batch.")
     where = device_of(device)
     check_accelerator(ranks, where)
     in_llama_cpp = engine is Engine.llama_cpp

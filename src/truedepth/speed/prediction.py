@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.families.lookup import family_of
+from truedepth.options import Bounds, checked
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
 from truedepth.progress import working
@@ -93,15 +94,16 @@ class Prediction:
         }
 
 
+@checked
 def predict(
     model: str | Path | Source,
     plan: Plan | None = None,
     *,
-    depth: int | None = None,
-    ranks: int = 1,
+    depth: Annotated[int | None, Bounds(1)] = None,
+    ranks: Annotated[int, Bounds(1)] = 1,
     link: Link | None = None,
-    batch: int = 1,
-    length: int = 128,
+    batch: Annotated[int, Bounds(1)] = 1,
+    length: Annotated[int, Bounds(1)] = 128,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prediction:
@@ -110,10 +112,10 @@ def predict(
     Args:
         model: What `open_source` takes; its weights are not read.
         plan: Of its layers; of a converted model by default its own.
-        depth: Instead of a plan; which layers are paired makes no difference to speed.
-        ranks: Of tensor parallelism.
+        depth: Effective depth, instead of a plan; which layers are paired does not affect speed.
+        ranks: Tensor-parallel size.
         link: Between them; by default all-reduces are measured on this machine.
-        batch: Sequences at a time.
+        batch: Number of sequences that run at a time.
         length: Tokens in the KV cache.
         device: By default the first GPU, else the CPU.
         dtype: Of weights; by default bfloat16 on CPUs that are fast at it and float32 on others,

@@ -83,8 +83,8 @@ def export(
     Args:
         model: A checkpoint that truedepth wrote; an unpaired model's has a plan without pairs.
         out: The `.gguf` file; appears when it is complete.
-        type: Of the matrices; `auto` is the checkpoint's own and so exact. The k- and i-quants are
-            made by llama.cpp's own quantizer, which needs `llama-cpp-python`.
+        type: Type of the matrices; `auto` holds the checkpoint's own dtype exactly. k- and i-quants
+            are made by llama.cpp's own quantizer, which needs `llama-cpp-python`.
         force: Replace `out` if it exists.
 
     Raises:

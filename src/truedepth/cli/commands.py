@@ -1,0 +1,263 @@
+"""Commands made of functions; what their parameters do not say, the library says.
+
+    @command("truedepth.speed.prediction.predict")
+    def predict(model: Model, *, tp: Annotated[int, Like("ranks")], length: int) -> None: ...
+
+A parameter without help text takes text, bounds and default of the library's parameter of the same
+name, or of the one that `Like` names. `Given[Healing]` stands for an option per field of `Healing`.
+All values are checked before a command runs, and so before torch is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
+
+import typer
+from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
+
+from truedepth.cli.options import DType
+from truedepth.options import Bounds, OneOf, Option, TorchDtype, options_of, parameters_of
+
+Options = TypeVar("Options")
+EMPTY = inspect.Parameter.empty
+
+LAST = (
+    *("allow_pickle", "trust_remote_code", "shard_size", "force", "json_path", "seed", "device"),
+    *("compute_dtype", "dtype"),
+)
+"""What many commands have is last on every help page, in this order."""
+
+EVERYWHERE = ("truedepth.sources.opening.open_source",)
+"""Functions whose parameters every command may have."""
+
+
+@dataclass(frozen=True)
+class Like:
+    """The library's name of a parameter."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which options a `Given` stands for."""
+
+    base: Any
+    """A dataclass with the default values."""
+
+    without: Sequence[str] = ()
+    """Fields that are not options."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Option names of fields that have others."""
+
+
+@dataclass(frozen=True)
+class Given(Generic[Options]):
+    """A dataclass of options, and what the user said of them."""
+
+    base: Options
+    said: dict[str, Any]
+    """By field; fields of a dataclass inside are among them."""
+
+    def over(self, base: Options | None = None) -> Options:
+        """The options; those that the user did not give are as in `base`.
+
+        Raises:
+            TruedepthError: They do not go together.
+        """
+        values = {
+            name: value.torch() if isinstance(value, DType) else value
+            for name, value in self.said.items()
+        }
+        options: Options = _changed(self.base if base is None else base, values)
+        return options
+
+
+def _changed(base: Any, values: Mapping[str, Any]) -> Any:
+    inside = {f.name: getattr(base, f.name) for f in fields(base)}
+    parts = {name: _changed(part, values) for name, part in inside.items() if is_dataclass(part)}
+    return replace(base, **parts, **{name: values[name] for name in inside if name in values})
+
+
+@dataclass
+class _Parameter:
+    """One option or argument of a command."""
+
+    name: str
+    type: Any
+    default: Any
+    info: ParameterInfo
+    option: Option
+    """What the library says of it."""
+
+    group: str | None = None
+    """The `Given` that it belongs to."""
+
+    @property
+    def flag(self) -> str:
+        """As the user writes it."""
+        if isinstance(self.info, ArgumentInfo):
+            return self.info.metavar or self.name.upper()
+        written = [self.info.default, *(self.info.param_decls or ())]
+        flags = [each for each in written if isinstance(each, str) and each.startswith("--")]
+        return flags[0].partition("/")[0] if flags else f"--{self.name.replace('_', '-')}"
+
+
+def command(*library: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command for typer.
+
+    Args:
+        library: Functions that it calls, such as `truedepth.speed.prediction.predict`: of several
+            with a parameter, the first says what it is.
+    """
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        known: dict[str, Option] = {}
+        for path in (*library, *EVERYWHERE):
+            known = parameters_of(path) | known
+        parameters: list[_Parameter] = []
+        bases = {}
+        for given in inspect.signature(function, eval_str=True).parameters.values():
+            annotation, *metadata = (
+                get_args(given.annotation)
+                if get_origin(given.annotation) is Annotated
+                else [given.annotation]
+            )
+            if get_origin(annotation) is Given:
+                (chosen,) = metadata
+                bases[given.name] = chosen.base
+                parameters += _expanded(given.name, chosen)
+            else:
+                parameters.append(_plain(given, annotation, metadata, known))
+        parameters.sort(key=lambda each: LAST.index(each.name) if each.name in LAST else -1)
+        flags = {each.option.name: each.flag for each in parameters}
+        for each in parameters:
+            if not each.info.help:
+                _explain(each, flags)
+
+        def run(context: typer.Context, **values: Any) -> None:
+            said: dict[str, dict[str, Any]] = {name: {} for name in bases}
+            for each in parameters:
+                each.option.check(values[each.name], each.flag)
+                source = context.get_parameter_source(each.name)
+                if each.group and source is not None and source.name == "COMMANDLINE":
+                    said[each.group][each.option.name] = _read(each.option, values[each.name])
+            plain = {each.name: values[each.name] for each in parameters if not each.group}
+            function(**plain, **{name: Given(bases[name], said[name]) for name in bases})
+
+        context = inspect.Parameter(
+            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+        )
+        listed = [context, *map(_signed, parameters)]
+        run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in listed}
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        return run
+
+    return made
+
+
+def _plain(
+    given: inspect.Parameter, annotation: Any, metadata: Sequence[Any], known: Mapping[str, Option]
+) -> _Parameter:
+    """A parameter as the command's function has it."""
+    name = next((each.name for each in metadata if isinstance(each, Like)), given.name)
+    info = next((copy(each) for each in metadata if isinstance(each, ParameterInfo)), None)
+    limits = tuple(each for each in metadata if isinstance(each, Bounds | OneOf))
+    option = known.get(name, Option(name, ""))
+    if limits:
+        option = replace(option, metadata=limits)
+    default = option.default if given.default is EMPTY else given.default
+    if info is None:
+        info = _switch(given.name) if default is False else typer.Option()
+    if isinstance(info, ArgumentInfo):
+        default = given.default
+    return _Parameter(given.name, annotation, default, info, option)
+
+
+def _expanded(group: str, chosen: Fields) -> list[_Parameter]:
+    """An option per field; of a dataclass that is a field's value, per field of that."""
+    found = []
+    for option in options_of(chosen.base).values():
+        value = getattr(chosen.base, option.name)
+        if option.name in chosen.without:
+            continue
+        if is_dataclass(value):
+            found += _expanded(group, replace(chosen, base=value))
+            continue
+        name = chosen.renamed.get(option.name, option.name)
+        type_, default = _typer_type(option, value)
+        info = _switch(name) if default is False else typer.Option()
+        info.rich_help_panel = option.panel
+        limits = tuple(each for each in option.metadata if isinstance(each, Bounds))
+        option = replace(option, metadata=limits)  # words are refused by typer
+        found.append(_Parameter(name, type_, default, info, option, group=group))
+    return found
+
+
+def _switch(name: str) -> OptionInfo:
+    """An option without a value, which is off by default."""
+    info: OptionInfo = typer.Option(f"--{name.replace('_', '-')}")
+    return info
+
+
+def _typer_type(option: Option, default: Any) -> tuple[Any, Any]:
+    """A field's type and default as typer knows them."""
+    parts = set(get_args(option.type)) - {NoneType} or {option.type}
+    words = next((each.words for each in option.metadata if isinstance(each, OneOf)), ())
+    if TorchDtype in parts:
+        return _choice("auto", *words) if words else DType, "auto"
+    if words:
+        return _choice(*words) | None, default
+    if get_origin(option.type) is not None and issubclass(get_origin(option.type), Sequence):
+        return list[Path if Path in get_args(parts.pop()) else str] | None, None  # type: ignore[misc]
+    return Path | None if Path in parts else option.type, default
+
+
+def _choice(*words: str) -> Any:
+    return StrEnum("Choice", {word: word for word in words})
+
+
+def _read(option: Option, value: Any) -> Any:
+    """What the user wrote, for the field; dtypes stay names until torch is needed."""
+    parts = set(get_args(option.type)) - {NoneType} or {option.type}
+    if TorchDtype in parts:
+        return DType(value)
+    if isinstance(value, list):
+        (part,) = parts
+        return tuple(map(getattr(part, "parse", lambda text: text), value))
+    return str(value) if isinstance(value, StrEnum) and type(value) not in parts else value
+
+
+def _explain(parameter: _Parameter, flags: Mapping[str, str]) -> None:
+    """Show the library's text as the command line says it."""
+    text = " ".join(parameter.option.text.split("\n\n")[0].split())
+    text = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[1]), text).replace("`", "")
+    if parameter.type is DType or parameter.default == "auto":
+        text = re.sub(r"\b[Dd]efault:", "auto:", text)
+    elif parameter.default is None:
+        text, *default = re.split(r"[.;] [Dd]efault: ", text, maxsplit=1)
+        if default:
+            text += "."
+            parameter.info.show_default = default[0].removesuffix(".").replace("[", "\\[")
+    if any(get_origin(part) is list for part in get_args(parameter.type)):
+        text += " Repeat for several."
+    parameter.info.help = text.replace("[", "\\[")
+
+
+def _signed(parameter: _Parameter) -> inspect.Parameter:
+    return inspect.Parameter(
+        parameter.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=parameter.default,
+        annotation=Annotated[parameter.type, parameter.info],
+    )

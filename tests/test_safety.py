@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.inspection import inspect_model
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.checkpoint.writing import write_weights
 from truedepth.files import atomic
 from truedepth.files.atomic import atomic_directory

@@ -16,7 +16,7 @@ from test_schedule import rebuilt, rebuilt_update
 from torch.nn.functional import cosine_similarity
 
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.depth_study.dependence import dependence, rank_correlation
 from truedepth.depth_study.measurements import FILE, Measurements
 from truedepth.depth_study.run import study

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import truedepth as td
-from conftest import torchrun
+from tiny_models import torchrun
 from truedepth.cli import app as cli
 from truedepth.evaluation.loss import window_measures
 from truedepth.families.lookup import original_family

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Of every process of the tests, before PyTorch and transformers ask for them: small models are not
+# faster with more threads, and two workers of pytest must not write the same copies of modeling.py.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="modules-")}
+
 import torch
 from transformers import LlamaConfig
 from transformers.utils.logging import disable_progress_bar
@@ -14,8 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 import truedepth as td
 from tiny_models import TINY, ModelMaker, byte_tokenizer, random_model
 
-torch.set_num_threads(2)
 disable_progress_bar()  # tests read what the commands print
+
+
+def pytest_unconfigure() -> None:
+    """Remove the copies of modeling.py."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

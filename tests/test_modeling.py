@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import truedepth as td
-from conftest import TINY, random_ids, reference_logits
+from tiny_models import TINY, random_ids, reference_logits
 from truedepth import modeling
 
 GROUPS = [[0, 1], [2], [3, 4, 5]]

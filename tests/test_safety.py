@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.inspection import inspect_model
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
@@ -157,12 +158,6 @@ def with_code(make_model, tmp_path):
     return source
 
 
-def command(*words):
-    """A command of its own process, with nothing to type into it."""
-    line = [sys.executable, "-m", "truedepth", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
 TEXT = ["--text", "TEXT"]
 COMMANDS = [
     ["info", "MODEL"],
@@ -177,7 +172,7 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
 def test_code_that_comes_with_a_model_is_not_run(with_code, prose, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    done = command(*({"MODEL": with_code, "TEXT": prose}.get(word, word) for word in words))
+    done = forks.truedepth(*({"MODEL": with_code, "TEXT": prose}.get(word, word) for word in words))
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ran").exists()
 
@@ -188,7 +183,7 @@ def test_a_tokenizers_code_runs_where_it_is_trusted_and_a_models_never(with_code
     assert (tmp_path / "ran").exists()
     (tmp_path / "ran").unlink()
     words = ["--text", prose, "--window", "32", "--windows", "2", "--trust-remote-code"]
-    done = command("eval", with_code, *words)
+    done = forks.truedepth("eval", with_code, *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ran").exists()
     td.load(with_code)

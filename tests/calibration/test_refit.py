@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.trajectories import Walk
 from truedepth.runtime.layer_stack import LayerStack

@@ -14,8 +14,8 @@ from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
 import truedepth as td
-from conftest import random_ids
 from family_models import CASES, options_of, side_by_side
+from tiny_models import random_ids
 from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.cli.app import app
 from truedepth.depth_study.schedule import Runner, Step

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import truedepth as td
-from conftest import random_ids
 from family_models import CASES, options_of
+from tiny_models import random_ids
 from truedepth.runtime.calls import record
 from truedepth.runtime.layer_stack import LayerStack
 

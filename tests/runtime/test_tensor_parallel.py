@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import truedepth as td
-from conftest import random_ids, torchrun
+from tiny_models import random_ids, torchrun
 from truedepth.speed.ranks import run_ranks
 
 RANK = """

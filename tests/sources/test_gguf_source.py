@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 import truedepth as td
-from conftest import random_ids, random_model
 from gguf_files import GGUF_TINY, interleave, write_gguf
+from tiny_models import random_ids, random_model
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import truedepth as td
-from conftest import random_ids, random_model
 from gguf_files import GGUF_TINY, write_gguf
+from tiny_models import random_ids, random_model
 from truedepth.sources import wheel
 from truedepth.sources.opening import DEFAULT_MODEL
 

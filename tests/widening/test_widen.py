@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from conftest import random_ids, reference_logits
+from tiny_models import random_ids, reference_logits
 from truedepth.families.llama import LLAMA
 from truedepth.tensors import from_tensor
 from truedepth.widening.widen import widen

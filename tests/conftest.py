@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -1,20 +1,20 @@
-"""Serving engines that run truedepth checkpoints."""
+"""Which serving engines run which truedepth checkpoints."""
 
 from __future__ import annotations
 
 VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "cohere")
-"""Whose classes of vLLM's the plugin gives layers of other widths."""
+"""Families for which the plugin gives vLLM's model classes layers of different widths."""
 
 LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
-"""Whose layers llama.cpp's architecture `deci` computes."""
+"""Families whose layers llama.cpp's architecture `deci` computes."""
 
 
 def refused_by(family: str, branches: bool) -> dict[str, str]:
-    """By engine, why it does not run a model; an engine that does has an empty reason.
+    """Say for every engine why it does not run a model; the reason is empty if it does.
 
     Args:
         family: `model_type` of the original.
-        branches: Whether some of its groups are branch groups.
+        branches: Whether the model has branch groups.
     """
     reasons = {"transformers": ""}
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):

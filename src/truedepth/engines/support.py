@@ -18,8 +18,8 @@ def refused_by(family: str, branches: bool) -> dict[str, str]:
     """
     reasons = {"transformers": ""}
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):
-        reason = "" if family in families else "not this family"
+        reason = "" if family in families else "not for this family"
         if branches and not reason:
-            reason = "no branch groups"
+            reason = "not with branch groups"
         reasons[engine] = reason
     return reasons

@@ -1,8 +1,8 @@
 """Writes layer-parallel checkpoints as GGUF files that an unmodified llama.cpp runs.
 
 llama.cpp's architecture `deci` (Nemotron) lets every layer have its own number of heads and its own
-FFN width; otherwise its layers are Llama's, with biases if the file has them. A checkpoint that this
-architecture would not compute exactly is refused.
+FFN width; otherwise its layers are Llama's, with biases if the file has them. A checkpoint that
+llama.cpp would not compute exactly is refused.
 """
 
 from __future__ import annotations

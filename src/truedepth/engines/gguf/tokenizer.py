@@ -1,8 +1,8 @@
 """Writes a tokenizer into the metadata of a GGUF file.
 
 Two of llama.cpp's tokenizer models matter here: byte-level BPE (`gpt2`), whose way of splitting
-text into words llama.cpp knows by name, and SentencePiece's BPE (`llama`), which merges by scores. The
-original tokenizer.json is stored unchanged as well, for programs that can use it.
+text into words llama.cpp knows by name, and SentencePiece's BPE (`llama`), which merges by scores.
+The original tokenizer.json is stored as well, unchanged, for programs that can use it.
 
 llama.cpp differs in small ways with any GGUF file: it does not normalize text (Qwen2's NFC), its
 pattern for Tekken takes accented capitals for the ends of words, and if a SentencePiece tokenizer

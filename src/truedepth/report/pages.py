@@ -238,7 +238,7 @@ def print_demo(demo: Demo) -> None:
         ],
         header=("", "original", "layer-parallel"),
     )
-    print(f"\nPerplexity was measured on {measured.tokens:,} tokens of {measured.text}.")
+    print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
     print("One device has no all-reduces to save; the gain comes with tensor parallelism.")
     print(f"\n{demo.prompt}\n")
     width = min(console().width, 100) // 2 - 1

@@ -72,12 +72,12 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
 def print_scores(found: Accuracy) -> None:
     """Print scores on benchmarks; the average is over each task's first metric."""
     scores = found.scores
-    shots = "each task's own number" if found.num_fewshot is None else str(found.num_fewshot)
+    shots = found.num_fewshot
     print_rows(
         [
             ("model", found.model),
             *([("original", found.against)] if found.against else []),
-            ("examples", f"{shots} per question"),
+            ("examples", "each task's own number" if shots is None else f"{shots} per question"),
             ("dtype", found.dtype),
         ]
     )
@@ -90,7 +90,7 @@ def print_scores(found: Accuracy) -> None:
         ]
         average = sum(score.value for score in firsts) / len(firsts)
         rows.append(("average", "", "", f"{average:.1%}"))
-        print_rows(rows, header=("task", "metric", "items", "score"))
+        print_rows(rows, header=("task", "metric", "items", "score"), words=(0, 1))
         return
     compared = [
         (
@@ -111,7 +111,9 @@ def print_scores(found: Accuracy) -> None:
         ("average", "", "", f"{theirs:.1%}", f"{ours:.1%}", f"{ours - theirs:+.1%}", kept)
     )
     print_rows(
-        compared, header=("task", "metric", "items", "original", "model", "difference", "kept")
+        compared,
+        header=("task", "metric", "items", "original", "model", "difference", "kept"),
+        words=(0, 1),
     )
 
 

@@ -27,7 +27,7 @@ from truedepth.tensors import dtype_name
 
 
 def print_info(info: Info, dtype: torch.dtype | None) -> None:
-    """What a model is and what a plan would save; sizes in `dtype` or, by default, in bfloat16."""
+    """Print what a model is and what pairing would save; sizes for `dtype`, default bfloat16."""
     dtype = dtype or torch.bfloat16
     name = dtype_name(dtype)
     weights, cache = info.parameters * dtype.itemsize, info.kv_elements_per_token * dtype.itemsize
@@ -38,19 +38,19 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         ("family", info.family),
         ("layers", str(plan.num_layers)),
         (
-            "a layer",
+            "each layer",
             f"hidden size {info.hidden_size}, {info.heads} heads, {info.kv_heads} KV heads,"
             f" head_dim {info.head_dim}, FFN {info.ffn}",
         ),
         ("parameters", f"{info.parameters / 1e6:,.1f} M, {decimal(weights)} in {name}"),
-        ("KV cache", f"{decimal(cache)} a token in {name}"),
+        ("KV cache", f"{decimal(cache)} per token in {name}"),
     ]
     if info.converted:
         print_rows([*rows, *_plan_rows(plan, info.executed_plan), *_side_by_side_rows(info)])
         return
-    paired = f"all layers, 0 to {plan.num_layers - 1}, in groups of any size, exactly"
+    paired = f"layers 0 to {plan.num_layers - 1}, in groups of any size (exact)"
     print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info)])
-    print("\nWhat pairing would save (weights and KV cache stay the same):\n")
+    print("\nWhat pairing would save (weights and KV cache keep their size):\n")
     full = plan.all_reduces
     print_rows(
         [
@@ -63,13 +63,14 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
             )
             for saving in info.savings
         ],
-        header=("pairs", "Δ", "effective depth", "all-reduces a token*", ""),
+        header=("pairs", "Δ", "effective depth", "all-reduces per token*", "change"),
+        words=(),
     )
-    print("\n* under tensor parallelism; none on one device")
+    print("\n* with tensor parallelism; a single device needs none")
 
 
 def print_search(found: Search, out: Path) -> None:
-    """The plan, what it costs, and the frontier."""
+    """Print the plan that was found, its loss, and the frontier."""
     print_rows(
         [
             ("model", found.source),
@@ -78,7 +79,7 @@ def print_search(found: Search, out: Path) -> None:
             ("written", str(out)),
         ]
     )
-    print("\nThe best plans found, by effective depth; nats a token:\n")
+    print("\nThe best plan found at each effective depth (losses in nats per token):\n")
     print_rows(
         [
             (
@@ -90,23 +91,24 @@ def print_search(found: Search, out: Path) -> None:
             )
             for point in found.frontier
         ],
-        header=("depth", "groups' sum", "excess loss", "KL", "layers in pairs"),
-        words=[4],
+        header=("depth", "sum of groups", "excess loss", "KL", "paired layers"),
+        words=(4,),
     )
 
 
 def _search_rows(found: Search) -> list[tuple[str, str]]:
     limit = found.max_loss
-    held = "" if limit is None else f"; at most {limit:.4f} was asked for"
+    held = "" if limit is None else f"; the limit was {limit:.4f}"
     spent = (
-        f"{found.plans_measured} plans measured, {found.forward_passes:,.0f} forward passes of a"
-        f" window, {found.seconds / 60:.1f} min" + (", time was up" if found.stopped else "")
+        f"{found.plans_measured} plans measured in {found.seconds / 60:.1f} min"
+        f" ({found.forward_passes:,.0f} forward passes of one window)"
+        + ("; stopped when time was up" if found.stopped else "")
     )
     return [
-        ("excess loss", f"{_excess(found.loss)} nats a token on {found.loss.tokens:,} tokens"),
+        ("excess loss", f"{_excess(found.loss)} nats per token on {found.loss.tokens:,} tokens"),
         (
             "held-out check",
-            f"{_excess(found.check)} nats a token on {found.check.tokens:,} others{held}",
+            f"{_excess(found.check)} nats per token on {found.check.tokens:,} other tokens{held}",
         ),
         ("search", spent),
     ]
@@ -117,8 +119,8 @@ def _excess(loss: Loss) -> str:
 
 
 def _groups(plan: Plan) -> str:
-    """Spans of adjacent wide groups: 12-19 24-27; of three layers each: 12-17 by 3."""
-    spans: list[list[int]] = []  # first layer, last layer, layers a group
+    """Spans of adjacent groups: `12-19, 24-27` of pairs, `12-17 by 3` of groups of three layers."""
+    spans: list[list[int]] = []  # first layer, last layer, layers per group
     for group in plan.groups:
         if len(group) == 1:
             continue
@@ -132,11 +134,11 @@ def _groups(plan: Plan) -> str:
 
 
 def print_conversion(done: Conversion, found: Search | None = None) -> None:
-    """What was written, and how its plan was found."""
+    """Print what was written, and how its plan was found."""
     print_rows(
         [
             ("model", f"{done.source} ({done.origin})"),
-            *([("dequantized", f"once, from {done.quantization}")] if done.quantization else []),
+            *([("dequantized", f"from {done.quantization}")] if done.quantization else []),
             *_plan_rows(done.plan, done.executed_plan),
             *([("search", _search_rows(found)[-1][1])] if found else []),
             *_calibration_rows(done),
@@ -146,13 +148,13 @@ def print_conversion(done: Conversion, found: Search | None = None) -> None:
 
 
 def print_export(done: Export) -> None:
-    """What was written, and how llama.cpp runs it."""
+    """Print what was written, and how to run it in llama.cpp."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in done.tensors.items())
     print_rows(
         [
             ("written", f"{done.path} ({decimal(done.size)})"),
             ("type", f"{done.type} (tensors: {kinds})"),
-            ("run it", f"llama-cli -m {done.path}, or truedepth generate {done.path} PROMPT"),
+            ("run with", f"llama-cli -m {done.path}, or truedepth generate {done.path} PROMPT"),
         ]
     )
 
@@ -163,16 +165,16 @@ def _calibration_rows(done: Conversion) -> list[tuple[str, str]]:
     rows = [("calibrated", f"on {done.calibration}")]
     if loss := done.calibration.check:
         rows.append(
-            ("held-out check", f"{_excess(loss)} nats a token on {loss.tokens:,} other tokens")
+            ("held-out check", f"{_excess(loss)} nats per token on {loss.tokens:,} other tokens")
         )
     return rows
 
 
 def print_healing(done: Healed) -> None:
-    """What was trained on, and how far the checkpoint is from its original before and after."""
+    """Print what was trained on, and the distance from the original before and after."""
     repeats = done.tokens / done.text_tokens
     trained = f"{done.tokens:,} tokens" + (
-        f": the text has {done.text_tokens:,}, each was read {repeats:.1f} times"
+        f"; the text has {done.text_tokens:,}, so each was read {repeats:.1f} times"
         if repeats > 1.01
         else ""
     )
@@ -187,7 +189,7 @@ def print_healing(done: Healed) -> None:
             ("written", str(done.path)),
         ]
     )
-    print("\nOn windows that were not trained on, nats a token:\n")
+    print("\nOn held-out windows, in nats per token:\n")
     print_rows(
         [
             (name, *(f"{row['excess']:.4f} ± {row['stderr']:.4f}", f"{row['kl']:.4f}"))
@@ -197,13 +199,13 @@ def print_healing(done: Healed) -> None:
     )
     if not after["loss"] < before["loss"]:
         print(
-            "\nTraining did not help: what it minimises is no lower than before. Keep the"
-            " checkpoint\nthat it began from, or try a smaller --learning-rate or more --tokens."
+            "\nTraining did not help: the loss on held-out windows did not fall. Keep the"
+            "\ncheckpoint that it started from, or try a lower --learning-rate or more --tokens."
         )
 
 
 def print_demo(demo: Demo) -> None:
-    """One page: plan, size, loss, speed, and the same prompt answered by both."""
+    """Print one page: plan, size, loss, speed, and both models' answers to one prompt."""
     measured, done, plan = demo.perplexity, demo.conversion, demo.conversion.plan
     print_rows(
         [
@@ -219,13 +221,13 @@ def print_demo(demo: Demo) -> None:
         [
             ("effective depth", str(plan.num_layers), str(plan.effective_depth)),
             (
-                "all-reduces a token, tensor parallel",
+                "all-reduces per token, tensor-parallel",
                 str(plan.unpaired.all_reduces),
                 str(done.executed_plan.all_reduces),
             ),
             ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
-            ("excess loss, nats a token", "", excess_text(measured)),
-            ("KL from the original, nats a token", "", f"{measured.kl:.4f}"),
+            ("excess loss, nats per token", "", excess_text(measured)),
+            ("KL from the original, nats per token", "", f"{measured.kl:.4f}"),
             ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
             (
                 f"decode on this {demo.device}, tokens/s",
@@ -235,8 +237,8 @@ def print_demo(demo: Demo) -> None:
         ],
         header=("", "original", "layer-parallel"),
     )
-    print(f"\nPerplexity on {measured.tokens} tokens of {measured.text}.")
-    print("One device has no all-reduces to save: the gain is under tensor parallelism.")
+    print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
+    print("One device has no all-reduces to save; the gain comes with tensor parallelism.")
     print(f"\n{demo.prompt}\n")
     width = min(console().width, 100) // 2 - 1
     console().print(
@@ -250,24 +252,24 @@ def print_demo(demo: Demo) -> None:
 
 
 def _rate(timing: Timing) -> str:
-    """Of single tokens."""
+    """Tokens per second of a `decode` timing: the median (slowest-fastest)."""
     fastest, slowest = 1 / min(timing.seconds), 1 / max(timing.seconds)
     return f"{1 / timing.median:.1f} ({slowest:.1f}-{fastest:.1f})"
 
 
 def print_study(study: Study, written: Sequence[Path]) -> None:
-    """The paper's three questions, and where the report is."""
+    """Print the medians, the best spans and the correlations of a study, and the files written."""
     print_rows(
         [
             ("model", f"{study.settings['model']} ({study.settings['origin']})"),
             ("layers", str(study.num_layers)),
             ("perplexity", f"{perplexity_of(study.nll):.2f} on {study.settings['text']}"),
-            ("evaluated", f"{study.evaluated:,.0f} layers; span by span {study.naive:,.0f}"),
+            ("work", f"{study.evaluated:,.0f} layer evaluations; span by span {study.naive:,.0f}"),
         ]
     )
     medians = study.medians
     if lengths := sorted({length for row in medians.values() for length in row}):
-        print("\nMedian excess loss of all spans of so many layers, nats a token:\n")
+        print("\nMedian excess loss by number of layers in a span, in nats per token:\n")
         print_rows(
             [
                 (name, *(f"{row[n]:+.2f}" if n in row else "-" for n in lengths))
@@ -276,7 +278,7 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
             header=("transformation", *map(str, lengths)),
         )
     if study.sweep:
-        print("\nBest spans of consecutive pairs:\n")
+        print("\nBest spans of consecutive pairs (excess loss in nats per token):\n")
         print_rows(
             [
                 (
@@ -288,7 +290,8 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
                 )
                 for row in study.sweep
             ],
-            header=("Δ", "effective depth", "layers", "perplexity", "nats a token"),
+            header=("Δ", "effective depth", "layers", "perplexity", "excess loss"),
+            words=(),
         )
     print("\nRank correlation of each measure with the loss of pairing:\n")
     print_rows(
@@ -296,24 +299,24 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
             (name, _correlation(found["pairs"]), _correlation(found["spans"]))
             for name, found in study.correlation.items()
         ],
-        header=("measure", "neighbours", "spans of a length"),
+        header=("measure", "single pairs", "spans of equal length"),
     )
-    print("\nWritten: " + ", ".join(map(str, written)))
+    print(f"\nWritten to {written[0].parent}: " + ", ".join(path.name for path in written))
 
 
 def _side_by_side_rows(info: Info) -> list[tuple[str, str]]:
-    """Which groups are no wide layers, and which engines run the model."""
+    """Which groups cannot become wide layers, and which engines run the model."""
     rows = []
     if info.side_by_side:
         begin = ", ".join(map(str, info.side_by_side[:4])) + (
             ", …" if len(info.side_by_side) > 4 else ""
         )
-        which = f"those that begin with layer {begin}"
+        which = f"those that start at layer {begin}"
         if len(info.side_by_side) == info.plan.num_layers - 1:
-            which = "all"
+            which = "all pairs"
         said = f"{which}: {info.side_by_side_reason}" if info.side_by_side_reason else which
-        rows = [("side by side", said), ("", "exact too, but they save no all-reduces")]
-    engines = (name if not why else f"{name}: no, {why}" for name, why in info.engines.items())
+        rows = [("side by side", said), ("", "also exact, but they save no all-reduces")]
+    engines = (f"{name}: {why or 'yes'}" for name, why in info.engines.items())
     return [*rows, ("engines", "; ".join(engines))]
 
 
@@ -327,5 +330,5 @@ def _plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]
     return [
         ("plan", str(plan)),
         ("effective depth", depths),
-        ("all-reduces", f"{before} -> {after} a token under tensor parallelism"),
+        ("all-reduces", f"{before} -> {after} per token with tensor parallelism"),
     ]

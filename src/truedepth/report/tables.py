@@ -12,19 +12,26 @@ from truedepth.evaluation.perplexity import Perplexity
 
 
 def console() -> Console:
-    """Standard output; texts are printed as they are, brackets and all."""
+    """A console on standard output that prints text literally, without markup."""
     return Console(markup=False, highlight=False)
 
 
 def print_rows(
-    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, words: Sequence[int] = ()
+    rows: Sequence[Sequence[str]],
+    header: Sequence[str] | None = None,
+    words: Sequence[int] = (0,),
 ) -> None:
-    """Print columns: the first left-aligned, in a table with a header the others right-aligned,
-    but for those of `words`.
+    """Print a table without lines.
+
+    Args:
+        rows: The cells, row by row.
+        header: Titles of the columns; without them, every column is aligned to the left.
+        words: With a header, indices of the columns that hold words and are aligned to the left;
+            the others hold numbers and are aligned to the right.
     """
     table = Table(show_header=header is not None, box=None, pad_edge=False, header_style="bold")
     for index in range(len(rows[0])):
-        numeric = index > 0 and header is not None and index not in words
+        numeric = header is not None and index not in words
         table.add_column(
             header[index] if header else "",
             justify="right" if numeric else "left",
@@ -38,36 +45,40 @@ def print_rows(
 
 
 def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
-    """What `truedepth eval` prints."""
+    """The rows that `truedepth eval` prints: a name and a value each."""
     rows = [
         ("model", measured.model),
         *([("original", measured.against)] if measured.against else []),
         ("text", measured.text),
-        ("windows", f"{measured.windows} of {measured.window} tokens, {measured.tokens} predicted"),
-        ("NLL", f"{measured.nll:.4f} nats a token"),
+        (
+            "windows",
+            f"{measured.windows} of {measured.window} tokens; {measured.tokens:,} predicted",
+        ),
+        ("NLL", f"{measured.nll:.4f} nats per token"),
         ("perplexity", f"{measured.perplexity:.2f}"),
     ]
     if measured.excess is None:
         return rows
     rows += [
-        ("NLL of the original", f"{measured.against_nll:.4f} nats a token"),
+        ("NLL of the original", f"{measured.against_nll:.4f} nats per token"),
         ("perplexity of the original", f"{measured.against_perplexity:.2f}"),
-        ("excess loss", excess_text(measured) + " nats a token"),
-        ("KL(original‖model)", f"{measured.kl:.4f} nats a token"),
+        ("excess loss", excess_text(measured) + " nats per token"),
+        ("KL(original‖model)", f"{measured.kl:.4f} nats per token"),
         ("top-1 agreement", f"{measured.top1_agreement:.1%}"),
     ]
     return rows
 
 
 def print_scores(found: Accuracy) -> None:
-    """What `truedepth eval --tasks` prints; the average is over each task's first metric."""
+    """Print scores on benchmarks; the average is over each task's first metric."""
     scores = found.scores
-    shots = "each task's own number of" if found.num_fewshot is None else str(found.num_fewshot)
+    shots = found.num_fewshot
     print_rows(
         [
             ("model", found.model),
             *([("original", found.against)] if found.against else []),
-            ("asked with", f"{shots} examples a question, {found.dtype}"),
+            ("examples", "each task's own number" if shots is None else f"{shots} per question"),
+            ("dtype", found.dtype),
         ]
     )
     console().print()
@@ -79,7 +90,7 @@ def print_scores(found: Accuracy) -> None:
         ]
         average = sum(score.value for score in firsts) / len(firsts)
         rows.append(("average", "", "", f"{average:.1%}"))
-        print_rows(rows, header=("task", "metric", "items", "score"))
+        print_rows(rows, header=("task", "metric", "items", "score"), words=(0, 1))
         return
     compared = [
         (
@@ -100,7 +111,9 @@ def print_scores(found: Accuracy) -> None:
         ("average", "", "", f"{theirs:.1%}", f"{ours:.1%}", f"{ours - theirs:+.1%}", kept)
     )
     print_rows(
-        compared, header=("task", "metric", "items", "original", "model", "difference", "kept")
+        compared,
+        header=("task", "metric", "items", "original", "model", "difference", "kept"),
+        words=(0, 1),
     )
 
 

@@ -201,7 +201,7 @@ def heal(
     from accelerate import PartialState
 
     from truedepth.healing.run import heal as heal_checkpoint
-    from truedepth.report.pages import print_healing
+    from truedepth.report.healing import print_healing
 
     paper = recipe is Recipe.paper
     share = next_token if next_token is not None else float(paper)

@@ -99,8 +99,8 @@ def plan(
     dtype: Fast = DType.auto,
 ) -> None:
     """Find which layers of MODEL to pair: least loss at a depth, or least depth at a loss."""
-    from truedepth.report.pages import print_search
     from truedepth.report.plots import check_plot, plot_frontier
+    from truedepth.report.search import print_search
 
     if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of --max-loss, --depth, --pairs.")
@@ -210,7 +210,7 @@ def convert(
     from truedepth.conversion import check_conversion
     from truedepth.conversion import convert as convert_model
     from truedepth.planning.search import SEARCH_TOKENS, search
-    from truedepth.report.pages import print_conversion
+    from truedepth.report.conversion import print_conversion
 
     source = trusted(model, allow_pickle, trust_remote_code)
     check_conversion(source, out, force, pad_heads)

@@ -75,7 +75,7 @@ def bench(
         repetitions: Timed runs of each model and case.
         device: As in `load`; for vLLM it must be the one that vLLM was built for.
         dtype: Dtype of both models. Default: on a CPU bfloat16 if it is fast there, else float32;
-            on a GPU the dtype of the model's weights. Not for llama.cpp, whose files have types.
+            on a GPU the dtype of the model's weights. Must be None for llama.cpp.
 
     Raises:
         TruedepthError: A number is below 1, options contradict each other, or the engine cannot run

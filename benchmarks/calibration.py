@@ -3,33 +3,29 @@
     python benchmarks/calibration.py --calibration FILE [--calibration FILE…] --text FILE
         [--text FILE…] [--layers 14-27] [--tokens 16384,65536] [--own-text 0,0.5] --json PATH
 
-Rows that are in the JSON file already are not measured again, so a run that was stopped goes on.
+Rows that are already in the JSON file are not measured again, so the same command resumes.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import truedepth as td
+from rows import Rows, losses, parser_of
 from truedepth.plan.plan import Plan
 from truedepth.plan.spans import parse_span
 from truedepth.runtime.device import fast_dtype
 
-PARTS = ("excess", "excess_stderr", "kl", "tokens")
-WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
-
 
 def main() -> None:
-    """Measure row after row; the first is the conversion as it is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure row after row; the first row is the conversion without calibration."""
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
@@ -37,7 +33,6 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="instead of --layers")
     parser.add_argument("--tokens", default="16384,65536")
     parser.add_argument("--own-text", default="0,0.5")
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     source = td.open_source(arguments.model)
     if arguments.plan is not None:
@@ -45,9 +40,7 @@ def main() -> None:
     else:
         plan = Plan.span(source.num_layers, *parse_span(arguments.layers))
     dtype = fast_dtype(source, torch.device("cpu"))
-    rows: dict[str, Any] = {}
-    if arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())
+    rows = Rows(arguments.json)
     original = td.load(source, dtype=dtype)
     settings: list[td.Calibration | None] = [None]
     for share, tokens in itertools.product(
@@ -67,22 +60,16 @@ def main() -> None:
             out = Path(directory) / "out"
             done = td.convert(source, out, plan, calibration=calibration)
             seconds = time.perf_counter() - start
-            loaded = td.load(out, dtype=dtype)
-            losses = {
-                path.name: td.perplexity(loaded, against=original, text=path, windows=WINDOWS)
-                for path in arguments.text
-            }
+            check = done.calibration.check if done.calibration else None
+            lost = losses(td.load(out, dtype=dtype), original, arguments.text)
         rows[key] = {
             "plan": plan.to_dict(),
             "dtype": str(dtype),
-            "check": (done.calibration or {}).get("check"),
+            "check": asdict(check) if check else None,
             "seconds": seconds,
-            "losses": {
-                name: {part: getattr(loss, part) for part in PARTS} for name, loss in losses.items()
-            },
+            "losses": lost,
         }
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-        print(key, json.dumps(rows[key]), flush=True)
+        rows.show(key)
 
 
 if __name__ == "__main__":

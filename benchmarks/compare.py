@@ -1,12 +1,11 @@
-"""Ways to make a model shallower at equal effective depth, on the same text and tasks.
+"""Ways to make a model shallower, compared at equal effective depth on the same text and tasks.
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
         --plans PATH --raw-plans PATH [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
 
-The plans are those of `truedepth plan MODEL --depth 23 --frontier --json PATH`, and of the same
-with `--no-calibrate`. Rows that are in the JSON file already are not measured again, so a run that
-was stopped goes on. Rivals choose and fit on windows of the same calibration text as the
-calibration of this package.
+The plans come from `truedepth plan MODEL --depth 23 --frontier --json PATH`, and from the same
+command with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the
+same command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from torch import Tensor
 
 import truedepth as td
 from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers, patch_linearly
+from rows import WINDOWS, Rows, parser_of
 from truedepth.calibration.windows import calibration_windows
 from truedepth.plan.plan import Plan
 from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.runtime.device import fast_dtype
 from truedepth.runtime.loading import Loaded
 
-WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
 GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
 SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
 
 def plans_of(path: Path) -> dict[int, Plan]:
-    """By effective depth, the best plan that a search found."""
+    """The best plan that a search found, by effective depth."""
     found = json.loads(path.read_text())
     layers = found["plan"]["num_layers"]
     return {point["effective_depth"]: Plan(layers, point["groups"]) for point in found["frontier"]}
 
 
 class Comparison:
-    """One original, and the rows measured so far."""
+    """An original and the rows measured so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -54,9 +53,7 @@ class Comparison:
         self.calibration = td.Calibration(text=arguments.calibration, tokens=arguments.tokens)
         self.plans = plans_of(arguments.plans)
         self.raw_plans = plans_of(arguments.raw_plans)
-        self.rows: dict[str, Any] = {}
-        if arguments.json.exists():
-            self.rows = json.loads(arguments.json.read_text())
+        self.rows = Rows(arguments.json)
         self._ids: Tensor | None = None
 
     @property
@@ -97,13 +94,11 @@ class Comparison:
             row["tasks"] = {f"{s.task} {s.metric}": s.value for s in found.scores}
         row["seconds"] = {"made": made - start, "measured": time.perf_counter() - made}
         self.rows[key] = row
-        self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
-        print(json.dumps(row), flush=True)
+        self.rows.show(key)
 
     def repeat(self, method: str, other: str, depth: int) -> None:
-        """A row that is another's: the model is the same."""
+        """Copy another method's row: the model is the same."""
         self.rows[f"{method} @ {depth}"] = self.rows[f"{other} @ {depth}"] | {"method": method}
-        self.arguments.json.write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
         """A checkpoint of this package."""
@@ -122,7 +117,7 @@ class Comparison:
         return loaded, str(plan)
 
     def rival(self, cut: Callable[[Loaded, Tensor, int], Any], count: int) -> tuple[Loaded, Any]:
-        """A method of `rivals` that takes `count` layers out."""
+        """Apply a method of `rivals` that removes `count` layers."""
         loaded = self.load()
         return loaded, cut(loaded, self.ids, count)
 
@@ -138,19 +133,20 @@ class Comparison:
 
 def main() -> None:
     """Measure row after row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--plans", type=Path, required=True, help="JSON of a search")
-    parser.add_argument("--raw-plans", type=Path, required=True, help="JSON of an uncalibrated one")
+    parser.add_argument(
+        "--raw-plans", type=Path, required=True, help="JSON of an uncalibrated search"
+    )
     parser.add_argument("--task-dir", type=Path)
-    parser.add_argument("--limit", type=int, default=200, help="items a task")
-    parser.add_argument("--tokens", type=int, default=1 << 16, help="to calibrate on")
+    parser.add_argument("--limit", type=int, default=200, help="items per task")
+    parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens to calibrate on")
     parser.add_argument(
         "--depths", type=lambda text: list(map(int, text.split(","))), default=[27, 25, 23, 20, 15]
     )
-    parser.add_argument("--json", type=Path, required=True)
     comparison = Comparison(parser.parse_args())
     layers = comparison.source.num_layers
     comparison.row("original", layers, lambda: (comparison.load(), ""))

@@ -1,11 +1,11 @@
 """Memory and time of converting a synthetic checkpoint, against copying its files.
 
 Writes a checkpoint with a known model's shapes in bfloat16, then in turn copies it and converts it
-in a process of its own, whose anonymous resident memory is sampled. Both begin without the source
-in the page cache and end with the copy on the disk. Needs disk for two checkpoints, and Linux.
+in a separate process, whose anonymous resident memory is sampled. Both begin without the source in
+the page cache and end with the copy on the disk. Needs disk for two checkpoints, and Linux.
 
 With --sparse the checkpoint takes no disk: its files are holes, which read as zeros, and what is
-computed is written to /dev/null. That shows memory, and which tensors come out, not speed.
+computed is written to /dev/null. That shows memory and the tensors that come out, but not speed.
 
     python benchmarks/conversion.py [--model llama-3-70b] [--layers 8] [--runs 5] [--json PATH]
     python benchmarks/conversion.py --model llama-3-70b --sparse [--json PATH]
@@ -13,10 +13,8 @@ computed is written to /dev/null. That shows memory, and which tensors come out,
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from unittest import mock
 
 import torch
 
+from rows import machine, parser_of, report
 from truedepth.checkpoint.writing import write_weights
 from truedepth.files.copying import Copier
 from truedepth.tensors import LazyTensor
@@ -79,7 +78,7 @@ print(time.perf_counter() - start, time.process_time() - busy)
 
 
 def write_model(directory: Path, model: dict[str, Any], sparse: bool = False) -> int:
-    """A checkpoint of a model's shapes; gives its size in bytes."""
+    """Write a checkpoint of a model's shapes; returns its size in bytes."""
     hidden, ffn, vocabulary = (
         model[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
@@ -140,14 +139,14 @@ def anonymous_memory(process: subprocess.Popen[bytes]) -> int:
 
 
 def uncached(directory: Path) -> None:
-    """Nothing of its files in the page cache."""
+    """Drop a directory's files from the page cache."""
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def timed_copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds to copy a directory and have it on the disk, and seconds of a core."""
+    """Seconds to copy a directory and sync it to the disk, and seconds of a core."""
     uncached(source)
     start, busy = time.perf_counter(), time.process_time()
     shutil.copytree(source, target)
@@ -160,7 +159,7 @@ def timed_copy(source: Path, target: Path) -> tuple[float, float]:
 def timed_conversion(
     source: Path, target: Path, layers: int, sink: bool = False
 ) -> tuple[list[float], int]:
-    """Seconds of a conversion: with the start of Python, without, of a core; its peak of memory."""
+    """Seconds of a conversion (with Python's start, without it, of a core) and its peak memory."""
     uncached(source)
     start = time.perf_counter()
     arguments = map(str, (source, target, layers, sink))
@@ -169,7 +168,7 @@ def timed_conversion(
 
 
 def headers(directory: Path) -> dict[str, dict[str, Any]]:
-    """What the shards of a checkpoint say of its tensors, by name, checked against its index."""
+    """The headers of a checkpoint's shards by tensor name, checked against its index."""
     found: dict[str, dict[str, Any]] = {}
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     for shard in sorted(set(index["weight_map"].values())):
@@ -187,13 +186,12 @@ def headers(directory: Path) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Copy and convert in turn; print and write what it took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--model", choices=MODELS, default="llama-2-7b")
-    parser.add_argument("--layers", type=int, help="instead of all")
+    parser.add_argument("--layers", type=int, help="number of layers instead of all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--sparse", action="store_true", help="memory only, needs no disk")
-    parser.add_argument("--directory", type=Path, help="on the disk to measure")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--directory", type=Path, help="a directory on the disk to measure")
     arguments = parser.parse_args()
     model: dict[str, Any] = MODELS[arguments.model]
     layers: int = arguments.layers or model["num_hidden_layers"]
@@ -202,7 +200,7 @@ def main() -> None:
         source.mkdir()
         size = write_model(source, model | {"num_hidden_layers": layers}, arguments.sparse)
         result: dict[str, Any] = {
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": machine(),
             "model": arguments.model,
             "layers": layers,
             "size": size,
@@ -213,13 +211,11 @@ def main() -> None:
             result["peak_anonymous_bytes"] = peak
         else:
             result |= compared(source, target, layers, arguments.runs)
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, arguments.json)
 
 
 def compared(source: Path, target: Path, layers: int, runs: int) -> dict[str, Any]:
-    """Copies and conversions in turn."""
+    """Copy and convert in turn, and compare."""
     copies, conversions, peaks = [], [], []
     for _ in range(runs):
         copies.append(timed_copy(source, target))

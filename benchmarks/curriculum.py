@@ -3,8 +3,8 @@
     python benchmarks/curriculum.py --plan FILE --first 12-13,16-17 --calibration FILE
         [--calibration FILE…] --train-text FILE --text FILE [--text FILE…] --directory DIR
 
-The pairs of `--first` alone are calibrated and healed on half of the tokens; then they take their
-places in the calibration of the whole plan, which is healed on the other half.
+The pairs of `--first` alone are calibrated and healed on half of the tokens. Then they replace the
+same pairs in the calibrated conversion of the whole plan, which is healed on the other half.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 
 
 def main() -> None:
-    """Both stages, and what is lost before and after the second."""
+    """Run both stages, and print the losses before and after the second."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, required=True)

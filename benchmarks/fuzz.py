@@ -1,10 +1,10 @@
-"""Feeds the readers of model files damaged and made-up ones: docs/reliability.md.
+"""Feeds damaged and made-up files to the readers of model files (docs/reliability.md).
 
     python benchmarks/fuzz.py --json docs/results/fuzz.json
 
-Every input must open or raise TruedepthError; of what opens, tensors are read. Anything else is
-written down: another exception, more than 5 seconds of computing, 1 GiB of memory more than before,
-a process that dies. Readers run in processes of their own, which may die.
+Every input must open, and then its tensors are read, or raise TruedepthError. Anything else is
+recorded: another exception, more than 5 seconds of computing, 1 GiB more memory than before, or a
+process that dies. Readers run in separate processes, which may die.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ COUNTS = {  # 110,000
     "index": 10_000,
     "pickle": 5_000,
 }
-SECONDS = 5  # of computing
-SILENCE = 300.0  # seconds by the clock, on a machine that others use too
+SECONDS = 5  # of computing time per input
+SILENCE = 300.0  # seconds by the clock: the machine may be busy with other work
 MEMORY = 1 << 30
 
 
 def reader_of(name: str, directory: Path) -> Callable[[bytes], None]:
-    """What is done with an input."""
+    """The function that reads an input of this kind."""
     from safetensors.torch import save_file
 
     from fuzz_inputs import CONFIG, state
@@ -83,7 +83,7 @@ def reader_of(name: str, directory: Path) -> Callable[[bytes], None]:
 
 
 def worker(name: str, seed: int, first: int, last: int, directory: Path) -> None:
-    """Inputs first to last - 1; what came of them goes to `progress`, a line each."""
+    """Read inputs first to last - 1; the outcome of each is a line of the file `progress`."""
     from fuzz_inputs import Inputs
     from truedepth import TruedepthError
     from truedepth.runtime.loading import load  # noqa: F401  imported before memory is counted
@@ -125,7 +125,7 @@ def worker(name: str, seed: int, first: int, last: int, directory: Path) -> None
 
 
 def fuzz(name: str, count: int, seed: int) -> dict[str, Any]:
-    """All inputs of a reader: how many opened, were refused, and what else there was."""
+    """Feed a reader all its inputs: how many opened, how many were refused, what else happened."""
     from fuzz_inputs import Inputs
 
     outcomes: Counter[str] = Counter()
@@ -182,7 +182,7 @@ def fuzz(name: str, count: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command line, or with --worker a part of the inputs."""
     if sys.argv[1:2] == ["--worker"]:
         name, seed, first, last, directory = sys.argv[2:]
         return worker(name, int(seed), int(first), int(last), Path(directory))

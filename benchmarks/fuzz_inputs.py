@@ -1,4 +1,4 @@
-"""What benchmarks/fuzz.py feeds the readers: small valid files, damaged, and made-up ones."""
+"""What benchmarks/fuzz.py feeds the readers: small valid files, damaged ones, made-up ones."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _bytes_mutation(data: bytes, others: list[bytes], dice: random.Random) -> by
 
 
 def _text_mutation(data: bytes, dice: random.Random) -> bytes:
-    """Another word, number or bracket in the place of one."""
+    """Replace a word, number or bracket by another."""
     text = data.decode(errors="replace")
     tokens = re.findall(r"\w+|\W", text)
     for _ in range(dice.randrange(1, 4)):

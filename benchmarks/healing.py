@@ -4,16 +4,14 @@
         --train-text FILE --text FILE [--text FILE…] --directory DIR --json PATH
         [--tokens 204800] [--runs kl,next-token,raw,lora] [--dtype bfloat16]
 
-Every run heals the calibrated conversion of a plan by distillation but for what its name says:
+Every run heals the calibrated conversion of a plan by distillation, except for what its name says:
 `next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before),
-`lora`, `all`, `hidden`. Rows that are in the JSON file already are not measured again, and a run
-that was stopped goes on.
+`lora`, `all`, `hidden`. Rows that are already in the JSON file are not measured again, so the same
+command resumes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +20,16 @@ from typing import Any
 import torch
 
 import truedepth as td
+from rows import Rows, losses, parser_of
 from truedepth.healing.options import Healing, Objective, TextPart, Train
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device, fast_dtype
 
-WINDOWS = 64  # of 512 tokens a text: 32,704 predicted
-PARTS = ("excess", "excess_stderr", "kl", "tokens")
 STARTS = ("raw", "calibrated")
 
 
 def variant(name: str, healing: Healing) -> Healing:
-    """The options of a run, which is `NAME` or `NAME:LEARNING-RATE`."""
+    """The options of a run, named `NAME` or `NAME:LEARNING-RATE`."""
     name, _, rate = name.partition(":")
     changes: dict[str, Any] = {"learning_rate": float(rate)} if rate else {}
     if name == "next-token":
@@ -49,8 +46,8 @@ def variant(name: str, healing: Healing) -> Healing:
 
 
 def main() -> None:
-    """Heal and measure, row after row; the first rows of a plan are those it begins from."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Heal and measure, row after row; the first rows of a plan are its conversions."""
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)
     parser.add_argument("--calibration", type=Path, action="append", required=True)
@@ -64,29 +61,17 @@ def main() -> None:
     parser.add_argument("--runs", default="kl")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--directory", type=Path, required=True, help="for checkpoints")
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     source = td.open_source(arguments.model)
     device = default_device()
     dtype = fast_dtype(source, torch.device(device))
     original = td.load(source, device=device, dtype=dtype)
-    rows: dict[str, Any] = {}
-    if arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())
+    rows = Rows(arguments.json)
 
     def measure(key: str, path: Path, more: dict[str, Any]) -> None:
         loaded = td.load(path, device=device, dtype=dtype)
-        losses = {
-            text.name: td.perplexity(loaded, against=original, text=text, windows=WINDOWS)
-            for text in arguments.text
-        }
-        rows[key] = more | {
-            "losses": {
-                name: {part: getattr(loss, part) for part in PARTS} for name, loss in losses.items()
-            },
-        }
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-        print(key, json.dumps(rows[key]["losses"]), flush=True)
+        rows[key] = more | {"losses": losses(loaded, original, arguments.text)}
+        rows.show(key, "losses")
 
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     healing = Healing(
@@ -120,7 +105,12 @@ def main() -> None:
             measure(
                 key,
                 out,
-                {"on": processor, "seconds": done.seconds, "curve": done.curve, **done.record},
+                {
+                    "on": processor,
+                    "seconds": done.seconds,
+                    "curve": done.curve,
+                    **done.record.to_dict(),
+                },
             )
 
 

@@ -1,16 +1,15 @@
-"""Memory of healing: with the original as a second model, sharing what is frozen, and kept on disk.
+"""Memory of healing: the original as a second model, sharing frozen tensors, or kept on disk.
 
     python benchmarks/healing_memory.py [--model default] [--layers 14-27] --train-text FILE
         [--runs 3] [--json PATH]
 
-Every run is a process of its own that takes two steps (the optimizer's moments are there from the
-first on) of two windows of 512 tokens, one a pass; the peak is of the GPU's allocated memory
-where there is one, else of the process's anonymous resident memory. Linux.
+Every run is a separate process that takes two steps (the optimizer's moments exist from the first
+on) of two windows of 512 tokens, one window per pass. The peak is that of the GPU's allocated
+memory if there is a GPU, else of the process's anonymous resident memory. Needs Linux.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -22,6 +21,7 @@ import torch
 
 import truedepth as td
 from conversion import peak_memory
+from rows import parser_of, report
 from truedepth.plan.plan import Plan
 from truedepth.plan.spans import parse_span
 
@@ -46,13 +46,12 @@ if torch.cuda.is_available():
 
 
 def main() -> None:
-    """Heal in every way, interleaved; print and write the peaks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Heal in each of the three ways, interleaved; print and write the peaks."""
+    parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--model", default="default")
     parser.add_argument("--layers", default="14-27")
     parser.add_argument("--train-text", required=True)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     peaks: dict[str, list[int]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as directory:
@@ -76,9 +75,7 @@ def main() -> None:
         "peak_bytes": peaks,
         "median_bytes": {way: median(values) for way, values in peaks.items()},
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

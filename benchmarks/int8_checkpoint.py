@@ -2,9 +2,10 @@
 
     python benchmarks/int8_checkpoint.py CKPT OUT
 
-One scale a row, rounded to nearest; vLLM rounds activations to int8 token by token (W8A8, dynamic).
-Embedding and head stay as they are. (vLLM's own `--quantization int8_per_channel_weight_only` takes
-int8 for experts alone and leaves the linear maps of dense models as they are.)
+One scale per row, rounded to nearest; vLLM rounds activations to int8 token by token (W8A8,
+dynamic). Embedding and head stay as they are. (vLLM's own
+`--quantization int8_per_channel_weight_only` quantizes only experts, and leaves the linear maps of
+dense models as they are.)
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ QUANTIZATION = {
 
 
 def main() -> None:
-    """Write it."""
+    """Write OUT."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def write_int8(checkpoint: Path, out: Path) -> None:
-    """Of a checkpoint in one file."""
+    """Write the int8 form of a checkpoint whose weights are in one file."""
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(checkpoint / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:

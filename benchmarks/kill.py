@@ -1,22 +1,20 @@
-"""Runs killed (SIGKILL) at random points: never an output that is wrong, always one in the end.
+"""Runs killed (SIGKILL) at random points: never a wrong output, always a whole one in the end.
 
 Small random models; `convert`, `convert --calibrate`, `study`, `heal` and `export`, and the first
 two with `--force` over an older output. A run is killed after a random share of the time that it
-takes, or at one of its file operations, drawn at random; up to three times, then it is let finish.
-After every kill the output must not be there, or be, file by file, what a run that nobody killed
-wrote; with `--force` the older one or that. Of a study, which is made in place, that goes for every
-file but the measurements. The run that finishes must give the same bytes and leave nothing beside
-them, without `--force` or cleaning.
+takes, or at one of its file operations drawn at random, up to three times; then it may finish.
+After every kill the output must be absent, or equal, file by file, to that of a run that was not
+killed; with `--force` it must be the older output or that one. A study is written in place: the
+same holds for each of its files except the measurements. The run that finishes must give the same
+bytes and leave nothing next to them, without `--force` or cleaning.
 
     python benchmarks/kill.py --kills 150 --json docs/results/kill.json
 
-Everything is imported once; runs are forks of this process.
+Modules are imported once; runs are forks of this process.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import random
@@ -39,6 +37,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from rows import parser_of, report
 from truedepth import conversion
 from truedepth.cli import app as cli
 from truedepth.depth_study import run as depth_study
@@ -67,13 +66,13 @@ class Case:
     """MODEL, CKPT, TEXT and OUT stand for paths."""
 
     forced: bool = False
-    """Over an older output."""
+    """Whether it replaces an older output."""
 
     name: str = "out"
-    """Of the output."""
+    """Name of the output."""
 
     in_place: bool = False
-    """The output is a directory that is filled as the run goes on."""
+    """Whether the output is a directory that is filled during the run."""
 
 
 CALIBRATE = [*("--calibrate", "--text", "TEXT", "--tokens", "1024")]
@@ -101,22 +100,22 @@ CASES = {
 
 @dataclass
 class Outcome:
-    """Of one case."""
+    """What happened to the runs of one case."""
 
     kills: int = 0
     by_time: int = 0
     by_operation: int = 0
     histories: int = 0
-    """Runs that were killed one to three times and then let finish."""
+    """Runs that were killed one to three times and then finished."""
 
     finished_before: int = 0
-    """Runs that had ended when they should have been killed; no kill."""
+    """Runs that had ended before they could be killed; they do not count as kills."""
 
     found: Counter[str] = field(default_factory=Counter)
-    """What was in the place of the output after a kill."""
+    """What was in the output's place after each kill, counted."""
 
     beside: Counter[str] = field(default_factory=Counter)
-    """What a killed run left beside it, for the next one."""
+    """What killed runs left next to the output, for the next run, counted."""
 
     ended: Counter[str] = field(default_factory=Counter)
     """How the last run of a history ended."""
@@ -125,10 +124,10 @@ class Outcome:
 
 
 class Bench:
-    """A directory with models, a text and what runs that nobody killed made of them."""
+    """A directory with models, a text, and the outputs of runs that were not killed."""
 
     def __init__(self, root: Path, seed: int) -> None:
-        """Make them."""
+        """Make models, text and outputs."""
         self.root, self._random = root, random.Random(seed)
         self.paths = {name: root / name for name in ("MODEL", "CKPT", "TEXT")}
         self.paths["TEXT"] = root / "text.txt"
@@ -139,7 +138,7 @@ class Bench:
         self._expect(0, lambda: command(self.arguments(convert, root)), "CKPT")
 
     def arguments(self, case: list[str], out: Path) -> list[str]:
-        """With paths."""
+        """A case's arguments with actual paths."""
         paths = {**self.paths, "OUT": out}
         return [str(paths.get(part, part)) for part in case]
 
@@ -152,7 +151,7 @@ class Bench:
         return time.monotonic() - start
 
     def measure(self, name: str, kills: int) -> Outcome:
-        """Kill a command so often."""
+        """Kill a case's command `kills` times."""
         case, outcome = CASES[name], Outcome()
         place = self.root / name.replace(" ", "")
         place.mkdir()
@@ -176,7 +175,7 @@ class Bench:
         return outcome
 
     def older(self, out: Path) -> Files:
-        """An older output, of another plan."""
+        """Write an older output, with another plan."""
         convert = ["convert", "MODEL", "OUT", "--layers", "2-3"]
         self._expect(0, lambda: command(self.arguments(convert, out)), "older output")
         shutil.copytree(out, self.root / "old", dirs_exist_ok=True)
@@ -241,7 +240,7 @@ class Bench:
         before = _state(case, out, old, new)
         code, _ = wait(run(lambda: command(arguments), self.root / "log"), TIMEOUT)
         said = (self.root / "log").read_text().strip()
-        if code == 2 and "exists already; give --force" in said and before == "new":
+        if code == 2 and "already exists; give --force" in said and before == "new":
             outcome.ended["refused: it is there"] += 1
         elif code == 0:
             outcome.ended["completed"] += 1
@@ -255,7 +254,7 @@ class Bench:
 
 
 def _state(case: Case, out: Path, old: Files | None, new: Files) -> str:
-    """What is in the place of the output."""
+    """What is in the output's place."""
     if not out.exists():
         return "none" if old is None else "wrong: neither old nor new"
     found = files(out)
@@ -279,7 +278,7 @@ def left_beside(out: Path) -> list[str]:
 
 
 def files(directory: Path) -> Files:
-    """All files of a directory, or one file."""
+    """The bytes of all files of a directory, or of one file."""
     if directory.is_file():
         return {directory.name: directory.read_bytes()}
     return {
@@ -290,12 +289,12 @@ def files(directory: Path) -> Files:
 
 
 def differing(one: Files, other: Files) -> list[str]:
-    """Names of the files that are not the same."""
+    """Names of the files that differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def run(act: Callable[[], object], log: Path) -> int:
-    """Do something in a fork; gives its process id."""
+    """Run a function in a fork; returns its process id."""
     if pid := os.fork():
         return pid
     code = 1
@@ -317,7 +316,7 @@ def run(act: Callable[[], object], log: Path) -> int:
 
 
 def wait(pid: int, seconds: float) -> tuple[int, float]:
-    """Wait for a process, and kill it when the time is over; its exit code and its seconds."""
+    """Wait for a process, and kill it after the timeout; returns its exit code and seconds."""
     start = time.monotonic()
     while time.monotonic() - start < seconds:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -330,13 +329,13 @@ def wait(pid: int, seconds: float) -> tuple[int, float]:
 
 
 def command(arguments: list[str]) -> None:
-    """A truedepth command in this process."""
+    """Run a truedepth command in this process."""
     sys.argv = ["truedepth", *arguments]
     cli.main()
 
 
 def dying(arguments: list[str], place: Path, at: int) -> None:
-    """A command that is killed at its file operation number `at`, before it is done."""
+    """Run a command that is killed just before its file operation number `at`."""
     seen = 0
 
     def die() -> None:
@@ -350,7 +349,7 @@ def dying(arguments: list[str], place: Path, at: int) -> None:
 
 
 def on_operations(place: Path, act: Callable[[], object]) -> None:
-    """Call a function before every operation on files, and before every `open` in a place."""
+    """Call a function before each file operation, and before each `open` in a directory."""
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
         if event in OPERATIONS and (event != "open" or str(details[0]).startswith(str(place))):
@@ -387,19 +386,20 @@ def write_model(directory: Path) -> None:
 
 @contextmanager
 def bench(seed: int, directory: Path | None) -> Iterator[Bench]:
-    """In a temporary directory."""
+    """A bench in a temporary directory."""
     with tempfile.TemporaryDirectory(dir=directory) as root:
         yield Bench(Path(root), seed)
 
 
 def main() -> None:
-    """Kill; print and write what was found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Kill runs; print and write what was found."""
+    parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--kills", type=int, default=60, help="over all cases, shared equally")
-    parser.add_argument("--only", action="append", choices=CASES, help="this case; repeat")
+    parser.add_argument(
+        "--only", action="append", choices=CASES, help="only this case; repeat for more"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="on the file system to try")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--directory", type=Path, help="a directory on the file system to test")
     arguments = parser.parse_args()
     names = arguments.only or list(CASES)
     start = time.monotonic()
@@ -416,9 +416,7 @@ def main() -> None:
             for name, outcome in outcomes.items()
         },
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, arguments.json)
     sys.exit(1 if result["violations"] else 0)
 
 

@@ -1,17 +1,17 @@
-"""A layer-parallel checkpoint as the draft of its original: tokens that stand, and speed.
+"""A layer-parallel checkpoint as the draft of its original: accepted tokens, and speed.
 
     python benchmarks/lossless.py ORIGINAL CKPT [CKPT…] --text FILE --json PATH
         [--draft-tokens 1,2,4] [--prompts 8] [--tokens 64] [--repetitions 3] [--dtype bfloat16]
 
-The original continues the first 64 tokens of windows all over the text, greedily, alone and with
-every draft, in turn. `same_tokens` counts the prompts on which the tokens are the original's own:
-all, but for ties within the rounding of the dtype. With one token proposed at a time, a draft that
-costs the share c of the original's time pays where more than that share of its tokens stands.
+The original continues the first 64 tokens of windows from all over the text, greedily, alone and
+with each draft, in turn. `same_tokens` counts the prompts on which the tokens are the original's
+own: all of them, except for ties within the rounding of the dtype. With one token drafted at a
+time, a draft that costs the share c of the original's time pays if more than that share of its
+tokens is accepted.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import truedepth as td
+from rows import parser_of
 from truedepth.cli.options import DType
 from truedepth.runtime.device import default_device
 from truedepth.runtime.generation import answer
@@ -32,7 +33,7 @@ PROMPT = 64  # tokens
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("original")
     parser.add_argument("drafts", nargs="+")
     parser.add_argument("--text", type=Path, required=True)
@@ -41,7 +42,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtype", choices=DType, type=DType, default=DType.auto)
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     dtype = arguments.dtype.torch()
     original = td.load(arguments.original, dtype=dtype)
@@ -80,10 +80,10 @@ def main() -> None:
             "depth": drafts[name].source.num_layers if name else original.source.num_layers,
         }
         rows.append(row)
-        accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%} stand, "
+        accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%} accepted, "
         print(
-            f"depth {row['depth']}, {count} proposed: {accepted}"
-            f"{row['tokens_a_pass']:.2f} tokens a pass, {row['speedup']:.2f}x,"
+            f"depth {row['depth']}, {count} drafted: {accepted}"
+            f"{row['tokens_a_pass']:.2f} tokens per pass, {row['speedup']:.2f}x,"
             f" same tokens: {row['same_tokens']} of {len(prompts)} prompts",
             flush=True,
         )

@@ -3,16 +3,15 @@
     python benchmarks/one_device.py --json PATH [--shapes SmolLM2-135M,Llama-3.2-1B,…]
         [--length 128] [--depths 0,20,33,50] [--steps 32] [--repetitions 7]
 
-A wide layer is fewer and larger kernels; where layers are small that is faster even without
-all-reduces. Batch 1, bfloat16, a static cache and, on a GPU, CUDA graphs of whole steps. All in
-turn, against the original; `fused` has one product for queries, keys and values and one for gate
-and up. Bandwidth is that of weights and KV cache read in a token, as a share of what copying a
-large tensor reaches.
+A wide layer runs fewer and larger kernels, which is faster for small layers even without
+all-reduces. Batch 1, bfloat16, a static cache and, on a GPU, CUDA graphs of whole steps. All models
+run in turn, against the original; `fused` has one product for queries, keys and values and one for
+gate and up. Bandwidth counts the weights and the KV cache read per token, as a share of the
+bandwidth that copying a large tensor reaches.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
+from rows import parser_of
 from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device
@@ -59,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Joined(nn.Module):
-    """Linear maps of the same input as one product; the first call makes it, the others take."""
+    """Linear maps of the same input as one product, computed by the first map that is called."""
 
     def __init__(self, maps: list[nn.Linear]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Joined(nn.Module):
 
 
 class Part(nn.Module):
-    """One of the maps."""
+    """One map of a joined product."""
 
     def __init__(self, joined: Joined, index: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Part(nn.Module):
 
 
 def fuse(model: Any) -> Any:
-    """One product for queries, keys and values, one for gate and up, in the order of calls."""
+    """Join queries, keys and values, and gate and up, in the order in which they are called."""
     for layer in model.model.layers:
         for owner, names in (
             (layer.self_attn, ("q_proj", "k_proj", "v_proj")),
@@ -112,17 +112,17 @@ class Decoder:
             self.capture()
 
     def fill(self) -> None:
-        """The cache, from its beginning."""
+        """Fill the cache from its beginning."""
         self.cache.reset()
         self.model(self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def decode(self) -> None:
-        """One token."""
+        """Decode one token."""
         logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def capture(self) -> None:
-        """The step as a CUDA graph."""
+        """Record the step as a CUDA graph."""
         cuda: Any = torch.cuda
         stream = cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -136,13 +136,13 @@ class Decoder:
         self.step = graph.replay
 
     def seconds(self) -> float:
-        """A token's."""
+        """Seconds per token."""
         self.fill()
         return stopwatch(lambda: [self.step() for _ in range(self.steps)], self.device) / self.steps
 
     @property
     def bytes_read(self) -> int:
-        """Of weights and cache, in a token."""
+        """Bytes of weights and cache read per token."""
         model = self.model
         weights = sum(p.nbytes for name, p in model.named_parameters() if "embed" not in name)
         if model.config.tie_word_embeddings:  # the head is the embedding
@@ -168,7 +168,7 @@ def build(shape: dict[str, Any], plan: Plan, fused: bool, device: str) -> Any:
 
 
 def copy_bandwidth(device: str, size: int) -> float:
-    """Bytes a second that copying reads and writes."""
+    """Bytes per second that copying reads and writes."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [stopwatch(lambda: target.copy_(source), device) for _ in range(12)]
@@ -178,13 +178,12 @@ def copy_bandwidth(device: str, size: int) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Measure shape after shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", default=",".join(name for name in SHAPES if name != "tiny"))
-    parser.add_argument("--depths", default="0,20,33,50", help="per cent fewer")
+    parser.add_argument("--depths", default="0,20,33,50", help="per cent fewer layers")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     depths = [int(word) for word in arguments.depths.split(",")]
     if 0 not in depths or arguments.steps < 4:

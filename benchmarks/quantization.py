@@ -4,14 +4,15 @@
         [--calibration FILE…] --text FILE [--text FILE…] --directory DIR --json PATH
         [--types f16,q8_0,q4_0,q4_k_m,int8,int4] [--windows 16]
 
-Every model is measured against the original in float32: the model as it is, each plan of it
-calibrated, and for comparison the model with its norms' gains folded and nothing paired, and each
-plan as it is. Types of GGUF run in llama.cpp, int8 and int4 are torchao's of weights alone, in
-transformers. `plain` rows are exported without balancing, `balanced` ones with it where that is not
-the default, and `quantized first` rows are calibrated from and toward weights that had been rounded
-to q4_0 before.
+Every model is measured against the original in float32: the model as it is, each of its plans
+calibrated, and, for comparison, the model with its norms' gains folded and nothing paired, and each
+plan without calibration. GGUF's types run in llama.cpp; int8 and int4 are torchao's weight-only
+types in transformers. `plain` rows are exported without balancing, `balanced` rows with it where
+that is not the default, and `quantized first` rows are calibrated from and toward weights that had
+been rounded to q4_0 before.
 
-Rows that are in the JSON file already are not measured again. Needs llama-cpp-python and torchao.
+Rows that are already in the JSON file are not measured again, so the same command resumes. Needs
+llama-cpp-python and torchao.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torchao.quantization import (
 )
 
 import truedepth as td
+from rows import LOSS, Rows, losses, parser_of
 from truedepth.calibration.options import Calibration
 from truedepth.checkpoint.writing import write_weights
 from truedepth.engines.gguf.types import MatrixType
@@ -42,18 +44,18 @@ from truedepth.runtime.loading import Loaded
 from truedepth.sources.source import Source
 from truedepth.tensors import constant, scale_columns
 
-PARTS = ("nll", "excess", "excess_stderr", "kl", "tokens")
+PARTS = ("nll", *LOSS)
 TORCHAO = {
     "int8": Int8WeightOnlyConfig(),
     "int4": IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(32)),  # noqa: B009
 }
 SMALL = "q4_0"
-"""The type of the comparisons."""
+"""The type in which the variants are compared."""
 
 
 def main() -> None:
     """Measure row after row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)
     parser.add_argument("--calibration", type=Path, action="append", required=True)
@@ -62,11 +64,10 @@ def main() -> None:
     parser.add_argument("--types", default="f16,q8_0,q4_0,q4_k_m,int8,int4")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     source = td.open_source(given.model)
-    rows: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    rows = Rows(given.json)
     original = td.load(source, dtype=torch.float32)
     types = given.types.split(",")
     for name, checkpoint, kind in jobs(source, given, types):
@@ -75,12 +76,9 @@ def main() -> None:
         variant = name.rpartition(", ")[2]
         balanced = {"plain": False, "balanced": True}.get(variant)
         model, size = quantized(checkpoint, kind, given.directory, balanced)
-        rows[name] = {"bytes": size}
-        for text in given.text:
-            found = td.perplexity(model, against=original, text=text, windows=given.windows)
-            rows[name][text.name] = {part: getattr(found, part) for part in PARTS}
-        print(name, json.dumps(rows[name]), flush=True)
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+        lost = losses(model, original, given.text, given.windows, PARTS)
+        rows[name] = {"bytes": size, **lost}
+        rows.show(name)
 
 
 def jobs(
@@ -121,7 +119,7 @@ def jobs(
 def checkpoint_of(
     source: Source, path: Path, plan: Plan, calibration: Calibration | None = None
 ) -> Path:
-    """Converted, unless it is there."""
+    """Convert, unless the checkpoint exists already."""
     if not path.exists():
         td.convert(source, path, plan, calibration=calibration, dtype=torch.float32)
     if plan_of(td.open_source(path).config) != Plan(plan.num_layers, plan.groups):
@@ -132,7 +130,7 @@ def checkpoint_of(
 def quantized(
     checkpoint: Path, kind: str, directory: Path, balanced: bool | None
 ) -> tuple[Loaded, int | None]:
-    """A checkpoint in a type, and the bytes that it takes where a file has it."""
+    """A checkpoint in a type, loaded, and its size in bytes."""
     if kind == "f32":
         loaded = td.load(checkpoint, dtype=torch.float32)
         return loaded, sum(p.nbytes for p in loaded.model.parameters())
@@ -149,7 +147,7 @@ def quantized(
 
 
 def held_bytes(parameter: torch.Tensor, kind: str) -> int:
-    """Of a weight, with its scales; int4 as if packed, where torchao holds a byte each."""
+    """Bytes of a weight with its scales; int4 as if packed (torchao holds one byte each)."""
     if not hasattr(parameter, "__tensor_flatten__"):
         return parameter.nbytes
     parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
@@ -181,7 +179,7 @@ def folded(original: Source, whole: Path, directory: Path) -> Path:
 
 
 def rounded(source: Source, whole: Path, directory: Path) -> Source:
-    """The original with weights as the small type has them, as an ordinary checkpoint."""
+    """The original with weights rounded to the small type, as an ordinary checkpoint."""
     out = directory / "rounded"
     if not out.exists():
         td.export(whole, directory / "rounded.gguf", type=SMALL, force=True)

@@ -1,7 +1,7 @@
-"""What else makes a model shallower without training, each from its paper's description.
+"""Other methods that make a model shallower without training, after their papers' descriptions.
 
-Every function changes `model.base_model.layers` of a model that is its caller's own copy. They are
-for comparison only: none of them is part of the package.
+Every function changes `model.base_model.layers` in place; the caller passes a copy of its own. They
+are for comparison only: none of them is part of the package.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from truedepth.depth_study.schedule import Runner, in_order
-from truedepth.families.family import sublayers
+from truedepth.modeling import LayerForm
 from truedepth.plan.plan import Plan
-from truedepth.runtime.layer_stack import run_branch
 from truedepth.runtime.loading import Loaded
+from truedepth.runtime.stage import run_stage, stages_of
 
 
 def parallel_whole_layers(loaded: Loaded, plan: Plan) -> None:
@@ -27,20 +27,22 @@ def parallel_whole_layers(loaded: Loaded, plan: Plan) -> None:
 
 
 class _SideBySide(nn.Module):
-    """y = x + Σ_i f_i(x), where x + f_i(x) is what layer i gives."""
+    """y = x + Σ_i f_i(x), where x + f_i(x) is the output of layer i."""
 
     def __init__(self, loaded: Loaded, members: Sequence[nn.Module]) -> None:
         super().__init__()
-        self._sublayers = sublayers(loaded.source.family, loaded.model.config)
+        self._form = LayerForm(**loaded.source.family.layer_form(loaded.model.config))
         self.members = nn.ModuleList(members)
 
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
-        """As a decoder layer is called."""
+        """Called like a decoder layer."""
         x = hidden_states.float()
         y = x
         for member in self.members:
-            attended = run_branch(self._sublayers, member, 0, x, call)
-            y = y + attended + run_branch(self._sublayers, member, 1, x + attended, call)
+            state = x
+            for stage in stages_of({0: member}, self._form):
+                state = run_stage(state, stage, [call])
+            y = y + (state - x)
         return y.to(hidden_states.dtype)
 
 
@@ -70,18 +72,19 @@ def greedy_order(loaded: Loaded, ids: Tensor, count: int) -> list[int]:
 
 
 def drop(loaded: Loaded, layers: Sequence[int]) -> None:
-    """Take layers out."""
+    """Remove layers."""
     kept = [x for i, x in enumerate(loaded.model.base_model.layers) if i not in set(layers)]
     _replace(loaded, kept)
 
 
 @torch.no_grad()
 def patch_linearly(loaded: Loaded, ids: Tensor, count: int) -> list[int]:
-    """ReplaceMe (arXiv 2505.02819): a span of layers becomes one linear map behind the FFN before.
+    """ReplaceMe (arXiv 2505.02819): a span of layers becomes a linear map after the previous FFN.
 
     The span is the one over which hidden states turn least (mean cosine distance). The map is the
-    least-squares solution T of (M T + Y ≈ L), M being the FFN's output of the last layer before
-    the span, Y what is added to it and L the span's output; it is folded into the down projection.
+    least-squares solution T of (M T + Y ≈ L), where M is the FFN's output in the last layer before
+    the span, Y is what it is added to and L is the span's output. T is folded into the down
+    projection.
     """
     runner = Runner(loaded, ids)
     states = runner.inputs()
@@ -91,8 +94,10 @@ def patch_linearly(loaded: Loaded, ids: Tensor, count: int) -> list[int]:
         for start in range(1, last + 1)
     }
     start = min(turns, key=lambda each: turns[each].item())
-    attended = states[start - 1] + runner.branch(0, start - 1, states[start - 1])
-    ffn = runner.branch(1, start - 1, attended).flatten(0, 1).double()
+    attended = states[start - 1] + runner.member("attention", start - 1)(
+        states[start - 1], runner.calls
+    )
+    ffn = runner.member("ffn", start - 1)(attended, runner.calls).flatten(0, 1).double()
     wanted = (states[start + count] - attended).flatten(0, 1).double()
     gram = ffn.T @ ffn
     gram.diagonal().add_(1e-6 * gram.diagonal().mean())

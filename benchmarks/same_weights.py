@@ -5,8 +5,9 @@
 Tiny random models of five families are converted as they are, calibrated, healed for a few steps
 and, where llama.cpp runs the family, exported; one is studied and searched for a plan. The commit
 BASE and the working tree do this with the same Python, each with its own sources. Tensors are
-compared byte for byte, config.json and results as data, but for versions and times. Both then load
-the checkpoints that BASE has made, and their logits are compared too.
+compared byte for byte; config.json and results as data, except for versions and times, and with
+numbers equal to a millionth. Both then load the checkpoints that BASE has made, and their logits
+are compared byte for byte too.
 
 Only public names of truedepth are used here, so that any two checkouts can be compared.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -47,7 +49,7 @@ PASSING = ("version", "truedepth", "seconds", "origin", "source", "original", "p
 
 
 def main() -> None:
-    """Make all of it with both checkouts and say what differs; exit code 1 if anything does."""
+    """Make everything with both checkouts and print what differs; exit code 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="commit to compare the working tree with")
     parser.add_argument("--keep", type=Path, help="directory to work in, kept afterwards")
@@ -63,15 +65,27 @@ def main() -> None:
         finally:
             subprocess.run([*git, "remove", "--force", str(base)], check=True)
     before, now = found
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    changed = [key for key in before | now if not _alike(before.get(key), now.get(key))]
     for key in changed:
-        print(f"{key}: {before.get(key, 'not there')} -> {now.get(key, 'not there')}")
+        said = (str(each.get(key, "absent"))[:200] for each in (before, now))
+        print(f"{key}: {' -> '.join(said)}")
     print(f"{len(changed)} of {len(before | now)} tensors, configs and results differ.")
     sys.exit(1 if changed or not before else 0)
 
 
-def _run(tree: Path, directory: Path, name: str) -> dict[str, str]:
-    """What the sources of a checkout make: a hash of every tensor, config and result."""
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two results are the same, numbers to a millionth; hashes are text."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _run(tree: Path, directory: Path, name: str) -> dict[str, Any]:
+    """What a checkout's sources make: a hash of every tensor, configs and results."""
     environment = os.environ | {
         "PYTHONPATH": str(tree / "src"),
         "OMP_NUM_THREADS": "1",  # sums in one order
@@ -79,7 +93,7 @@ def _run(tree: Path, directory: Path, name: str) -> dict[str, str]:
     }
     command = [sys.executable, __file__, "--work", str(directory), name, str(tree / "src")]
     subprocess.run(command, env=environment, check=True)
-    found: dict[str, str] = json.loads((directory / f"{name}.json").read_text())
+    found: dict[str, Any] = json.loads((directory / f"{name}.json").read_text())
     return found
 
 
@@ -123,12 +137,12 @@ def _alphabet() -> list[str]:
 
 
 def _work(directory: Path, name: str, sources: str) -> None:
-    """In a process of its own, with the sources of one checkout."""
+    """Make everything, in a separate process, with the sources of one checkout."""
     import truedepth as td
 
-    assert str(td.__file__).startswith(sources), f"{td.__file__} is not of {sources}"
+    assert str(td.__file__).startswith(sources), f"{td.__file__} is not in {sources}"
     torch.set_num_threads(1)
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     out, text = directory / name, directory / "text.txt"
     options = td.Calibration(text=[text], tokens=2048, window=32, dtype=torch.float32)
     part = type(td.Healing().text[0])
@@ -152,7 +166,7 @@ def _work(directory: Path, name: str, sources: str) -> None:
         if family in PADDED:
             td.convert(model, made / "padded", plan, pad_heads=4, dtype=torch.float16)
         healed = td.heal(start, made / "healed", teacher=model, healing=healing)
-        found[f"{family}: healing"] = _digest(healed.curve)
+        found[f"{family}: healing"] = _plain(healed.curve)
         for checkpoint in sorted(path for path in made.iterdir() if path.is_dir()):
             found |= _hashes(checkpoint, f"{family} {checkpoint.name}")
         if family in EXPORTED:
@@ -163,9 +177,9 @@ def _work(directory: Path, name: str, sources: str) -> None:
         searched = td.search(
             directory / "Llama", depth=5, max_group=3, calibrate=refit, calibration=options
         )
-        found[f"search, refitted {refit}"] = _digest(searched.to_dict())
+        found[f"search, refitted {refit}"] = _plain(searched.to_dict())
     studied = td.study(directory / "Llama", out / "study", text=text, window=32, windows=2)
-    found["study"] = _digest(studied.to_dict())
+    found["study"] = _plain(studied.to_dict())
     ids = torch.arange(48).reshape(2, 24) + 5
     for config in sorted(directory.glob("base/*/*/config.json")):
         model = td.load(config.parent, device="cpu", dtype=torch.float32).model
@@ -174,8 +188,10 @@ def _work(directory: Path, name: str, sources: str) -> None:
     (directory / f"{name}.json").write_text(json.dumps(found))
 
 
-def _hashes(checkpoint: Path, title: str) -> dict[str, str]:
-    found = {f"{title}: config.json": _digest(json.loads((checkpoint / "config.json").read_text()))}
+def _hashes(checkpoint: Path, title: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        f"{title}: config.json": _plain(json.loads((checkpoint / "config.json").read_text()))
+    }
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  not a dict
@@ -187,7 +203,7 @@ def _hashes(checkpoint: Path, title: str) -> dict[str, str]:
 
 
 def _file_hash(path: Path) -> str:
-    """Of a GGUF file's tensors: its metadata carry the version."""
+    """A hash of a GGUF file's tensors, without its metadata, which carry the version."""
     import gguf
 
     digest = hashlib.sha256()
@@ -197,20 +213,15 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(data: Any) -> str:
-    """Data as one line, but for what may differ."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            kept = {key: each for key, each in value.items() if key not in PASSING}
-            made = value.get("truedepth")
-            return {str(k): plain(v) for k, v in kept.items()} | (
-                {"made": plain(made)} if isinstance(made, dict) else {}
-            )
-        return [plain(each) for each in value] if isinstance(value, list | tuple) else value
-
-    text = json.dumps(plain(data), sort_keys=True, default=str)
-    return text if len(text) < 400 else f"{text[:120]}… {hashlib.sha256(text.encode()).hexdigest()}"
+def _plain(data: Any) -> Any:
+    """Data as JSON can hold it, but for what may differ."""
+    if isinstance(data, dict):
+        made = data.get("truedepth")  # in config.json how it was made, in results a version
+        kept = {str(key): _plain(each) for key, each in data.items() if key not in PASSING}
+        return kept | ({"made": _plain(made)} if isinstance(made, dict) else {})
+    if isinstance(data, list | tuple):
+        return [_plain(each) for each in data]
+    return data if isinstance(data, float | int | bool | None) else str(data)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Layer parallelism on slower wires: the speed-up against the delay of every collective.
+"""Layer parallelism over slower links: the speed-up against the delay of each collective.
 
     python benchmarks/slow_link.py MODEL --against BASE --json PATH [--plot PICTURE] [--ranks 2]
         [--length 128] [--delays 0,50,100,500,1000] [--repetitions 7]
 
-Ranks of transformers' tensor parallelism on this machine, over gloo on a CPU; every collective is
-made to take so many microseconds longer, as on a longer wire (GPUs without NVLink, several hosts).
-Nothing is compiled, for compiled graphs would not be reached.
-One token with a full cache, the model and its base in turn. Beside each ratio the predicted one:
-`truedepth predict`'s times with the delay added to every collective that was counted.
+Ranks of transformers' tensor parallelism on this machine, over gloo on a CPU. Every collective is
+made longer by a delay, as over a slower link (GPUs without NVLink, several hosts). Nothing is
+compiled, because the delay does not reach compiled graphs. Timed is one token with a full cache,
+the model and its base in turn. Next to each ratio stands the predicted one: `truedepth predict`'s
+times with the delay added to each collective that was counted.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 import truedepth as td
+from rows import parser_of
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.speed.collectives import watched
 from truedepth.speed.ranks import run_ranks
@@ -31,12 +31,12 @@ from truedepth.speed.transformers import TransformersRunner
 
 
 class SlowRunner(TransformersRunner):
-    """Over a wire that takes longer."""
+    """A runner whose collectives take longer."""
 
     delay = 0.0
 
     def seconds(self, case: Case) -> float:
-        """One run; of decoding, a token's."""
+        """Seconds of one run; for decoding, seconds per token."""
         with watched(self.delay):
             return super().seconds(case)
 
@@ -44,7 +44,7 @@ class SlowRunner(TransformersRunner):
 def measure(
     model: str, base: str, case: Case, delays: list[float], repetitions: int, dtype: torch.dtype
 ) -> list[Row]:
-    """In one rank."""
+    """Time both models at every delay, in one rank."""
     sharded = {
         "distributed_config": DistributedConfig(tp_size=dist.get_world_size()),
         "device_map": None,
@@ -60,7 +60,7 @@ def measure(
 
 def main() -> None:
     """Measure, predict, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--against", required=True)
     parser.add_argument("--ranks", type=int, default=2)
@@ -68,7 +68,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--delays", default="0,50,100,500,1000", help="microseconds")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     delays = [float(word) * 1e-6 for word in arguments.delays.split(",")]
@@ -106,7 +105,7 @@ def main() -> None:
 
 
 def calls(sent: Collectives | None) -> int:
-    """Of a token."""
+    """Number of collectives per token."""
     return sum(sent.calls.values()) if sent else 0
 
 
@@ -121,7 +120,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     spread = list(zip(*(row["spread"] for row in rows), strict=True))
     axes.errorbar(delays, middle, spread, fmt="o-", capsize=3, label="measured")
     axes.plot(delays, [row["predicted"] for row in rows], "x--", label="predicted")
-    axes.set(xlabel="added to every collective, µs", ylabel="speed-up of a token")
+    axes.set(xlabel="added to every collective, µs", ylabel="speed-up per token")
     axes.set_xscale("symlog", linthresh=50)
     axes.set_xticks(delays, [f"{delay:g}" for delay in delays])
     axes.grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """Memory of a study of a model that is larger than memory.
 
-A synthetic checkpoint of Llama-3-70B's width, whose files are holes: they take no disk and read as
+The files of a synthetic checkpoint of Llama-3-70B's width are holes: they take no disk and read as
 zeros, through the page cache as all files do. All its layers are run in order, in pairs and merged,
 and once more with every layer's input kept, in a process whose anonymous resident memory is
 sampled. Needs Linux.
@@ -10,17 +10,13 @@ sampled. Needs Linux.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from conversion import LLAMA_3_70B, peak_memory, write_model
+from rows import machine, parser_of, report
 
 STUDY = """
 import sys, torch, truedepth as td
@@ -41,11 +37,10 @@ print(runner.evaluated)
 
 def main() -> None:
     """Study once; print and write what it took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json_required=False)
     parser.add_argument("--layers", type=int, default=14)
-    parser.add_argument("--windows", type=int, default=4, help="of 64 tokens")
+    parser.add_argument("--windows", type=int, default=4, help="windows of 64 tokens")
     parser.add_argument("--directory", type=Path, help="for the checkpoint")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         model = LLAMA_3_70B | {"num_hidden_layers": arguments.layers}
@@ -54,7 +49,7 @@ def main() -> None:
         command = [sys.executable, "-c", STUDY, directory, str(arguments.windows)]
         peak, printed = peak_memory(command)
     result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "layers": arguments.layers,
         "tokens": 64 * arguments.windows,
         "size": size,
@@ -62,9 +57,7 @@ def main() -> None:
         "peak_anonymous_bytes": peak,
         "minutes": (time.perf_counter() - start) / 60,
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LLAMA_3_ROPE = {
 ALTERNATING = ["sliding_attention", "full_attention"] * 3
 TWO_OF_A_KIND = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 
-# Every model has 6 layers; its groups are wide layers but for those of `branches`.
+# Every model has 6 layers; its groups are wide layers but for those of `side_by_side`.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"config": "LlamaConfig"},
     "llama 3": {"config": "LlamaConfig", "rope_parameters": LLAMA_3_ROPE},
@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "sliding_window": 8,
         "layer_types": TWO_OF_A_KIND,
-        "branches": True,
+        "side_by_side": True,
     },
     "ministral 3": {
         "config": "Ministral3Config",
@@ -52,14 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 8,
         "max_window_layers": 2,
-        "branches": True,
+        "side_by_side": True,
     },
     "qwen3": {"config": "Qwen3Config", "head_dim": 16},
     "qwen3, biases": {"config": "Qwen3Config", "head_dim": 32, "attention_bias": True},
     "smollm3": {
         "config": "SmolLM3Config",
         "no_rope_layers": [1, 1, 1, 0, 0, 1],
-        "branches": True,
+        "side_by_side": True,
     },
     "phi3": {"config": "Phi3Config"},
     "phi4-mini": {
@@ -85,7 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "sliding_window": 8,
         "layer_types": ALTERNATING,
-        "branches": True,
+        "side_by_side": True,
     },
     "gemma3": {
         "config": "Gemma3TextConfig",
@@ -97,24 +97,24 @@ CASES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
-        "branches": True,
+        "side_by_side": True,
     },
     "glm": {"config": "GlmConfig", "head_dim": 16, "attention_bias": True},
-    "glm4": {"config": "Glm4Config", "head_dim": 16, "branches": True},
+    "glm4": {"config": "Glm4Config", "head_dim": 16, "side_by_side": True},
     "cohere": {"config": "CohereConfig", "logit_scale": 0.25},
     "cohere, norms": {"config": "CohereConfig", "use_qk_norm": True, "logit_scale": 0.25},
     "cohere2": {
         "config": "Cohere2Config",
         "sliding_window": 8,
         "layer_types": TWO_OF_A_KIND,
-        "branches": True,
+        "side_by_side": True,
     },
-    "olmo2": {"config": "Olmo2Config", "branches": True},
+    "olmo2": {"config": "Olmo2Config", "side_by_side": True},
     "olmo3": {
         "config": "Olmo3Config",
         "sliding_window": 8,
         "layer_types": TWO_OF_A_KIND,
-        "branches": True,
+        "side_by_side": True,
     },
     "arcee": {"config": "ArceeConfig", "hidden_act": "relu2"},
     "starcoder2": {"config": "Starcoder2Config", "sliding_window": 8},
@@ -122,20 +122,20 @@ CASES: dict[str, dict[str, Any]] = {
         "config": "GPTNeoXConfig",
         "num_key_value_heads": None,
         "hidden_dropout": 0.0,
-        "branches": True,
+        "side_by_side": True,
     },
     "gpt-neox, sequential": {
         "config": "GPTNeoXConfig",
         "num_key_value_heads": None,
         "use_parallel_residual": False,
-        "branches": True,
+        "side_by_side": True,
     },
 }
 
 
 def options_of(case: str) -> dict[str, Any]:
     """For `make_model`."""
-    options = {name: value for name, value in CASES[case].items() if name != "branches"}
+    options = {name: value for name, value in CASES[case].items() if name != "side_by_side"}
     return options | {"family": getattr(transformers, options.pop("config"))}
 
 

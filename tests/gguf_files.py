@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 import truedepth as td
-from conftest import TINY
+from tiny_models import TINY
 from truedepth.engines.gguf.tokenizer import WORDS
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import forks
 import truedepth as td
 from truedepth.cli import app as cli
 from truedepth.sources.stamps import Stamps
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+KILL = "import kill; kill.main()"
 
 TRAINED = ["--tokens", 1024, "--sequence-length", 32, "--batch-size", 4, "--micro-batch-size", 4]
 HEALED = [*TRAINED, "--eval-every", 4, "--validation", 4]
@@ -312,8 +313,7 @@ def test_a_source_cut_short_between_look_and_read(command, places, dtype, code):
     """
     file = places["MODEL"] / "model.safetensors"
     whole = file.read_bytes()
-    run = [sys.executable, "-c", CUT_SHORT, places["MODEL"], places["OUT"], dtype]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = forks.python(CUT_SHORT, places["MODEL"], places["OUT"], dtype)
     assert done.returncode == code
     if code == 1:
         assert f"{file} changed while it was read" in done.stderr
@@ -323,28 +323,22 @@ def test_a_source_cut_short_between_look_and_read(command, places, dtype, code):
     assert left_beside(places["OUT"]) == set()
 
 
-def script(*arguments):
-    """Of the benchmarks, in one process that forks; gives its JSON."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=BENCHMARKS,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def script(code, *arguments):
+    """With the benchmarks at hand, in one process that forks; gives its JSON."""
+    done = forks.python(code, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
 
 def test_a_few_kills():
-    found = script("kill.py", "--kills", 12, "--only", "convert", "--only", "convert --force")
+    found = script(KILL, "--kills", 12, "--only", "convert", "--only", "convert --force")
     assert found["kills"] >= 12
     assert found["violations"] == 0
 
 
 @pytest.mark.slow
 def test_kills():
-    found = script("kill.py", "--kills", 70, "--seed", 1)
+    found = script(KILL, "--kills", 70, "--seed", 1)
     assert {name for name, case in found["cases"].items() if case["kills"] >= 10} >= {
         *("convert", "calibrate", "study", "heal", "export"),
         *("convert --force", "calibrate --force"),
@@ -390,7 +384,7 @@ print(json.dumps(found))
 
 def test_two_runs_on_one_output():
     """The second process is refused in one sentence; when the first is dead, the third goes on."""
-    found = script("-c", TWO_RUNS)
+    found = script(TWO_RUNS)
     assert found.keys() >= {"convert", "calibrate", "study", "heal", "export"}
     for name, (second, said, third, left) in found.items():
         assert (second, third, left) == (2, 0, []), name

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import truedepth as td
-from conftest import TINY, random_ids, reference_logits
+from tiny_models import TINY, random_ids, reference_logits
 from truedepth import modeling
 
 GROUPS = [[0, 1], [2], [3, 4, 5]]
@@ -255,7 +255,11 @@ def test_tokenizer_is_the_originals(source, checkpoint):
 
 @pytest.mark.parametrize(
     ("widths", "words"),
-    [([1, 2], "2 entries for 3"), ([1, 2, 0], "at least 1"), ("123", "list of integers")],
+    [
+        ([1, 2], "2 entries, but num_hidden_layers is 3"),
+        ([1, 2, 0], "at least 1"),
+        ("123", "list of integers"),
+    ],
 )
 def test_config_refuses_wrong_widths(widths, words):
     with pytest.raises(ValueError, match=words):

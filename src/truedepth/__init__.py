@@ -2,7 +2,7 @@
 
     import truedepth as td
 
-    plan = td.search("default", max_loss=0.05).plan     # the shallowest within 0.05 nats a token
+    plan = td.search("default", max_loss=0.05).plan     # the shallowest within 0.05 nats per token
     td.calibrate("default", "smollm2-lp", plan)
     print(td.perplexity("smollm2-lp", against="default"))
 
@@ -55,8 +55,8 @@ __all__ = [
     "task_scores",
 ]
 
-# Loaded when first used: they import torch, which takes a second. No module bears the name of one
-# of these functions, for a submodule once imported would take the name over.
+# Loaded on first use: they import torch, which takes a second. No submodule has the name of one of
+# these functions: once imported, it would hide the function.
 _LAZY = {
     "Calibration": "truedepth.calibration.options",
     "Healing": "truedepth.healing.options",
@@ -84,8 +84,8 @@ def __getattr__(name: str) -> object:
     return value
 
 
-# Takes seconds, for transformers' models are imported. The command line (argv[0] is "-m" while
-# `python -m truedepth` imports this) registers when it loads a model instead, so that help and
-# error messages come at once.
+# Registering imports transformers' models, which takes seconds. The command line (argv[0] is "-m"
+# while `python -m truedepth` imports this) registers when it loads a model instead, so that help
+# and error messages come at once.
 if Path(sys.argv[0] if sys.argv else "").name not in ("truedepth", "-m"):
     register()

@@ -12,15 +12,15 @@ import torch
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.run import calibrated
 from truedepth.checkpoint.card import model_card
+from truedepth.checkpoint.records import CalibrationRecord
 from truedepth.checkpoint.writing import write_checkpoint
-from truedepth.errors import TruedepthError
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
 from truedepth.plan.plan import Plan
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.version import __version__
-from truedepth.widening.layout import as_run, check_loadable, converted_config, converted_tensors
+from truedepth.widening.layout import Layout, check_loadable
 from truedepth.widening.padding import head_padding, padded_tensors
 
 
@@ -35,14 +35,13 @@ class Conversion:
     size: int
     """Bytes of the weights."""
 
-    run: Plan
-    """With the layers of branch groups by themselves, as engines run them."""
+    executed_plan: Plan
+    """The plan as engines run it: layers that run side by side are by themselves."""
 
     quantization: str | None = None
     """Of the source, whose weights were dequantized."""
 
-    calibration: dict[str, Any] | None = None
-    """What was calibrated on, and what it gained on held-out windows."""
+    calibration: CalibrationRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -53,12 +52,12 @@ class Conversion:
             "size": self.size,
             "quantization": self.quantization,
             "plan": self.plan.to_dict(),
-            "calibration": self.calibration,
+            "calibration": self.calibration.to_dict() if self.calibration else None,
             "effective_depth": self.plan.effective_depth,
             "paired_layers": self.plan.paired_layers,
             "all_reduces_per_token": {
-                "original": self.plan.unpaired.all_reduces_per_token(2),
-                "converted": self.run.all_reduces_per_token(2),
+                "original": self.plan.unpaired.all_reduces,
+                "converted": self.executed_plan.all_reduces,
             },
         }
 
@@ -98,44 +97,39 @@ def convert(
     source = open_source(model)
     out = Path(out).expanduser().resolve()
     check_conversion(source, out, force)
-    if plan.num_layers != source.num_layers:
-        raise TruedepthError(
-            f"The plan is for {plan.num_layers} layers, but {source.name} has {source.num_layers}."
-        )
     padding = head_padding(source.config, pad_heads)
-    tensors = converted_tensors(source, plan.groups, dtype)
-    config = converted_config(source, plan.groups, tensors)
-    config["truedepth"] = {
+    layout = Layout(source, plan, dtype)
+    tensors, config = dict(layout.tensors), dict(layout.config)
+    made: dict[str, Any] = {
         "version": __version__,
         "source": source.name,
         "plan": plan.to_dict() | {"model": source.name},
         "calibration": None,
         "healing": None,
     }
+    config["truedepth"] = made
     check_loadable(config, tensors, source.path)
-    kept = None
+    kept = record = None
     with ExitStack() as stack:
         if calibration is not None and plan.paired_layers:
             kept = beside(out, "calibration")
-            refitted = stack.enter_context(calibrated(source, plan, kept, calibration))
+            refitted = stack.enter_context(calibrated(layout, kept, calibration))
             tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
-            config["truedepth"]["calibration"] = refitted.record
+            record = refitted.record
+            made["calibration"] = record.to_dict()
         if padding:
             tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
             config |= padding
             check_loadable(config, tensors, source.path)
-        run = as_run(source, plan)
-        all_reduces = run.all_reduces_per_token(2)
-        card = model_card(source, plan, all_reduces, config["truedepth"]["calibration"])
+        card = model_card(source, plan, layout.all_reduces, record)
         size = write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
-    record = config["truedepth"]["calibration"]
     return Conversion(
         path=out,
         plan=plan,
         source=source.name,
         origin=source.origin,
         size=size,
-        run=run,
+        executed_plan=layout.executed_plan,
         quantization=source.quantization,
         calibration=record,
     )

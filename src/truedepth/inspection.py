@@ -14,7 +14,7 @@ from truedepth.plan.plan import Plan
 from truedepth.runtime.empty import empty_model
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
-from truedepth.widening.layout import as_run
+from truedepth.widening.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,15 @@ class Info:
     savings: tuple[Saving, ...]
     """For converted models empty: their layers are grouped already."""
 
-    run: Plan
-    """`plan` with the layers of branch groups by themselves, as engines run them."""
+    executed_plan: Plan
+    """`plan` as engines run it: layers that run side by side are by themselves."""
 
-    branches: tuple[int, ...]
-    """First layers of the pairs that would be branch groups; of a converted model, of those that
-    are.
-    """
+    side_by_side: tuple[int, ...]
+    """First layers of the pairs that would not become wide layers; of a converted model, first
+    layers of the groups that did not."""
 
-    branch_reason: str
-    """Why, of the first of them, as the end of a sentence."""
+    side_by_side_reason: str
+    """Why the first of them does not, as the end of a sentence."""
 
     engines: dict[str, str]
     """Every engine and why it does not run the model in groups; empty where it does."""
@@ -70,7 +69,14 @@ class Info:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        data = asdict(self) | {"plan": self.plan.to_dict(), "run": self.run.to_dict()}
+        data = asdict(self) | {"plan": self.plan.to_dict()}
+        for name, key in (  # the keys of 0.1.0
+            ("executed_plan", "run"),
+            ("side_by_side", "branches"),
+            ("side_by_side_reason", "branch_reason"),
+        ):
+            data[key] = data.pop(name)
+        data["run"] = self.executed_plan.to_dict()
         return data | {"kv_elements_per_token": self.kv_elements_per_token}
 
 
@@ -81,26 +87,26 @@ def inspect_model(model: str | Path | Source) -> Info:
         TruedepthError: There is no such model, or its family is not supported.
     """
     source = open_source(model)
-    plan = plan_of(source.config)
-    family = source.family if plan is None else made_from(source.config, str(source.path))
+    layout = Layout.of(source)
+    converted = plan_of(source.config) is not None
+    family = made_from(source.config, str(source.path)) if converted else source.family
     empty = empty_model(source.config, source.path)
     config = empty.config
-    own = plan or Plan(source.num_layers)
-    run = as_run(source, own)
-    if plan:
-        alone = {group[0] for group in run.groups if len(group) == 1}
+    plan = layout.plan
+    if converted:
+        alone = {group[0] for group in layout.executed_plan.groups if len(group) == 1}
         reasons = {g[0]: "" for g in plan.groups if len(g) > 1 and g[0] in alone}
     else:
-        pairs = ((i, i + 1) for i in range(own.num_layers - 1))
-        found = {pair[0]: source.family.why_branches(config, pair) for pair in pairs}
+        pairs = ((i, i + 1) for i in range(plan.num_layers - 1))
+        found = {pair[0]: layout.why_not_wide(pair) for pair in pairs}
         reasons = {first: reason for first, reason in found.items() if reason}
-    whole = bool(reasons) and (plan is not None or len(reasons) == own.num_layers - 1)
+    refused = bool(reasons) and (converted or len(reasons) == plan.num_layers - 1)
     return Info(
         name=source.name,
         origin=source.origin,
         family=family.model_type,
-        plan=own,
-        converted=plan is not None,
+        plan=plan,
+        converted=converted,
         parameters=empty.num_parameters(),
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
@@ -108,11 +114,11 @@ def inspect_model(model: str | Path | Source) -> Info:
         head_dim=head_dim(config.to_dict()),
         ffn=config.intermediate_size,
         quantization=source.quantization,
-        savings=() if plan else _savings(source),
-        run=run,
-        branches=tuple(reasons),
-        branch_reason=next(iter(reasons.values()), ""),
-        engines=refused_by(family.model_type, whole),
+        savings=() if converted else _savings(source),
+        executed_plan=layout.executed_plan,
+        side_by_side=tuple(reasons),
+        side_by_side_reason=next(iter(reasons.values()), ""),
+        engines=refused_by(family.model_type, refused),
     )
 
 
@@ -126,7 +132,7 @@ def _savings(source: Source) -> tuple[Saving, ...]:
             pairs,
             plan.paired_layers,
             plan.effective_depth,
-            as_run(source, plan).all_reduces_per_token(2),
+            Layout(source, plan).all_reduces,
         )
         for pairs, plan in plans
     )

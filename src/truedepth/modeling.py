@@ -2,20 +2,22 @@
 
 `config.layer_widths[i]` is the number of original layers that layer i runs side by side. Layer i is
 the model family's own decoder layer, built from the model's config with head counts and FFN width
-multiplied by that number; the rest of the model is the family's own code, so that attention back
-ends, caches, generation and tensor-parallel plans are those of the original.
+multiplied by that number. The rest of the model is the family's own code, so attention back ends,
+caches, generation and tensor-parallel plans are those of the original.
 
-Layers that cannot be one wide layer keep their places, `config.side_by_side` says which of them run
-on one input, and `config.sublayers` what such a layer computes.
+Layers that cannot be merged into one wide layer stay as they are: `config.side_by_side` says which
+of them read the same input, and `config.sublayers` how such a layer computes.
 
-`TruedepthLlamaForCausalLM` and its like are made from `transformers.LlamaForCausalLM` and its like
-when they are first asked for. This file is copied into every checkpoint and imports nothing but
-transformers, so that checkpoints load with `trust_remote_code=True` where truedepth is not there.
+`TruedepthLlamaForCausalLM` is made from `transformers.LlamaForCausalLM` when it is first asked for,
+and so for every family. This file is copied into every checkpoint and imports only torch and
+transformers, so that checkpoints load with `trust_remote_code=True` where truedepth is missing.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,14 +27,14 @@ from torch import Tensor, nn
 PREFIX = "Truedepth"
 
 WIDENED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-"""What of a config grows with a layer's width."""
+"""The values of a config that grow with a layer's width."""
 
 
 class LayerConfig:
     """The model's config as a layer of a given width sees it.
 
-    A live view rather than a copy: `model.set_attn_implementation(...)` after construction changes
-    the model's config, and wide layers must follow.
+    It is a live view, not a copy: `model.set_attn_implementation(...)` changes the model's config
+    after construction, and wide layers must follow.
     """
 
     def __init__(self, config: Any, width: int) -> None:
@@ -47,8 +49,8 @@ class LayerConfig:
 
 
 class LayerWidthsConfig:
-    """Adds to a config `layer_widths` (one integer a layer), `side_by_side` (layers of each branch
-    group), `sublayers` (what these compute) and `truedepth` (how it was made).
+    """Adds to a config `layer_widths` (one integer per layer), `side_by_side` (groups of layers
+    that run on one input), `sublayers` (their `LayerForm`) and `truedepth` (how it was made).
     """
 
     layer_widths: list[int] | None = None
@@ -66,18 +68,22 @@ class LayerWidthsConfig:
                 f"layer_widths must be a list of integers of at least 1, not {widths!r}"
             )
         if len(widths) != depth:
-            raise ValueError(f"layer_widths has {len(widths)} entries for {depth} hidden layers")
+            raise ValueError(
+                f"layer_widths has {len(widths)} entries, but num_hidden_layers is {depth}"
+            )
         for group in self.side_by_side or ():
             first, size = group[0], len(group)
             if group != list(range(first, first + size)) or first < 0 or first + size > depth:
-                raise ValueError(f"side_by_side must have consecutive layers, not {group}")
+                raise ValueError(
+                    f"side_by_side must hold groups of consecutive layers, not {group}"
+                )
 
     def validate_architecture(self) -> None:
-        """Heads need not divide the hidden size: `head_dim` is given, and heads may be padded."""
+        """Check nothing: heads need not divide the hidden size, for `head_dim` is given."""
 
     @property
     def per_layer_config(self) -> list[Any]:
-        """One config a layer; what transformers' caches size themselves by (since 5.20)."""
+        """One config per layer; transformers (since 5.20) sizes caches by these."""
         return [
             LayerConfig(self, width) if width > 1 else self for width in self.layer_widths or ()
         ]
@@ -88,8 +94,8 @@ class LayerWidthsConfig:
 
 
 class LayerWidthsModel:
-    """Replaces the layers that are wider than one by the family's own layer, built wider, and those
-    of branch groups by `Branch`.
+    """Replaces layers of width 2 and more by the family's own layer, built wider, and makes the
+    layers of each group in `side_by_side` run on one input.
     """
 
     def __init__(self, config: Any) -> None:
@@ -98,26 +104,40 @@ class LayerWidthsModel:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
             raise ValueError(
-                f"{heads} heads and {kv_heads} KV heads do not divide by {ranks} tensor-parallel"
-                f" ranks; convert the original with --pad-heads {ranks}"
+                f"{heads} heads and {kv_heads} KV heads are not divisible by {ranks}"
+                f" tensor-parallel ranks; convert the original with --pad-heads {ranks}"
             )
         super().__init__(config)  # type: ignore[call-arg]
         layers = self.base_model.layers  # type: ignore[attr-defined]
-        for index, layer_config in enumerate(config.per_layer_config):
-            if layer_config is not config:
-                layers[index] = type(layers[index])(layer_config, index)
-                _give_heads_their_gains(layers[index], layer_config)
+        for index, width in enumerate(config.layer_widths):
+            if width > 1:
+                layers[index] = wide_layer(layers[index], config, width, index)
         for group in config.side_by_side or ():
             for index in group:
-                Branch.put_in_place_of(layers[index], config.sublayers)
+                SideBySide.mix_into(layers[index], LayerForm(**config.sublayers))
             layers[group[0]].is_first, layers[group[-1]].is_last = True, True
-            # in a tuple, or they would be parts of the last layer too
+            # a tuple, so that they do not become submodules of the last layer
             layers[group[-1]].members = tuple(layers[index] for index in group)
         self.post_init()  # type: ignore[attr-defined]
 
 
+def wide_layer(layer: nn.Module, config: Any, width: int, index: int) -> nn.Module:
+    """A layer of the same class, `width` times as wide, with new weights.
+
+    Args:
+        layer: A layer of a model of the original family.
+        config: The model's config, with `head_dim`: a wide layer's heads do not determine it.
+        width: The width as a multiple of the layer's.
+        index: The layer's index in the model.
+    """
+    own = LayerConfig(config, width)
+    wide: nn.Module = type(layer)(own, index)
+    _give_heads_their_gains(wide, own)
+    return wide
+
+
 def _give_heads_their_gains(layer: nn.Module, config: Any) -> None:
-    """The heads of a wide layer come from layers with norms of their own."""
+    """Give every head its own q and k gains: a wide layer's heads come from different layers."""
     heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
     for module in list(layer.modules()):
         for name, norm in module.named_children():
@@ -126,7 +146,7 @@ def _give_heads_their_gains(layer: nn.Module, config: Any) -> None:
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of every head, each with gains of its own: weight `[heads, head_dim]`."""
+    """RMSNorm over each head, with gains per head: weight `[heads, head_dim]`."""
 
     def __init__(self, norm: Any, heads: int) -> None:
         super().__init__()
@@ -134,7 +154,7 @@ class HeadNorm(nn.Module):
         self.variance_epsilon = norm.variance_epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., heads, head_dim]`, of tensor parallelism a rank's heads."""
+        """Takes and gives `[..., heads, head_dim]`; under tensor parallelism, this rank's heads."""
         gains: Tensor = self.weight
         held = hidden_states.shape[-2]
         if held < len(gains):
@@ -145,60 +165,76 @@ class HeadNorm(nn.Module):
         return gains * x.to(hidden_states.dtype)
 
 
-class Branch:
-    """Mixed into a layer of a branch group, whose layers run on one input x:
+@dataclass(frozen=True)
+class LayerForm:
+    """How the layers of a model compute, by names within a layer; `sublayers` in config.json."""
 
-        a = x + Σ A_i(x)        y = a + Σ F_i(a)
+    attention: Sequence[str | None]
+    """Names of the attention, the norm before it and the norm after it; None for a missing norm."""
 
-    A_i and F_i are attention and FFN of layer i with their norms. Layers before the last pass on x
-    and what there is of a, `[2, batch, length, hidden]`; the last gives y.
+    ffn: Sequence[str | None]
+    """Names of the FFN, the norm before it and the norm after it."""
+
+    parallel: bool
+    """Whether attention and FFN read the same state."""
+
+    multiplier: str | None
+    """The layer's attribute by which attention's and the FFN's outputs are multiplied, if any."""
+
+
+class SideBySide:
+    """Mixed into the layers of a group that run on one input x:
+
+        a = x + Σ A_i(N_i x)        y = a + Σ F_i(N'_i a)
+
+    In `parallel` families the FFNs read x instead of a. Layers before the last pass on x and the
+    sum a so far, `[2, batch, length, hidden]`; the last returns y.
     """
 
     is_first = is_last = False
     members: tuple[Any, ...] = ()
-    sublayers: dict[str, Any]
+    form: LayerForm
 
     @classmethod
-    def put_in_place_of(cls, layer: Any, sublayers: dict[str, Any]) -> None:
-        """Make a layer one of a branch group."""
+    def mix_into(cls, layer: Any, form: LayerForm) -> None:
+        """Turn a layer into a member of such a group, in place."""
         own = type(layer)
         layer.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__})
-        layer.sublayers = sublayers
+        layer.form = form
 
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
-        """Of x, or of x and a, what comes next."""
+        """From x (the first layer) or x and a: x and a, or y (the last layer)."""
         x, a = (hidden_states, hidden_states) if self.is_first else hidden_states.unbind(0)
-        a = a + run_sublayer(self, self.sublayers, "attention", x, *args, **call)
+        a = a + run_sublayer(self, self.form, "attention", x, *args, **call)
         if not self.is_last:
             return torch.stack([x, a])
-        y, entered = a, x if self.sublayers["parallel"] else a
+        y, entered = a, x if self.form.parallel else a
         for member in self.members:
-            y = y + run_sublayer(member, self.sublayers, "ffn", entered)
+            y = y + run_sublayer(member, self.form, "ffn", entered)
         return y
 
 
 def run_sublayer(
-    layer: Any, sublayers: dict[str, Any], which: str, x: Tensor, *args: Any, **call: Any
+    layer: Any, form: LayerForm, kind: str, x: Tensor, *args: Any, **call: Any
 ) -> Tensor:
-    """What a layer's attention or FFN adds to the residual stream.
+    """What a sub-layer adds to the residual stream, `s(N_s x)`: `[batch, length, hidden]`.
 
     Args:
-        layer: With its weights.
-        sublayers: Their modules, the norms before and behind them, and the layer's multiplier.
-        which: `attention` or `ffn`.
-        x: `[batch, length, hidden]`.
-        args: Given to the attention, as the layer gets them.
-        call: Likewise.
+        layer: The decoder layer.
+        form: Names the layer's modules, norms and multiplier.
+        kind: `attention` or `ffn`.
+        x: The residual stream, `[batch, length, hidden]`.
+        args: Positional arguments for the module: for attention, those that the layer gets.
+        call: Keyword arguments for the module.
     """
-    module, norm, post_norm = sublayers[which]
+    module, norm, post_norm = getattr(form, kind)
     if norm is not None:
         x = layer.get_submodule(norm)(x)
     output = layer.get_submodule(module)(x, *args, **call)
     added: Tensor = output[0] if isinstance(output, tuple) else output
     if post_norm is not None:
         added = layer.get_submodule(post_norm)(added)
-    multiplier = sublayers["multiplier"]
-    return added if multiplier is None else added * getattr(layer, multiplier)
+    return added if form.multiplier is None else added * getattr(layer, form.multiplier)
 
 
 _AUTO_CLASSES = {
@@ -209,16 +245,16 @@ _AUTO_CLASSES = {
 
 
 def __getattr__(name: str) -> Any:
-    """`Truedepth<Family>Config`, `…Model`, `…ForCausalLM`, made when they are first asked for.
+    """`Truedepth<Family>Config`, `…Model` and `…ForCausalLM`, made when first asked for.
 
-    Made ahead, every family's model code would have to be imported with this file.
+    Making them ahead would import every family's model code with this file.
     """
     suffix = next((suffix for suffix in _AUTO_CLASSES if name.endswith(suffix)), "")
     base = getattr(transformers, name.removeprefix(PREFIX), None) if suffix else None
     if not name.startswith(PREFIX) or base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = _config_class(name, base) if suffix == "Config" else _model_class(name, base)
-    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # save_pretrained then saves this file too
+    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # save_pretrained copies this file too
     globals()[name] = made
     return made
 
@@ -228,7 +264,7 @@ def _config_class(name: str, base: Any) -> Any:
     body = {
         "__module__": __name__,
         "model_type": f"{PREFIX.lower()}_{base.model_type}",
-        # transformers makes a dataclass of a config class from the fields in its own body.
+        # transformers makes a config class a dataclass of the fields in its own body.
         "__annotations__": fields,
         **dict.fromkeys(fields),
     }
@@ -245,7 +281,7 @@ def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
     """config.json's `auto_map`: where transformers finds the classes when it runs remote code.
 
     Args:
-        classes: The family's config, model and model with a head.
+        classes: Names of the family's config, model and model with a head: `LlamaConfig`, ….
     """
     module = __name__.rpartition(".")[2]
     return {

@@ -1,4 +1,4 @@
-"""Progress bars: on standard error, gone when done, none where nobody watches."""
+"""Progress bars on standard error: removed when done, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 
 @contextmanager
 def working(description: str) -> Iterator[None]:
-    """A spinner for work whose length is not known."""
+    """Show a spinner for work of unknown length."""
     console = Console(stderr=True)
     with console.status(description) if console.is_terminal else nullcontext():
         yield
@@ -29,7 +29,7 @@ def working(description: str) -> Iterator[None]:
 def progress_bar(
     description: str, total: int, unit: str = "steps"
 ) -> Iterator[Callable[[float], object]]:
-    """A bar of `total` steps or bytes; gives the function that advances it."""
+    """Show a bar of `total` steps or bytes; yields the function that advances it."""
     count = DownloadColumn(binary_units=False) if unit == "bytes" else MofNCompleteColumn()
     bar = Progress(
         TextColumn("{task.description}"),

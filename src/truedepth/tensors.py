@@ -1,8 +1,8 @@
-"""Tensors that are read when they are needed, a block of rows at a time.
+"""Tensors that are read on demand, a block of rows at a time.
 
 Checkpoints are larger than memory, so everything between reading and writing one is built from
 `LazyTensor`: a shape, a dtype, and a function that returns any range of rows. Combining lazy
-tensors gives a lazy tensor; nothing is read until somebody asks for rows.
+tensors gives a lazy tensor; nothing is read until rows are asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes lie in a file, one after another."""
+    """Where a file holds a tensor's bytes, contiguously, from byte `offset` on."""
 
     path: Path
     offset: int
@@ -35,7 +35,7 @@ class LazyTensor:
     """`rows(start, stop)`: rows start to stop - 1, as `[stop - start, *shape[1:]]`."""
 
     stored: Stored | None = None
-    """Where a file holds exactly these bytes, if one does."""
+    """Where a file holds exactly these bytes; None if no file does."""
 
     @property
     def nbytes(self) -> int:
@@ -47,25 +47,25 @@ class LazyTensor:
         return self.rows(0, self.shape[0] if self.shape else 1)
 
     def ranges(self, max_bytes: int) -> Iterator[tuple[int, int]]:
-        """First rows and ends of blocks of at most `max_bytes` (at least one row)."""
+        """`(start, stop)` of consecutive blocks of rows: at most `max_bytes`, at least one row."""
         count = self.shape[0] if self.shape else 1
         step = max(1, max_bytes * count // max(1, self.nbytes))
         for start in range(0, count, step):
             yield start, min(start + step, count)
 
     def blocks(self, max_bytes: int) -> Iterator[Tensor]:
-        """The tensor from first row to last in such blocks."""
+        """The rows from first to last, in the blocks that `ranges` gives."""
         for start, stop in self.ranges(max_bytes):
             yield self.rows(start, stop)
 
     def to(self, dtype: torch.dtype) -> LazyTensor:
-        """The same values, rounded to `dtype`."""
+        """The same values rounded to `dtype`."""
         if dtype == self.dtype:
             return self
         return LazyTensor(self.shape, dtype, lambda start, stop: self.rows(start, stop).to(dtype))
 
     def row_range(self, first: int, last: int) -> LazyTensor:
-        """Rows first to last - 1 as a tensor of their own."""
+        """Rows `first` to `last - 1`: `[last - first, *shape[1:]]`."""
         shape = (last - first, *self.shape[1:])
         return LazyTensor(
             shape, self.dtype, lambda start, stop: self.rows(first + start, first + stop)
@@ -73,7 +73,7 @@ class LazyTensor:
 
 
 def from_tensor(tensor: Tensor, stored: Stored | None = None) -> LazyTensor:
-    """A tensor that is in memory (or mapped into it) already."""
+    """A tensor that is already in memory, or mapped into it, as a lazy tensor."""
     return LazyTensor(
         tuple(tensor.shape),
         tensor.dtype,
@@ -83,7 +83,7 @@ def from_tensor(tensor: Tensor, stored: Stored | None = None) -> LazyTensor:
 
 
 def remembered(tensor: LazyTensor) -> LazyTensor:
-    """Read once, as a whole, when rows are first asked for; for small tensors of many readers."""
+    """The same tensor, read once and whole on first use: for small tensors with many readers."""
     lock, held = threading.Lock(), list[Tensor]()
 
     def rows(start: int, stop: int) -> Tensor:
@@ -96,21 +96,21 @@ def remembered(tensor: LazyTensor) -> LazyTensor:
 
 
 def constant(value: float, size: int, dtype: torch.dtype) -> LazyTensor:
-    """`[size]` times the same value."""
+    """`[size]`, every element `value`."""
     return LazyTensor(
         (size,), dtype, lambda start, stop: torch.full((stop - start,), value, dtype=dtype)
     )
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    """Of that shape."""
+    """A tensor of zeros."""
     return LazyTensor(
         shape, dtype, lambda start, stop: torch.zeros(stop - start, *shape[1:], dtype=dtype)
     )
 
 
 def stack_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """`[r_i, c]` each, one under another: `[Σ r_i, c]`."""
+    """Tensors `[r_i, …]` one under another: `[Σ r_i, …]`."""
 
     def rows(start: int, stop: int) -> Tensor:
         pieces, offset = [], 0
@@ -126,7 +126,7 @@ def stack_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """`[r, c_i]` each, side by side: `[r, Σ c_i]`."""
+    """Matrices `[r, c_i]` side by side: `[r, Σ c_i]`."""
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
     return LazyTensor(
         shape,
@@ -136,9 +136,9 @@ def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def pick_rows(tensor: LazyTensor, order: Tensor) -> LazyTensor:
-    """`[len(order), …]`: the rows of those numbers, one after another.
+    """`[len(order), …]`: the rows whose indices `order` lists, in that order.
 
-    Of what lies between the rows of a block everything is read.
+    For each block, everything from its lowest to its highest row is read.
     """
 
     def rows(start: int, stop: int) -> Tensor:
@@ -155,11 +155,11 @@ def scale_columns(
     dtype: torch.dtype = torch.float32,
     offset: float = 0.0,
 ) -> LazyTensor:
-    """`W diag(g + offset)`: column j of `[r, c]` times that of `[c]`.
+    """`W diag(g + offset)`: column j of `matrix` `[r, c]` times element j of `scale` `[c]`.
 
-    In float32, then rounded to `dtype` once.
+    Computed in float32 and rounded to `dtype` once.
     """
-    # torch multiplies numbers of 16 bits in float32 and rounds the product: the same in one pass.
+    # torch multiplies 16-bit numbers in float32 and rounds the product: the same in one pass.
     small = dtype in (torch.bfloat16, torch.float16) and {matrix.dtype, scale.dtype} == {dtype}
     working = dtype if small and not offset else torch.float32
 
@@ -173,7 +173,7 @@ def scale_columns(
 
 
 def scale_rows(tensor: LazyTensor, scale: LazyTensor) -> LazyTensor:
-    """Row i of `[r, …]` times element i of `[r]`, in float32. Not rounded."""
+    """Row i of `tensor` `[r, …]` times element i of `scale` `[r]`, in float32, not rounded."""
 
     def rows(start: int, stop: int) -> Tensor:
         values = tensor.rows(start, stop).to(torch.float32)
@@ -184,7 +184,7 @@ def scale_rows(tensor: LazyTensor, scale: LazyTensor) -> LazyTensor:
 
 
 def add(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The sum of tensors of one shape in float32. Not rounded."""
+    """The sum of tensors of one shape, in float32, not rounded."""
 
     def rows(start: int, stop: int) -> Tensor:
         return torch.stack([part.rows(start, stop).to(torch.float32) for part in parts]).sum(0)
@@ -193,12 +193,12 @@ def add(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`, as config.json has it."""
+    """`bfloat16` for `torch.bfloat16`, as config.json writes it."""
     return str(dtype).removeprefix("torch.")
 
 
 def common_dtype(parts: Sequence[LazyTensor]) -> torch.dtype:
-    """The dtype that holds the values of all parts."""
+    """The dtype to which torch promotes those of all parts."""
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)

@@ -1,4 +1,4 @@
-"""Text to measure on, and its cutting into windows of tokens."""
+"""Text to measure on, and how it is cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DEFAULT_TEXT = "Python documentation topics (pydoc_data.topics)"
 
 
 def default_text() -> str:
-    """Technical prose and code that every Python carries, so that measuring works offline.
+    """Technical prose and code that ships with every Python, so that measuring works offline.
 
-    It differs between versions of Python; figures compare within one.
+    It differs between versions of Python; compare figures within one version only.
     """
     from pydoc_data.topics import topics
 
@@ -33,23 +33,24 @@ def default_text() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Running text: a file's `documents`, an empty line between them.
+    """A file's `documents` as one text, with an empty line between them.
 
     Raises:
-        TruedepthError: As `documents`.
+        TruedepthError: See `documents`.
     """
     return "\n\n".join(documents(path))
 
 
 def documents(path: str | Path) -> Iterator[str]:
-    """All of a `.txt` file, or what each `{"text": …}` line of a `.jsonl` file holds.
+    """The whole of a `.txt` file, or the text of each `{"text": …}` line of a `.jsonl` file.
 
     Raises:
-        TruedepthError: The file is missing, of another kind, malformed (with the line), or empty.
+        TruedepthError: The file is missing, of another kind, malformed (the line is named), or
+            empty.
     """
     path = Path(path).expanduser()
     if path.suffix not in TEXT_SUFFIXES:
-        raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file.")
+        raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file; give one of these.")
     empty = True
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -62,7 +63,7 @@ def documents(path: str | Path) -> Iterator[str]:
     except OSError as error:
         raise TruedepthError(f"Cannot read the text {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise TruedepthError(f"{path} is not UTF-8 text.") from error
+        raise TruedepthError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
     if empty:
         raise TruedepthError(f"{path} is empty.")
 
@@ -71,24 +72,25 @@ def _document(line: str, path: Path, number: int) -> str:
     try:
         document = json.loads(line)
     except ValueError as error:
-        raise TruedepthError(f"{path}, line {number}: not valid JSON.") from error
+        raise TruedepthError(f"Line {number} of {path} is not valid JSON.") from error
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise TruedepthError(f"{path}, line {number}: lacks the key 'text', which must hold text.")
+        raise TruedepthError(f"Line {number} of {path} must be an object with a string 'text'.")
     return str(document["text"])
 
 
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, text: str, window: int, limit: int | None = None
 ) -> Tensor:
-    """The first `limit` windows of a text: consecutive, not overlapping, the rest dropped.
+    """The first `limit` windows of a text: consecutive and not overlapping; the rest is dropped.
 
-    Where the tokenizer begins every text with a BOS token, so does every window.
+    If the tokenizer begins every text with a BOS token, every window begins with it too.
 
     Returns:
         `[windows, window]` int64 token ids.
 
     Raises:
-        TruedepthError: The text is shorter than one window.
+        TruedepthError: The text is shorter than one window, `window` is less than 2, or `limit`
+            less than 1.
     """
     if window < 2:
         raise TruedepthError(f"A window needs at least 2 tokens to predict one, not {window}.")
@@ -109,10 +111,10 @@ def token_windows(
 
 
 def check_window(source: Source, window: int) -> None:
-    """Refuse windows that are longer than a model's positions.
+    """Refuse windows of more tokens than a model has positions.
 
     Raises:
-        TruedepthError: They are.
+        TruedepthError: `window` exceeds the config's `max_position_embeddings`.
     """
     positions = source.config.get("max_position_embeddings")
     if positions is not None and window > positions:
@@ -123,7 +125,7 @@ def check_window(source: Source, window: int) -> None:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS token where the tokenizer begins every text with one, else nothing."""
+    """`[BOS]` if the tokenizer begins every text with that token, else `[]`."""
     with_special = tokenizer("x")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and with_special[:1] == [bos] else []

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.trajectories import Walk
 from truedepth.runtime.layer_stack import LayerStack
-from truedepth.widening.layout import converted_config, converted_tensors
+from truedepth.widening.layout import Layout
 
 IDS = random_ids(batch=12, length=40)
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
@@ -22,18 +22,15 @@ PLAN = td.Plan(6, [[1, 2], [4, 5]])
 def calibrated(model, ids=IDS, plan=PLAN, dtype=torch.float32, **options):
     """Refits by layer, and the stacks."""
     source = td.open_source(model)
-    tensors = converted_tensors(source, plan.groups, torch.float32)
-    config = converted_config(source, plan.groups, tensors)
-    originals = LayerStack(source, device="cpu", dtype=dtype)
-    converted = LayerStack(source, device="cpu", dtype=dtype, config=config, tensors=tensors)
-    walk = Walk(originals, converted, ids, batch_size=5, **options)
-    calibrator = Calibrator(source.family, walk)
+    stack = LayerStack(source, device="cpu", dtype=dtype)
+    walk = Walk(stack, Layout(source, plan), ids, batch_size=5, **options)
+    calibrator = Calibrator(walk)
     found = {}
     for index, group in enumerate(plan.groups):
         if len(group) > 1:
-            found[index] = calibrator.refit(index, group)
+            found[index] = calibrator.refit(group)
         else:
-            walk.advance(index, group)
+            walk.advance(group)
     return found
 
 
@@ -157,7 +154,7 @@ def test_layers_that_do_not_interact_stay_as_they_are(make_model, tmp_path):
     loaded.model.save_pretrained(tmp_path / "model")
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     source = td.open_source(tmp_path / "model")
-    raw = converted_tensors(source, PLAN.groups, torch.float32)
+    raw = Layout(source, PLAN, torch.float32).tensors
     for index, refit in calibrated(tmp_path / "model").items():
         for name, weight in refit.weights.items():
             before = raw[f"model.layers.{index}.{name}"].read()
@@ -176,16 +173,11 @@ def test_advancing_with_kept_weights_is_refitting(make_model):
     """What a resumed run does."""
     whole = calibrated(make_model())
     source = td.open_source(make_model())
-    tensors = converted_tensors(source, PLAN.groups, torch.float32)
-    config = converted_config(source, PLAN.groups, tensors)
-    stacks = (
-        LayerStack(source, device="cpu", dtype=torch.float32),
-        LayerStack(source, device="cpu", dtype=torch.float32, config=config, tensors=tensors),
-    )
-    walk = Walk(*stacks, IDS, batch_size=5)
-    walk.advance(0, [0])
-    walk.advance(1, [1, 2], whole[1].weights)
-    walk.advance(2, [3])
-    again = Calibrator(source.family, walk).refit(3, [4, 5])
+    stack = LayerStack(source, device="cpu", dtype=torch.float32)
+    walk = Walk(stack, Layout(source, PLAN), IDS, batch_size=5)
+    walk.advance((0,))
+    walk.advance((1, 2), whole[1].weights)
+    walk.advance((3,))
+    again = Calibrator(walk).refit((4, 5))
     for name, weight in again.weights.items():
         assert torch.equal(weight, whole[3].weights[name])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import forks
 import truedepth as td
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.windows import _shares, calibration_windows
@@ -64,16 +64,14 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, t
         "import sys, os, torch, truedepth as td\n"
         "from truedepth.calibration.refit import Calibrator\n"
         "refit = Calibrator.refit\n"
-        "def once(self, index, group):\n"
-        "    if index == 3: os.kill(os.getpid(), 9)\n"
-        "    return refit(self, index, group)\n"
+        "def once(self, group):\n"
+        "    if group == (4, 5): os.kill(os.getpid(), 9)\n"
+        "    return refit(self, group)\n"
         "Calibrator.refit = once\n"
-        "torch.set_num_threads(2)\n"
         "td.calibrate(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2], [4, 5]]), td.Calibration(\n"
         "    text=[sys.argv[3]], tokens=768, window=32, dtype=torch.float32))"
     )
-    command = [sys.executable, "-c", code, str(make_model()), str(tmp_path / "out"), str(prose)]
-    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert forks.python(code, make_model(), tmp_path / "out", prose).returncode == -9
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.calibration"
     assert [path.name for path in kept.glob("layer-*")] == ["layer-0001.safetensors"]
@@ -85,13 +83,13 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, t
         patch.setattr(
             Calibrator,
             "refit",
-            lambda self, index, group: (
-                seen.append((index, (kept / "layer-0001.safetensors").stat().st_mtime_ns))
-                or refit(self, index, group)
+            lambda self, group: (
+                seen.append((group, (kept / "layer-0001.safetensors").stat().st_mtime_ns))
+                or refit(self, group)
             ),
         )
         td.calibrate(make_model(), tmp_path / "out", PLAN, options)
-    assert seen == [(3, before)]
+    assert seen == [((4, 5), before)]
     whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
     assert not kept.exists()

@@ -5,11 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import forks
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.checkpoint.writing import write_weights
 from truedepth.files import atomic
 from truedepth.files.atomic import atomic_directory
@@ -54,7 +51,7 @@ def test_contents(make_model, tmp_path):
     assert config["truedepth"]["version"] == td.__version__
     card = (tmp_path / "out" / "README.md").read_text()
     assert "0 [1+2] [3+4] 5" in card
-    assert "| all-reduces a token under tensor parallelism | 12 | 8 |" in card
+    assert "| all-reduces per token under tensor parallelism | 12 | 8 |" in card
 
 
 def test_shards_are_filled_to_their_size_and_load(make_model, tmp_path):
@@ -115,7 +112,7 @@ def test_sizes_of_shards(tmp_path, size):
 
 @pytest.mark.parametrize("size", ["huge", "-5GB", "0", 0, 1.5, "5XB", ""])
 def test_sizes_that_are_none(tmp_path, size):
-    with pytest.raises(td.TruedepthError, match="not a size"):
+    with pytest.raises(td.TruedepthError, match="not a file size"):
         write_weights(tmp_path, {"a": from_tensor(torch.zeros(3))}, size)
 
 
@@ -284,18 +281,17 @@ def test_output_that_cannot_be_written(make_model, out):
         td.convert(make_model(), out, PLAN)
 
 
-RUN = "import sys, truedepth as td; td.convert(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2]]))"
+RUN_WITH_LIMIT = """
+import resource, signal, sys, truedepth as td
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+td.convert(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2]]))
+"""
 
 
 def test_a_full_disk_leaves_nothing(make_model, tmp_path):
     """A limit on file size fails a write midway, as a full disk does."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    command = [sys.executable, "-c", RUN, str(make_model()), str(tmp_path / "out")]
-    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    done = forks.python(RUN_WITH_LIMIT, make_model(), tmp_path / "out")
     assert done.returncode == 1
     assert "File too large; nothing of it was kept" in done.stderr
     assert listing(tmp_path) == []
@@ -315,11 +311,10 @@ td.convert(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2]]))
 
 
 def test_a_killed_run_leaves_no_output_and_the_next_run_cleans_up(make_model, tmp_path):
-    command = [sys.executable, "-c", SLOW_RUN, str(make_model()), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+    with forks.begun(SLOW_RUN, make_model(), tmp_path / "out") as running:
+        running.wait_for("writing")
         time.sleep(0.3)
-        process.kill()
+        running.kill()
     assert listing(tmp_path) == [".out.partial"]
     td.convert(make_model(), tmp_path / "out", PLAN)
     assert listing(tmp_path) == ["out"]
@@ -352,5 +347,5 @@ def test_a_plan_of_another_depth(make_model, tmp_path):
 
 def test_a_converted_model_cannot_be_converted_again(make_model, tmp_path):
     td.convert(make_model(), tmp_path / "out", PLAN)
-    with pytest.raises(td.TruedepthError, match="layer-parallel already"):
+    with pytest.raises(td.TruedepthError, match="already layer-parallel"):
         td.convert(tmp_path / "out", tmp_path / "again", td.Plan(4))

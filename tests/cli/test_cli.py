@@ -348,6 +348,7 @@ def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
 
     source = td.open_source(make_model(num_hidden_layers=30))
     monkeypatch.setattr(demo, "open_source", lambda name: source)
+    monkeypatch.setattr(demo, "TOKENS", 2048)
     monkeypatch.setattr(demo, "WINDOWS", 2)
     code, out, _ = run("demo", "--out", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert code == 0

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import MistralConfig
 
 import truedepth as td
-from conftest import random_ids, reference_logits
+from tiny_models import random_ids, reference_logits
 from truedepth.depth_study.schedule import BATCH_WINDOWS, Runner, Step, in_order
 from truedepth.depth_study.transformations import Cell
 

@@ -15,8 +15,9 @@ from scipy import stats
 from test_schedule import rebuilt, rebuilt_update
 from torch.nn.functional import cosine_similarity
 
+import forks
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.depth_study.dependence import dependence, rank_correlation
 from truedepth.depth_study.measurements import FILE, Measurements
 from truedepth.depth_study.run import study
@@ -202,11 +203,9 @@ def test_a_killed_study_keeps_its_cells(make_model, text, tmp_path):
         "Measurements.add = slowly\n"
         "td.study(sys.argv[1], sys.argv[2], text=sys.argv[3], window=16, windows=3)"
     )
-    command = [sys.executable, "-c", code, str(make_model()), str(tmp_path / "out"), str(text)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        for _ in range(5):
-            assert process.stdout.readline() == b"kept\n"
-        process.kill()
+    with forks.begun(code, make_model(), tmp_path / "out", text) as running:
+        running.wait_for("kept", times=5)
+        running.kill()
     lines = (tmp_path / "out" / FILE).read_text().splitlines()
     assert len(lines) >= 6
     assert json.loads(lines[5])["nll"]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, Qwen2Config
 
 import truedepth as td
-from conftest import random_ids
+from tiny_models import random_ids
 from truedepth.engines.gguf.balance import balanced
 from truedepth.engines.gguf.export import balanced_tensors
 from truedepth.families.llama import LLAMA

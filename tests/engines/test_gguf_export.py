@@ -14,7 +14,6 @@ from transformers import MistralConfig, Qwen2Config
 from typer.testing import CliRunner
 
 import truedepth as td
-from conftest import byte_tokenizer
 from gguf_files import (
     GGUF_NAMES,
     LLAMA3,
@@ -26,6 +25,7 @@ from gguf_files import (
     with_words,
     write_gguf,
 )
+from tiny_models import byte_tokenizer
 from truedepth.cli.app import app
 from truedepth.engines.gguf import export as exporter
 from truedepth.engines.gguf.tokenizer import WORDS

@@ -14,9 +14,9 @@ from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
 import truedepth as td
-from conftest import random_ids
 from family_models import CASES, options_of, side_by_side
-from truedepth.calibration.trajectories import walk_of
+from tiny_models import random_ids
+from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.cli.app import app
 from truedepth.depth_study.schedule import Runner, Step
 from truedepth.families.lookup import all_families
@@ -24,6 +24,7 @@ from truedepth.healing.options import TextPart
 from truedepth.inspection import inspect_model
 from truedepth.runtime.empty import empty_model
 from truedepth.speed.ranks import run_ranks
+from truedepth.widening.layout import Layout
 
 GROUPS = [[0], [1, 2], [3, 4, 5]]
 PARALLEL = {"cohere", "cohere, norms", "cohere2", "pythia"}
@@ -61,7 +62,7 @@ def test_groups_are_exact(converted, case):
     apart = (original(ids).logits - expected).abs().max()
     assert apart > 1e-2  # or a model that was not grouped at all would pass
     config = json.loads((out / "config.json").read_text())
-    if CASES[case].get("branches"):
+    if CASES[case].get("side_by_side"):
         assert config["side_by_side"]
     else:
         assert config["layer_widths"] == [1, 2, 3] and "side_by_side" not in config
@@ -160,7 +161,9 @@ def test_calibration_and_healing(make_model, case, prose, tmp_path):
     assert healed < calibrated < raw
 
 
-def test_branch_groups_are_healed_and_their_wide_neighbours_calibrated(make_model, prose, tmp_path):
+def test_layers_side_by_side_are_healed_and_their_wide_neighbours_calibrated(
+    make_model, prose, tmp_path
+):
     source = make_model(**options_of("smollm3"))  # its layers 3 and 4 have no RoPE
     raw, calibrated, healed = repaired(source, td.Plan(6, [[0, 1], [2, 3]]), prose, tmp_path)
     assert healed < calibrated < raw
@@ -175,9 +178,9 @@ def test_branch_groups_are_healed_and_their_wide_neighbours_calibrated(make_mode
     assert changed == {0, 1, 2}
 
 
-def test_only_branch_groups_have_nothing_to_calibrate(make_model, prose, tmp_path):
+def test_layers_side_by_side_alone_have_nothing_to_calibrate(make_model, prose, tmp_path):
     source = make_model(**options_of("olmo2"))
-    with pytest.raises(td.TruedepthError, match="All groups of the plan are branch groups"):
+    with pytest.raises(td.TruedepthError, match="No group of the plan becomes a wide layer"):
         td.convert(
             source,
             tmp_path / "out",
@@ -186,7 +189,7 @@ def test_only_branch_groups_have_nothing_to_calibrate(make_model, prose, tmp_pat
         )
 
 
-def test_branch_groups_leave_weights_as_they_are(converted):
+def test_layers_side_by_side_keep_their_weights(converted):
     source, out = converted("gemma2")
     before, after = td.open_source(source).tensors, td.open_source(out).tensors
     assert before.keys() == after.keys()
@@ -226,13 +229,15 @@ def test_schedules_and_walks_give_what_the_converted_model_gives(converted, case
     ((_, nll),) = Runner(td.load(source, dtype=torch.float32), ids).run([schedule])
     torch.testing.assert_close(nll.float(), expected, **CLOSE)
     options = td.Calibration(dtype=torch.float32)
-    walk = walk_of(td.open_source(source), GROUPS, ids[:0], ids, options)
-    for index, group in enumerate(GROUPS):
-        walk.advance(index, group)
+    opened = td.open_source(source)
+    plan = td.Plan(6, GROUPS)
+    walk = walk_through(layer_stack(opened, options), Layout(opened, plan), ids[:0], ids, options)
+    for group in plan.groups:
+        walk.advance(group)
     torch.testing.assert_close(walk.losses()[0, :, 0].float(), expected, **CLOSE)
 
 
-def test_a_plan_is_searched_among_wide_layers_and_branch_groups(make_model, prose):
+def test_a_plan_is_searched_among_wide_layers_and_layers_side_by_side(make_model, prose):
     source = make_model(**options_of("smollm3"))
     text = td.Calibration(text=[prose], tokens=4096)
     found = td.search(source, depth=4, calibration=text)
@@ -252,7 +257,7 @@ def test_info_of_a_converted_model_that_was_quantized_since(converted, tmp_path)
 
 def test_mixtures_of_experts_are_refused_with_the_reason(make_model, tmp_path):
     small = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    with pytest.raises(td.TruedepthError, match=r"mixture of experts.*not the best few"):
+    with pytest.raises(td.TruedepthError, match=r"mixture of experts.*its own experts"):
         td.convert(make_model(family=MixtralConfig, **small), tmp_path / "out", td.Plan(6, []))
 
 
@@ -261,7 +266,7 @@ def test_multimodal_models_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"num_hidden_layers": 2, "hidden_size": 8})
     )
-    with pytest.raises(td.TruedepthError, match=r"more than text.*\(gemma3_text\)"):
+    with pytest.raises(td.TruedepthError, match=r"other than text.*\(gemma3_text\)"):
         inspect_model(tmp_path)
 
 
@@ -270,10 +275,10 @@ def test_info_needs_the_config_alone(make_model, case, tmp_path):
     config = json.loads((make_model(**options_of(case)) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 1 << 10}))
     found = inspect_model(tmp_path)
-    assert bool(found.branches) == bool(CASES[case].get("branches"))
+    assert bool(found.side_by_side) == bool(CASES[case].get("side_by_side"))
     assert found.engines["transformers"] == ""
     saved = found.savings[0].all_reduces_per_token - found.savings[-1].all_reduces_per_token
-    assert saved == 2 * sum(first not in found.branches for first in (0, 2, 4))
+    assert saved == 2 * sum(first not in found.side_by_side for first in (0, 2, 4))
 
 
 @pytest.mark.parametrize("family", list(all_families()), ids=lambda family: family.model_type)
@@ -290,7 +295,7 @@ def test_upstream_layers_are_what_widening_knows(family, make_model):
     }
     assert children == known
     held = {name.rpartition(".")[0] for name, _ in layer.named_parameters()}
-    if family.branches_only:
+    if family.side_by_side_only:
         assert set(family.reads) | set(family.writes) <= held
     else:
         optional = set(family.head_norms)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+import forks
 import truedepth as td
-from conftest import torchrun
+from tiny_models import torchrun
 from truedepth.cli import app as cli
 from truedepth.evaluation.loss import window_measures
 from truedepth.families.lookup import original_family
@@ -298,24 +299,19 @@ def command_line(converted, out, model, prose, tokens, eval_every):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(make_model, converted, prose, tmp_path):
-    def command(out, seed):
+    def run(out, seed="0", code=forks.COMMAND):
         words = command_line(converted, tmp_path / out, make_model(), prose, 1536, 4)
-        return [*words, "--seed", seed]
+        return forks.python(code, *words, "--seed", seed)
 
-    def run(code, out, seed="0"):
-        return subprocess.run(
-            [sys.executable, *code, *command(out, seed)], capture_output=True, text=True
-        )
-
-    assert run(["-m", "truedepth"], "whole").returncode == 0
-    assert run(["-c", KILLED], "killed").returncode == -9
+    assert run("whole").returncode == 0
+    assert run("killed", code=KILLED).returncode == -9
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.healing" / "checkpoints" / "checkpoint-4").is_dir()
-    other = run(["-m", "truedepth"], "killed", seed="1")
+    other = run("killed", seed="1")
     assert other.returncode == 2
     assert "other settings" in other.stderr
     assert "seed 0" in other.stderr
-    done = run(["-m", "truedepth"], "killed")
+    done = run("killed")
     assert done.returncode == 0, done.stderr
     assert "step 8 of 12" in done.stderr
     assert "step 4 of 12" not in done.stderr

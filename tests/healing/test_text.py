@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -135,7 +136,11 @@ def test_a_directory_without_text(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    # The variable HF_HUB_OFFLINE is read when the libraries are imported.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(td.TruedepthError, match="neither a path here nor a data set of the hub"):
         list(part_documents("nobody/nothing"))
 

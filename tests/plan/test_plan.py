@@ -23,9 +23,8 @@ def test_groups_of_other_sizes():
 
 def test_all_reduces_are_two_a_layer_and_none_on_one_device():
     plan = Plan.span(30, 14, 27)
-    assert plan.all_reduces_per_token(1) == 0
-    assert plan.all_reduces_per_token(2) == plan.all_reduces_per_token(8) == 46
-    assert Plan(30).all_reduces_per_token(2) == 60
+    assert plan.all_reduces == 46
+    assert Plan(30).all_reduces == 60
 
 
 def test_drawing():
@@ -78,11 +77,10 @@ def test_yaml_of_another_style(tmp_path):
         (lambda: Plan(0), ["at least 1"]),
         (lambda: Plan.span(30, 14, 30), ["Layer 30", "0 to 29"]),
         (lambda: Plan.span(30, 14, 26), ["length 13", "layer 25 or 27"]),
-        (lambda: Plan.span(30, 29, 29), ["length 1", "divide."]),
+        (lambda: Plan.span(30, 29, 29), ["length 1", "group size 2."]),
         (lambda: Plan.span(30, 14, 12), ["empty"]),
         (lambda: Plan.span(30, 14, 15, group=0), ["at least 1"]),
         (lambda: Plan.late_pairs(30, 16), ["16 pairs", "0 to 15"]),
-        (lambda: Plan(4).all_reduces_per_token(0), ["at least 1"]),
         (lambda: parse_span("14..27"), ["14..27", "14-27"]),
         (lambda: Plan.from_dict([], "p.yaml"), ["p.yaml", "num_layers"]),
         (lambda: Plan.from_dict({"groups": []}, "p.yaml"), ["p.yaml", "num_layers"]),

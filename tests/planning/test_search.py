@@ -13,7 +13,7 @@ import truedepth as td
 from truedepth.calibration.windows import calibration_windows
 from truedepth.cli import app as cli
 from truedepth.cli.plan import parse_loss
-from truedepth.planning.search import MEASURED_WINDOWS
+from truedepth.planning.scoring import MEASURED_WINDOWS, Scorer
 from truedepth.report.pages import _groups
 
 SIZE = {"window": 32, "dtype": torch.float32, "check": 6}
@@ -120,26 +120,31 @@ def test_larger_groups(make_model, calibration):
     assert {len(score.group) for score in found.scores} == {2, 3}
 
 
-def test_time_that_is_up(make_model, calibration, monkeypatch):
-    with pytest.raises(td.TruedepthError, match="0 minutes are up before a plan"):
+def test_time_that_is_up(make_model, calibration):
+    with pytest.raises(td.TruedepthError, match="No fitting plan was measured within 0 minutes"):
         td.search(make_model(), pairs=1, calibration=calibration, budget=0)
-    # A clock that stops the search after its first whole plan.
-    from truedepth.planning import search as plan_search
 
-    measure = plan_search._Searcher.measure
-    calls = []
 
-    def once(self, plan):
-        loss = measure(self, plan)
-        calls.append(plan)
-        self._minutes = 0.0
+def test_a_search_whose_time_is_up_takes_the_best_so_far(make_model, calibration, monkeypatch):
+    """The clock jumps over the limit when the first whole plan has been measured."""
+    measured = []
+
+    def clock():
+        return 4000.0 * bool(measured)  # seconds
+
+    whole = Scorer.whole
+
+    def once(self, plan, *arguments):
+        loss = whole(self, plan, *arguments)
+        measured.append(plan)
         return loss
 
-    monkeypatch.setattr(plan_search._Searcher, "measure", once)
+    monkeypatch.setattr("truedepth.planning.budget.monotonic", clock)
+    monkeypatch.setattr(Scorer, "whole", once)
     found = td.search(make_model(), pairs=1, calibration=calibration, budget=60)
     assert found.stopped
-    assert found.plans_measured == len(calls) == 1
-    assert found.plan.groups == calls[0].groups
+    assert found.plans_measured == len(measured) == 1
+    assert found.plan.groups == measured[0].groups
 
 
 @pytest.mark.parametrize(

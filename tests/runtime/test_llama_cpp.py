@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 import truedepth as td
-from conftest import random_ids
 from gguf_files import MODELS, PAIRS, converted, sentencepiece, with_words
+from tiny_models import random_ids
 from truedepth.cli.app import app
 from truedepth.engines.gguf.tokenizer import WORDS
 from truedepth.runtime.llama_cpp import Context

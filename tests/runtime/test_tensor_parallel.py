@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import truedepth as td
-from conftest import random_ids, torchrun
+from tiny_models import random_ids, torchrun
 from truedepth.speed.ranks import run_ranks
 
 RANK = """
@@ -88,5 +88,5 @@ def test_heads_that_would_be_cut_are_refused(make_model, tmp_path):
     odd = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
     td.convert(odd, tmp_path / "out", td.Plan(6, [[1, 2]]))
     said = run_ranks(2, refusal, tmp_path / "out")
-    assert "3 heads and 1 KV heads do not divide by 2 tensor-parallel ranks" in said
+    assert "3 heads and 1 KV heads are not divisible by 2 tensor-parallel ranks" in said
     assert "--pad-heads 2" in said

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 import truedepth as td
-from conftest import random_ids, random_model
 from gguf_files import GGUF_TINY, interleave, write_gguf
+from tiny_models import random_ids, random_model
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_gguf_files_that_cannot_be_read(tmp_path):
 
 
 def test_split_and_partly_rotated_gguf_files_are_refused(tmp_path):
-    for key, words in [("split.count", "parts"), ("llama.rope.dimension_count", "rotates a part")]:
+    for key, words in [("split.count", "parts"), ("llama.rope.dimension_count", "RoPE to a part")]:
         writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
         for name, value in [("embedding_length", 64), ("attention.head_count", 4)]:
             writer.add_uint32(f"llama.{name}", value)

@@ -188,7 +188,7 @@ def test_a_connection_that_stays_broken(hub, convert, tmp_path, reset):
     failed = convert()
     assert failed.returncode == 1
     *tries, said = failed.stderr.splitlines()
-    assert said.startswith(f"truedepth: Downloading {REPO} failed: ")
+    assert said.startswith(f"truedepth: Downloading {REPO} failed (")
     assert said.endswith("the same command fetches the others.")
     hubs_own = ("Error while downloading", "Trying to resume", "Max retries")
     assert all(line.startswith(hubs_own) for line in tries)

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import truedepth as td
-from conftest import random_ids, random_model
 from gguf_files import GGUF_TINY, write_gguf
+from tiny_models import random_ids, random_model
 from truedepth.sources import wheel
 from truedepth.sources.opening import DEFAULT_MODEL
 
@@ -50,7 +50,7 @@ def edited(make_model, tmp_path, **changes):
         ({"num_hidden_layers": 5}, ["model.layers.5.", "5 layers"]),
         ({"num_hidden_layers": 7}, ["no tensors for layer 6"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "unquantized"]),
-        ({"model_type": "truedepth_llama"}, ["layer-parallel already"]),
+        ({"model_type": "truedepth_llama"}, ["already layer-parallel"]),
     ],
 )
 def test_configs_that_cannot_be_converted(make_model, tmp_path, changes, words):
@@ -149,8 +149,8 @@ def nowhere(weight_map):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (outside, ["../elsewhere.safetensors", "no file beside it"]),
-        (absolute, ["/etc/passwd", "no file beside it"]),
+        (outside, ["../elsewhere.safetensors", "not a plain name"]),
+        (absolute, ["/etc/passwd", "not a plain name"]),
         (elsewhere, ["model.norm.weight", "does not hold it"]),
         (nowhere, ["model-9.safetensors", "missing"]),
         (dict.clear, ["no weight_map"]),

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from conftest import random_ids, reference_logits
+from tiny_models import random_ids, reference_logits
 from truedepth.families.llama import LLAMA
 from truedepth.tensors import from_tensor
 from truedepth.widening.widen import widen
@@ -71,7 +71,7 @@ def test_padded_heads_change_nothing(make_model, options, ranks, tmp_path):
 
 
 def test_padding_needs_a_width_that_divides(make_model, tmp_path):
-    with pytest.raises(td.TruedepthError, match=r"FFN's width \d+ does not divide by 7 ranks"):
+    with pytest.raises(td.TruedepthError, match=r"FFN's width \d+ is not divisible by 7 ranks"):
         td.convert(make_model(), tmp_path / "out", td.Plan(6), pad_heads=7)
     with pytest.raises(td.TruedepthError, match="at least 1 rank, not 0"):
         td.convert(make_model(), tmp_path / "out", td.Plan(6), pad_heads=0)

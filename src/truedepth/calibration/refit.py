@@ -10,7 +10,7 @@ the ridge regression of what the original computed on what the wide layer has:
     FFN output        W_d from the gated activations to what is missing to y
 
 x, A_i and y (the input, the attentions and the output) are the original's, so what earlier wide
-layers left undone is part of what is missing, and each branch takes up what it can of it.
+layers left undone is part of what is missing, and each sub-layer takes up what it can of it.
 
 The architecture does not change. Memory holds the weights of one group, the sums over tokens of one
 map, and for every token a few states.
@@ -19,15 +19,18 @@ map, and for every token a few states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from truedepth.calibration.ridge import Fit, Regression
-from truedepth.calibration.trajectories import Walk
-from truedepth.families.family import Family
+from truedepth.calibration.trajectories import Group, Walk
+from truedepth.families.family import SublayerNames
+from truedepth.runtime.calls import Calls
+from truedepth.runtime.stage import KINDS, Kind, LoadedSublayer, Member, run_stage
 from truedepth.widening.widen import packed_sizes
 
 HOLD_OUT = 8  # one window in so many chooses the penalties
@@ -45,97 +48,117 @@ class Refit:
     """By map; of maps that read, one for each member: `mlp.gate_proj, mlp.up_proj of layer 15`."""
 
 
+Note = Callable[[Kind, Tensor, Tensor], None]
+"""Told of a sub-layer's kind, the state that it read, and what it added."""
+
+
+def _noting(sublayer: LoadedSublayer, note: Note | None) -> Member[Calls]:
+    """The sub-layer as a member of a stage that somebody is told of."""
+
+    def member(x: Tensor, calls: Calls) -> Tensor:
+        added = sublayer(x, calls)
+        if note is not None:
+            note(sublayer.kind, x, added)
+        return added
+
+    return member
+
+
 class Calibrator:
     """Refits the wide layers of one conversion, first to last."""
 
-    def __init__(self, family: Family, walk: Walk) -> None:
-        """Begin where a walk is.
-
-        Args:
-            family: Of both models.
-            walk: Through the original and its conversion without calibration.
-        """
-        self._family, self.walk = family, walk
+    def __init__(self, walk: Walk) -> None:
+        """Begin where a walk through the original and its conversion is."""
+        self.walk, self._family = walk, walk.layout.source.family
         windows = sum(batch.stop - batch.start for batch, _ in walk.fitted)
         every = min(HOLD_OUT, windows)
         self._held = torch.tensor([window % every == every - 1 for window in range(windows)])
 
     @torch.inference_mode()
-    def refit(self, index: int, group: Sequence[int]) -> Refit:
-        """Refit layer `index` of the converted model, and take both models past it.
+    def refit(self, group: Group) -> Refit:
+        """Refit the wide layer that stands for a group, and take both models past it.
 
         Args:
-            index: In the converted model.
-            group: The original layers that it stands for.
+            group: The next layers of the original.
 
         Raises:
             TruedepthError: Activations are not finite or too few.
         """
         walk = self.walk
         walk.separate()
-        (wide,) = walk.converted.layers(index)
-        (place,) = walk.converted.places[index]
-        windows = len(self._held)
-        seen = [[walk.states(windows) for _ in group] for _ in self._family.sublayers]
-        attended = walk.states(windows)  # x + Σ_i A_i
-        for batch, _ in walk.fitted:
-            attended[batch] = walk.original[batch]
-        for member, original in enumerate(group):
-            layer = walk.originals.layer(original)
-            for batch, calls in walk.batches:
-                x = y = walk.take(walk.original, batch)
-                for branch in (0, 1):
-                    entered = x if walk.originals.parallel else y
-                    added = walk.originals.branch(layer, branch, entered, calls[original])
-                    if batch.start < windows:
-                        seen[branch][member][batch] = self._normalised(wide, branch, entered)
-                        if branch == 0:
-                            attended[batch] += added.to(attended)
-                    y = y + added
-                walk.original[batch] = y
-        found = Refit(walk.converted.weights(place), {})
-        inputs = walk.copied(walk.current) if walk.converted.parallel else walk.current
-        for branch in (0, 1):
-            self._refit_reads(wide, branch, group, seen[branch], inputs, found)
-            seen[branch].clear()
-            wanted = walk.original if branch else attended
-            self._refit_write(wide, branch, group, inputs, wanted, found)
-            for batch, calls in walk.batches:
-                x = walk.take(inputs, batch)
-                added = walk.converted.branch(wide, branch, x, calls[group[0]])
-                walk.current[batch] = walk.take(walk.current, batch) + added
+        (wide,) = walk.layers(group).values()
+        seen, attended = self._pass_originals(wide, group)
+        tensors = walk.layout.wide_layer(group, torch.float32)
+        found = Refit({name: tensor.read().float() for name, tensor in tensors.items()}, {})
+        states = walk.converted_states
+        inputs = walk.copied(states) if walk.stack.parallel else states
+        sublayers = [each for stage in walk.stack.stages({group[0]: wide}) for each in stage]
+        for sublayer in sublayers:
+            self._refit_reads(sublayer, group, seen.pop(sublayer.kind), inputs, found)
+            wanted = attended if sublayer.kind == "attention" else walk.original_states
+            self._refit_write(sublayer, inputs, wanted, found)
+            for windows, calls in walk.batches:
+                added = sublayer(walk.batch(inputs, windows), calls)
+                states[windows] = walk.batch(states, windows) + added
         return found
 
-    def refit_aside(self, index: int, group: Sequence[int]) -> Tensor:
+    def _pass_originals(
+        self, wide: nn.Module, group: Group
+    ) -> tuple[dict[Kind, list[Tensor]], Tensor]:
+        """Take the original past a group.
+
+        Returns:
+            For each kind of sub-layer, what the members' maps read before any gain; and
+            `x + Σ_i A_i`. Both `[fitted windows, length, hidden]`.
+        """
+        walk = self.walk
+        count = len(self._held)
+        seen = {kind: [walk.allocate(count) for _ in group] for kind in KINDS}
+        attended = walk.allocate(count)
+        for windows, _ in walk.fitted:
+            attended[windows] = walk.original_states[windows]
+
+        def note(member: int, windows: slice, kind: Kind, x: Tensor, added: Tensor) -> None:
+            seen[kind][member][windows] = self._normalised(wide, kind, x)
+            if kind == "attention":
+                attended[windows] += added.to(attended)
+
+        for member, index in enumerate(group):
+            stages = walk.stack.stages({index: walk.stack.layer(index)})
+            for windows, calls in walk.batches:
+                fitted = partial(note, member, windows) if windows.start < count else None
+                state = walk.batch(walk.original_states, windows)
+                for stage in stages:
+                    state = run_stage(state, [_noting(each, fitted) for each in stage], calls)
+                walk.original_states[windows] = state
+        return seen, attended
+
+    def refit_aside(self, group: Group) -> Tensor:
         """`Walk.detour` of the group refitted there by itself; the walk stays where it is."""
-        aside = copy.copy(self)
-        aside.walk = copy.copy(self.walk)
-        aside.walk.original = self.walk.copied(self.walk.original)
-        aside.walk.current = aside.walk.original
-        aside.refit(index, group)
-        return aside.walk.current[len(self._held) :].clone()
+        aside = Calibrator(self.walk.aside())
+        aside.refit(group)
+        return aside.walk.converted_states[len(self._held) :].clone()
 
     def _refit_reads(
         self,
-        wide: nn.Module,
-        branch: int,
-        group: Sequence[int],
+        sublayer: LoadedSublayer,
+        group: Group,
         seen: Sequence[Tensor],
         inputs: Tensor,
         found: Refit,
     ) -> None:
         """The maps behind a norm, each member's by one map of their input."""
-        walk = self.walk
-        width, device = walk.originals.hidden_size, walk.originals.device
-        sums = [Regression(width, width, device) for _ in group]
-        for batch, _ in walk.fitted:
-            x = self._normalised(wide, branch, walk.take(inputs, batch))
-            for member, regression in enumerate(sums):
-                regression.add(x, walk.take(seen[member], batch), self._held[batch])
+        walk, stack = self.walk, self.walk.stack
+        width = stack.hidden_size
+        sums = [Regression(width, width, stack.device) for _ in group]
+        for windows, _ in walk.fitted:
+            x = self._normalised(sublayer.layer, sublayer.kind, walk.batch(inputs, windows))
+            for read, regression in zip(seen, sums, strict=True):
+                regression.add(x, walk.batch(read, windows), self._held[windows])
         fits = [regression.solve(torch.eye(width)) for regression in sums]
-        inside = self._family.sublayers[branch].module
+        inside = self._names(sublayer.kind).module
         names = [name for name in self._family.reads if name.startswith(f"{inside}.")]
-        sizes = walk.originals.config.to_dict()
+        sizes = stack.config.to_dict()
         for name in names:
             weight = found.weights[f"{name}.weight"]
             maps = [
@@ -145,34 +168,30 @@ class Calibrator:
                 )
                 for member, fit in zip(part.chunk(len(group)), fits, strict=True)
             ]
-            self._replace(wide, f"{name}.weight", torch.cat(maps), found)
+            self._replace(sublayer.layer, f"{name}.weight", torch.cat(maps), found)
         for layer, fit in zip(group, fits, strict=True):
             found.fits[f"{', '.join(names)} of layer {layer}"] = fit
 
     def _refit_write(
-        self,
-        wide: nn.Module,
-        branch: int,
-        group: Sequence[int],
-        inputs: Tensor,
-        wanted: Tensor,
-        found: Refit,
+        self, sublayer: LoadedSublayer, inputs: Tensor, wanted: Tensor, found: Refit
     ) -> None:
-        """The map that writes a branch's output, toward the states that are wanted behind it."""
-        walk, name = self.walk, self._family.writes[branch]
+        """The map that writes a sub-layer's output, toward the states that are wanted behind it."""
+        walk, wide = self.walk, sublayer.layer
+        name = self._family.writes[KINDS.index(sublayer.kind)]
         module = wide.get_submodule(name)
         bias = getattr(module, "bias", None)
         multiplier = getattr(wide, self._family.multiplier) if self._family.multiplier else 1.0
         prior = found.weights[f"{name}.weight"]
-        regression = Regression(prior.shape[1], prior.shape[0], walk.originals.device)
+        regression = Regression(prior.shape[1], prior.shape[0], walk.stack.device)
         features: list[Tensor] = []
         hook = module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        for batch, calls in walk.fitted:
-            walk.converted.branch(wide, branch, walk.take(inputs, batch), calls[group[0]])
-            target = (walk.take(wanted, batch) - walk.take(walk.current, batch)) / multiplier
+        for windows, calls in walk.fitted:
+            sublayer(walk.batch(inputs, windows), calls)
+            current = walk.batch(walk.converted_states, windows)
+            target = (walk.batch(wanted, windows) - current) / multiplier
             if bias is not None:
                 target = target - bias
-            regression.add(features.pop(), target, self._held[batch])
+            regression.add(features.pop(), target, self._held[windows])
         hook.remove()
         fit = regression.solve(prior)
         self._replace(wide, f"{name}.weight", fit.weight, found)
@@ -182,9 +201,12 @@ class Calibrator:
         wide.get_parameter(name).copy_(weight)
         found.weights[name] = weight
 
-    def _normalised(self, wide: nn.Module, branch: int, x: Tensor) -> Tensor:
-        """What the maps of a branch read, before any gain: a wide layer's gains are ones."""
-        norm = self._family.sublayers[branch].norm
+    def _names(self, kind: Kind) -> SublayerNames:
+        return self._family.sublayers[KINDS.index(kind)]
+
+    def _normalised(self, wide: nn.Module, kind: Kind, x: Tensor) -> Tensor:
+        """What the maps of a sub-layer read, before any gain: a wide layer's gains are ones."""
+        norm = self._names(kind).norm
         if norm is None:
             return x
         normed: Tensor = copy.deepcopy(wide.get_submodule(norm)).float()(x)

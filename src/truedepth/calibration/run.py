@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.refit import Calibrator, Refit
-from truedepth.calibration.trajectories import walk_of
+from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.calibration.windows import activation_dtype, calibration_windows, placement
+from truedepth.checkpoint.records import CalibrationRecord, MapError
 from truedepth.errors import TruedepthError
-from truedepth.evaluation.loss import Loss
+from truedepth.evaluation.loss import loss_of
 from truedepth.files.atomic import whole_file
 from truedepth.files.resumable import unfinished
-from truedepth.plan.plan import Plan
 from truedepth.progress import progress_bar
-from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, dtype_name, from_tensor
 from truedepth.text import DEFAULT_TEXT
-from truedepth.widening.layout import places_of_groups
+from truedepth.widening.layout import Layout
 
 METHOD = 1  # raised when the same settings give other weights than before
 
@@ -39,36 +38,32 @@ class Calibrated:
     tensors: dict[str, LazyTensor]
     """By name in the converted model, float32; mapped from files that must stay."""
 
-    record: dict[str, Any]
-    """For config.json: what it was calibrated on, and what each map gained on held-out windows."""
+    record: CalibrationRecord
 
 
 @contextmanager
-def calibrated(
-    source: Source, plan: Plan, directory: Path, options: Calibration
-) -> Iterator[Calibrated]:
+def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterator[Calibrated]:
     """Refit the wide layers of a conversion, which can be read until the block ends.
 
     Args:
-        source: The original.
-        plan: Of the conversion.
+        layout: Of the conversion.
         directory: Keeps every layer as it is refitted, until the block has ended without an
-            exception. A run that finds the layers of the same calibration there goes on after them;
+            exception. A run that finds the layers of the same calibration there resumes after them;
             those of another are removed.
         options: What to calibrate on.
 
     Raises:
         TruedepthError: Text or options do not fit, or another run is at work in the directory.
     """
-    places = places_of_groups(source, plan.groups)
-    if not any(len(place) < len(group) for place, group in zip(places, plan.groups, strict=True)):
+    source, plan = layout.source, layout.plan
+    if not any(map(layout.is_wide, plan.groups)):
         raise TruedepthError(
-            f"All groups of the plan are branch groups of {source.config['model_type']}, whose"
-            " layers stay as they are; convert it with --no-calibrate."
+            f"No group of the plan becomes a wide layer of {source.config['model_type']}: its"
+            " layers run side by side as they are. Convert it with --no-calibrate."
         )
     text = calibration_windows(source, options, max(plan.widths))
     _, dtype = placement(source, options)
-    settings = {
+    settings: dict[str, Any] = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": text.fitted.numel(),
         "own_text": options.own_share,
@@ -86,34 +81,36 @@ def calibrated(
         "batch_size": options.batch_size,
     }
     with unfinished(directory, identity, begin_again=True) as kept:
-        walk = walk_of(source, plan.groups, text.fitted, text.check, options)
-        calibrator = Calibrator(source.family, walk)
-        gains: dict[str, Any] = {}
-        replaced: dict[str, LazyTensor] = {}
+        stack = layer_stack(source, options)
+        walk = walk_through(stack, layout, text.fitted, text.check, options)
+        calibrator = Calibrator(walk)
+        errors: dict[str, dict[str, MapError]] = {}
+        refitted: dict[str, LazyTensor] = {}
         with progress_bar("Calibrating layers", len(plan.groups)) as advance:
-            for index, group in enumerate(plan.groups):
-                path = kept / f"layer-{index:04d}.safetensors"
-                wide = len(group) > 1 and walk.converted.is_wide(index)
-                if not wide:
-                    walk.advance(index, group)
+            groups = zip(plan.groups, layout.layers, strict=True)
+            for number, (group, layers) in enumerate(groups):
+                path = kept / f"layer-{number:04d}.safetensors"
+                if not layout.is_wide(group):
+                    walk.advance(group)
                 elif path.exists():
-                    walk.advance(index, group, load_file(path))
+                    walk.advance(group, load_file(path))
                 else:
-                    refit = calibrator.refit(index, group)
+                    refit = calibrator.refit(group)
                     source.check_unchanged()
                     _save(refit, path)
-                if wide:
-                    weights, gains["+".join(map(str, group))] = _read(path)
-                    prefix = source.family.layer.format(*walk.converted.places[index])
-                    replaced |= {prefix + name: tensor for name, tensor in weights.items()}
+                if layout.is_wide(group):
+                    weights, errors["+".join(map(str, group))] = _read(path)
+                    prefix = source.family.layer.format(*layers)
+                    refitted |= {prefix + name: tensor for name, tensor in weights.items()}
                 advance(1)
-        check = Loss.of(walk.losses()[0], options.window) if len(text.check) else None
-        del walk, calibrator  # their states are not needed for writing
-        record = settings | {
-            "check": asdict(check) if check else None,
-            "held_out_errors": gains,
-        }
-        yield Calibrated(replaced, record)
+        check = loss_of(walk.losses()[0], options.window) if len(text.check) else None
+        del walk, calibrator, stack  # their states are not needed for writing
+        record = CalibrationRecord(
+            **settings,
+            check=check,
+            held_out_errors=errors,
+        )
+        yield Calibrated(refitted, record)
 
 
 def _save(refit: Refit, path: Path) -> None:
@@ -124,16 +121,12 @@ def _save(refit: Refit, path: Path) -> None:
         save_file(weights, partial, metadata={"fits": json.dumps(fits)})
 
 
-def _read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, MapError]]:
     """Weights, and for every map λ and the held-out errors before and after."""
     with safe_open(path, "pt") as file:
         fits = json.loads(file.metadata()["fits"])
-    gains = {
-        name: {
-            "penalty": None if math.isinf(penalty) else penalty,
-            "before": round(before, 6),
-            "after": round(after, 6),
-        }
+    errors = {
+        name: MapError(None if math.isinf(penalty) else penalty, round(before, 6), round(after, 6))
         for name, (penalty, before, after) in fits.items()
     }
-    return {name: from_tensor(tensor) for name, tensor in load_file(path).items()}, gains
+    return {name: from_tensor(tensor) for name, tensor in load_file(path).items()}, errors

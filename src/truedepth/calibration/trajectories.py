@@ -1,18 +1,18 @@
-"""An original and its conversion, walked through side by side, layer after layer.
+"""An original and its conversion, walked through side by side, group after group.
 
-Of every token only the two states are kept that enter the models' next layers; the layers
-themselves come from disk when they are due and are gone when they are passed. Windows that are
+For every token only the two states are kept that enter the models' next layers; the layers
+themselves come from disk when they are due and are gone when they are passed. Windows that maps are
 *fitted* to come first, windows that are only *measured* run along behind them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,18 @@ from truedepth.calibration.options import Calibration
 from truedepth.calibration.windows import activation_dtype, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Predictions, window_measures
-from truedepth.runtime.layer_stack import Calls, LayerStack
+from truedepth.runtime.calls import Calls
+from truedepth.runtime.layer_stack import LayerStack
+from truedepth.runtime.stage import LoadedSublayer, run_stage
 from truedepth.sources.source import Source
-from truedepth.widening.layout import converted_config, converted_tensors, places_of_groups
+from truedepth.tensors import from_tensor
+from truedepth.widening.layout import Layout
 
 Batch = tuple[slice, Calls]
 """Some windows, and how every layer is called for them."""
+
+Group = tuple[int, ...]
+"""Consecutive layers of the original."""
 
 
 class Walk:
@@ -34,8 +40,8 @@ class Walk:
 
     def __init__(
         self,
-        originals: LayerStack,
-        converted: LayerStack,
+        stack: LayerStack,
+        layout: Layout,
         ids: Tensor,
         *,
         measured: int = 0,
@@ -46,19 +52,19 @@ class Walk:
         """Embed the text.
 
         Args:
-            originals: The original's layers.
-            converted: The converted model's.
+            stack: The original's layers.
+            layout: Says which groups become wide layers, and gives their weights.
             ids: `[windows, length]` int64.
-            measured: So many of the last windows are measured only.
-            activation_dtype: Of the states that are kept.
+            measured: How many of the windows, the last ones, are only measured.
+            activation_dtype: Dtype of the states that are kept.
             workspace: A directory for memory-mapped states; by default they are in memory.
-            batch_size: Windows a forward pass.
+            batch_size: Windows per forward pass.
         """
-        self.originals, self.converted = originals, converted
+        self.stack, self.layout = stack, layout
         self._activation_dtype, self._workspace = activation_dtype, workspace
         self._ids, self._first = ids, len(ids) - measured
-        self.original = self.states(len(ids))
-        """What enters the next original layer."""
+        self.original_states = self.allocate(len(ids))
+        """What enters the next layer of the original: `[windows, length, hidden]`."""
 
         self.fitted: list[Batch] = []
         self.measured: list[Batch] = []
@@ -67,10 +73,10 @@ class Walk:
             (self.measured, self._first, len(ids)),
         ):
             for first in range(start, end, batch_size):
-                batch = slice(first, min(first + batch_size, end))
-                self.original[batch], calls = originals.start(ids[batch])
-                batches.append((batch, calls))
-        self.current = self.original
+                windows = slice(first, min(first + batch_size, end))
+                self.original_states[windows], calls = stack.start(ids[windows])
+                batches.append((windows, calls))
+        self.converted_states = self.original_states
         """What enters the next layer of the converted model: the same until the first group."""
 
     @property
@@ -78,14 +84,9 @@ class Walk:
         """All windows."""
         return self.fitted + self.measured
 
-    @property
-    def token_passes(self) -> float:
-        """Tokens run through either model, in passes through all of the original's layers."""
-        return self.originals.token_passes + self.converted.token_passes
-
-    def states(self, windows: int) -> Tensor:
-        """One vector a token: `[windows, length, hidden]`, zeros."""
-        shape = (windows, self._ids.shape[1], self.originals.hidden_size)
+    def allocate(self, windows: int) -> Tensor:
+        """One vector per token: `[windows, length, hidden]`, zeros."""
+        shape = (windows, self._ids.shape[1], self.stack.hidden_size)
         if self._workspace is None:
             return torch.zeros(shape, dtype=self._activation_dtype)
         count = math.prod(shape)
@@ -106,92 +107,104 @@ class Walk:
             ) from error
         return mapped.view(shape)
 
-    def take(self, states: Tensor, batch: slice) -> Tensor:
-        """Some windows' states where layers compute, in float32."""
-        return states[batch].to(self.originals.device, torch.float32)
+    def batch(self, states: Tensor, windows: slice) -> Tensor:
+        """Some windows' states on the device of the layers, in float32."""
+        return states[windows].to(self.stack.device, torch.float32)
 
     def separate(self) -> None:
         """From the first group on the two models' states differ."""
-        if self.current is self.original:
-            self.current = self.copied(self.original)
+        if self.converted_states is self.original_states:
+            self.converted_states = self.copied(self.original_states)
 
     def copied(self, states: Tensor) -> Tensor:
         """The same states once more."""
-        copy = self.states(len(states))
-        copy.copy_(states)
-        return copy
+        again = self.allocate(len(states))
+        again.copy_(states)
+        return again
 
-    @torch.inference_mode()
-    def advance(
-        self, index: int, group: Sequence[int], weights: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Take both models past layer `index` of the converted one.
+    def aside(self) -> Walk:
+        """A walk of its own from here on, along the same layers; this one stays where it is."""
+        aside = copy.copy(self)
+        aside.original_states = self.copied(self.original_states)
+        aside.converted_states = aside.original_states
+        return aside
+
+    def layers(
+        self, group: Group, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[int, nn.Module]:
+        """What a group becomes, by the original layer whose call each layer takes.
 
         Args:
-            index: In the converted model.
-            group: The original layers that it stands for.
-            weights: Of the wide layer, where they are not as they were converted.
+            group: One wide layer, or its members as they are.
+            weights: Of the wide layer, by name within it; by default as it is converted.
         """
-        if len(group) > 1 or self.current is not self.original:
+        if not self.layout.is_wide(group):
+            return {layer: self.stack.layer(layer) for layer in group}
+        tensors = self.layout.wide_layer(group, torch.float32)
+        if weights is not None:
+            tensors = {name: from_tensor(weight) for name, weight in weights.items()}
+        return {group[0]: self.stack.wide_layer(group, tensors)}
+
+    @torch.inference_mode()
+    def advance(self, group: Group, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Take both models past a group, the original layer by layer.
+
+        Args:
+            group: The next layers of the original.
+            weights: Of the wide layer, where they are not as it was converted.
+        """
+        layers: dict[int, nn.Module] = {}
+        if len(group) > 1 or self.converted_states is not self.original_states:
             self.separate()
-            layers = self.converted.layers(index)
-            layers[0].load_state_dict(dict(weights or {}), strict=False)
-            for batch, calls in self.batches:
-                self.run(self.converted, layers, [calls[i] for i in group], self.current, batch)
+            layers = self.layers(group, weights)
+            self._run(layers, self.converted_states, self.batches)
         for layer in group:
-            module = self.originals.layer(layer)
-            for batch, calls in self.batches:
-                self.run(self.originals, [module], [calls[layer]], self.original, batch)
-
-    def run(
-        self,
-        stack: LayerStack,
-        layers: Sequence[nn.Module],
-        calls: Sequence[Mapping[str, Any]],
-        states: Tensor,
-        batch: slice,
-    ) -> None:
-        """Take some windows' states past layers that run side by side, in place.
-
-        Calls are of the original layers; a wide layer takes the first of them.
-        """
-        x = self.take(states, batch)
-        a = x
-        for layer, call in zip(layers, calls, strict=False):
-            a = a + stack.branch(layer, 0, x, call)
-        entered = x if stack.parallel else a
-        for layer, call in zip(layers, calls, strict=False):
-            a = a + stack.branch(layer, 1, entered, call)
-        states[batch] = a
+            own = layers if len(group) == 1 and layers else {layer: self.stack.layer(layer)}
+            self._run(own, self.original_states, self.batches)
 
     @torch.inference_mode()
-    def detour(self, index: int, group: Sequence[int]) -> Tensor:
-        """What the measured windows are behind one group, all before it being the original.
+    def detour(self, group: Group) -> Tensor:
+        """The states of the measured windows behind one group, all before it being the original.
 
         Args:
-            index: Of the wide layer in the converted model.
-            group: The original layers that it stands for, the next ones.
+            group: The next layers of the original.
 
         Returns:
             `[measured windows, length, hidden]`. Both models stay where they are.
         """
-        states = self.original[self._first :].clone()
-        self._run_measured(self.converted, self.converted.layers(index), group, states)
+        states = self.original_states[self._first :].clone()
+        self._run(self.layers(group), states, self.measured, self._first)
         return states
 
     @torch.inference_mode()
     def onward(self, layer: int, states: Sequence[Tensor]) -> None:
         """Run states of the measured windows through an original layer, in place."""
-        module = self.originals.layer(layer)
+        layers = {layer: self.stack.layer(layer)}
         for each in states:
-            self._run_measured(self.originals, [module], [layer], each)
+            self._run(layers, each, self.measured, self._first)
 
-    def _run_measured(
-        self, stack: LayerStack, layers: list[nn.Module], group: Sequence[int], states: Tensor
+    def _run(
+        self,
+        layers: Mapping[int, nn.Module],
+        states: Tensor,
+        batches: Sequence[Batch],
+        first: int = 0,
     ) -> None:
-        for batch, calls in self.measured:
-            rows = slice(batch.start - self._first, batch.stop - self._first)
-            self.run(stack, layers, [calls[layer] for layer in group], states, rows)
+        """Take windows' states past layers that run side by side, in place.
+
+        Args:
+            layers: By the original layer whose call each takes.
+            states: Of the windows from `first` on.
+            batches: The windows to run.
+            first: Number of the window that `states` begin with.
+        """
+        stages: list[list[LoadedSublayer]] = self.stack.stages(layers)
+        for windows, calls in batches:
+            rows = slice(windows.start - first, windows.stop - first)
+            x = self.batch(states, rows)
+            for stage in stages:
+                x = run_stage(x, stage, calls)
+            states[rows] = x
 
     @torch.inference_mode()
     def losses(self, states: Sequence[Tensor] = ()) -> Tensor:
@@ -203,43 +216,39 @@ class Walk:
         Returns:
             `[states, measured windows, 4]` float64, as `window_measures` gives them.
         """
-        each = states or [self.current[self._first :]]
+        each = states or [self.converted_states[self._first :]]
         rows = []
         for window, ids in enumerate(self._ids[self._first :]):
             models = [self._predictions(state[window, :-1]) for state in each]
-            original = self._predictions(self.original[self._first + window, :-1])
+            original = self._predictions(self.original_states[self._first + window, :-1])
             rows.append(window_measures(ids[1:], models, original))
         return torch.stack(rows, 1)
 
     def _predictions(self, states: Tensor) -> Predictions:
-        return lambda positions: self.originals.logits(states[positions])
+        return lambda positions: self.stack.logits(states[positions])
 
 
-def walk_of(
-    source: Source,
-    groups: Sequence[Sequence[int]],
-    fitted: Tensor,
-    measured: Tensor,
-    options: Calibration,
+def layer_stack(source: Source, options: Calibration) -> LayerStack:
+    """The layers of an original, where and in the dtype that the options say."""
+    device, dtype = placement(source, options)
+    return LayerStack(source, device=device, dtype=dtype)
+
+
+def walk_through(
+    stack: LayerStack, layout: Layout, fitted: Tensor, measured: Tensor, options: Calibration
 ) -> Walk:
-    """At the start of the original and of its conversion with these groups.
+    """A walk at the start of the original and of its conversion.
 
     Args:
-        source: The original.
-        groups: One for each layer of the converted model.
-        fitted: `[windows, window]` int64, token ids.
-        measured: The same.
-        options: Where and how to compute.
+        stack: The original's layers.
+        layout: Of the conversion.
+        fitted: `[windows, window]` int64, token ids that maps are fitted to.
+        measured: The same, of windows that are only measured.
+        options: What is kept where.
     """
-    tensors = converted_tensors(source, groups, torch.float32)
-    config = converted_config(source, groups, tensors)
-    places = places_of_groups(source, groups)
-    device, dtype = placement(source, options)
     return Walk(
-        LayerStack(source, device=device, dtype=dtype),
-        LayerStack(
-            source, device=device, dtype=dtype, config=config, tensors=tensors, places=places
-        ),
+        stack,
+        layout,
         torch.cat([fitted, measured]),
         measured=len(measured),
         activation_dtype=activation_dtype(options),

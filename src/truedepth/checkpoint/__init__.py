@@ -1,6 +1,6 @@
 """What is written.
 
-Streamed safetensors with what belongs beside them, the model card, and what config.json records of
+Streamed safetensors and the files beside them, the model card, and what config.json records about
 how a checkpoint was made.
 
 May import: sources and above.

@@ -1,11 +1,8 @@
-"""The README.md of a converted checkpoint."""
+"""The model card: README.md of a converted checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from truedepth.checkpoint.records import calibration_words
+from truedepth.checkpoint.records import CalibrationRecord, HealingRecord
 from truedepth.plan.plan import Plan
 from truedepth.sources.source import Source
 from truedepth.version import __version__
@@ -21,17 +18,17 @@ def model_card(
     source: Source,
     plan: Plan,
     all_reduces: int,
-    calibration: Mapping[str, Any] | None,
-    healing: Mapping[str, Any] | None = None,
+    calibration: CalibrationRecord | None,
+    healing: HealingRecord | None = None,
 ) -> str:
-    """Markdown with the metadata that model hubs read.
+    """The card's Markdown, with the metadata that model hubs read.
 
     Args:
         source: The original.
-        plan: Of the checkpoint.
-        all_reduces: Per token over several ranks, of the layers as engines run them.
-        calibration: Its record in config.json, if it was calibrated.
-        healing: Likewise.
+        plan: The checkpoint's plan.
+        all_reduces: All-reduces per token over several ranks, as engines run the layers.
+        calibration: The record of the calibration, if there was one.
+        healing: The record of the healing, if there was one.
     """
     base = f"base_model: {source.name}\n" if "/" in source.name else ""
     quantized = ""
@@ -40,25 +37,24 @@ def model_card(
     repaired = ""
     if calibration:
         repaired = (
-            "\nThe wide layers were refitted to the original in closed form, on"
-            f" {calibration_words(calibration)}.\n"
+            f"\nThe wide layers were refitted to the original in closed form, on {calibration}.\n"
         )
-        if check := calibration["check"]:
+        if check := calibration.check:
             repaired += (
-                f"On {check['tokens']:,} other tokens of that text the loss is"
-                f" {check['excess']:.4f} nats a token above the original's.\n"
+                f"On {check.tokens:,} other tokens of that text the loss is"
+                f" {check.excess:.4f} nats per token above the original's.\n"
             )
     if healing:
-        tokens = sum(healing["text"].values())
-        loss = healing["validation"]["after"]
+        tokens = sum(healing.text.values())
+        loss = healing.validation.after
         repaired += (
-            f"\nThen {TRAINED[healing['train']]} trained toward the original on {tokens:,} tokens"
-            f" of {', '.join(healing['text'])}.\nOn tokens of that text that were not"
-            f" trained on the loss is {loss['excess']:.4f} nats a token above the original's, KL"
-            f" {loss['kl']:.4f}.\n"
+            f"\nThen {TRAINED[healing.train]} trained toward the original on {tokens:,} tokens"
+            f" of {', '.join(healing.text)}.\nOn tokens of that text that it was not trained on,"
+            f" the loss is {loss['excess']:.4f} nats per token above the original's, the KL"
+            f" divergence from the original {loss['kl']:.4f} nats per token.\n"
         )
     without = "" if healing else " without training"
-    before = plan.unpaired.all_reduces_per_token(2)
+    before = plan.unpaired.all_reduces
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation
@@ -74,11 +70,11 @@ tags: [truedepth, layer-parallelism]
 
 | | original | this model |
 |---|---|---|
-| layers, one after another | {plan.num_layers} | {plan.effective_depth} |
-| all-reduces a token under tensor parallelism | {before} | {all_reduces} |
+| sequential layers (effective depth) | {plan.num_layers} | {plan.effective_depth} |
+| all-reduces per token under tensor parallelism | {before} | {all_reduces} |
 
-The number of weights is the original's, and so is the size of the KV cache. The output is not: what
-pairing costs is measured by `truedepth eval THIS --against ORIGINAL`.
+The number of weights and the size of the KV cache are the original's. The output is not:
+`truedepth eval THIS --against ORIGINAL` measures what pairing costs.
 {repaired}{quantized}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,5 +83,5 @@ model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
 ```
 
-`trust_remote_code` is not needed after `import truedepth`. The licence is that of the original.
+`trust_remote_code` is not needed after `import truedepth`. The licence is the original's.
 """

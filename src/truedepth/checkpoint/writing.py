@@ -1,7 +1,7 @@
-"""Writing a checkpoint.
+"""Writes a checkpoint.
 
-Shapes are known before values, so a shard's header is written first and its tensors are streamed
-after it, a block at a time: memory does not grow with the model.
+Shapes are known before values, so a shard's header is written first, and its tensors are streamed
+after it a block at a time: memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def write_checkpoint(
     force: bool,
     kept: Path | None = None,
 ) -> int:
-    """Write a checkpoint whole or not at all.
+    """Write a checkpoint, whole or not at all.
 
     Args:
-        out: Directory to write.
-        source: Gives tokenizer and generation config.
-        config: config.json.
-        tensors: By name.
-        card: README.md.
-        shard_size: Most bytes a file of weights holds.
+        out: The directory to make.
+        source: The model whose tokenizer and generation config go along.
+        config: The contents of config.json.
+        tensors: The weights by name.
+        card: The contents of README.md.
+        shard_size: Most bytes per file of weights, as for `write_weights`.
         force: Replace `out` if it exists.
-        kept: What the run kept beside `out`, all of which is in the tensors.
+        kept: A directory that the run kept beside `out`, all of which is in `tensors`.
 
     Returns:
-        The bytes of all weights.
+        The number of bytes of all weights.
 
     Raises:
         TruedepthError: `out` cannot be written, or the source changed while it was read.
@@ -78,7 +78,7 @@ def write_checkpoint(
         try:
             with progress_bar("Writing", total, unit="bytes") as advance:
                 size = write_weights(partial, tensors, shard_size, advance)
-        except OSError:  # also of a block that is gone, because its file was cut short
+        except OSError:  # also when a block is missing because its file was cut short
             source.check_unchanged()
             raise
         source.save_companions(partial)
@@ -96,14 +96,14 @@ def write_weights(
     shard_size: int | str = "5GB",
     progress: Callable[[int], object] = lambda written: None,
 ) -> int:
-    """Write `tensors` as safetensors, sharded, with an index where there are several shards.
+    """Write `tensors` as safetensors, in shards; several shards get an index.
 
     Args:
-        directory: Where to.
-        tensors: By name; read a few blocks at a time, each once.
-        shard_size: Most bytes a shard holds, as a number or such as `"5GB"`. A tensor larger than
-            that gets a shard of its own.
-        progress: Called with the number of bytes of every block written.
+        directory: An existing directory.
+        tensors: The weights by name; read a few blocks at a time, each block once.
+        shard_size: Most bytes per shard, as a number or text such as `"5GB"`. A larger tensor gets
+            a shard of its own.
+        progress: Called with the number of bytes of each block, when it is written.
 
     Returns:
         The number of bytes of all tensors.
@@ -129,13 +129,13 @@ def write_weights(
 
 
 def _bytes(size: int | str) -> int:
-    """`"5GB"`, `"500 MiB"`, `"5000000"` or a number, as a number."""
+    """The number of bytes in `"5GB"`, `"500 MiB"`, `"5000000"` or a number."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     units |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
     match = re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", str(size).strip().upper())
     count = int(match[1]) * units.get(match[2], 0) if match else 0
     if count < 1:
-        raise TruedepthError(f"{size!r} is not a size of files; write it as 5GB.")
+        raise TruedepthError(f"{size!r} is not a file size; write it as 5GB.")
     return count
 
 
@@ -146,7 +146,7 @@ def _write_shard(
     progress: Callable[[int], object],
 ) -> None:
     """One safetensors file: header length (8 bytes), JSON header, tensors without gaps."""
-    # Wider types first keeps every tensor aligned to its element size.
+    # Wider dtypes first: every tensor is aligned to its element size.
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -24,7 +24,15 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
 from truedepth.cli.options import DType
-from truedepth.options import Bounds, OneOf, Option, TorchDtype, options_of, parameters_of
+from truedepth.options import (
+    Bounds,
+    OneOf,
+    Option,
+    Panel,
+    TorchDtype,
+    options_of,
+    parameters_of,
+)
 
 Options = TypeVar("Options")
 EMPTY = inspect.Parameter.empty
@@ -58,6 +66,9 @@ class Fields:
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Names of options that differ from their fields'."""
+
+    panel: str | None = None
+    """The part of the help page for fields that name none and are not `LAST`."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,8 @@ def _plain(
         default = option.default
     if info is None:
         info = _switch(given.name) if default is False else typer.Option()
+    if panel := next((each.title for each in metadata if isinstance(each, Panel)), None):
+        info.rich_help_panel = panel
     return _Parameter(given.name, type_, default, info, option)
 
 
@@ -206,7 +219,9 @@ def _expanded(group: str, chosen: Fields) -> list[_Parameter]:
         name = chosen.renamed.get(option.name, option.name)
         type_, default = _typer_type(option, value)
         info = _switch(name) if default is False else typer.Option()
-        info.rich_help_panel = option.panel
+        info.rich_help_panel = option.panel or (None if name in LAST else chosen.panel)
+        if type_ == list[Path] | None:
+            info.metavar = "PATH"
         limits = tuple(each for each in option.metadata if isinstance(each, Bounds))
         option = replace(option, metadata=limits)  # words are refused by typer
         found.append(_Parameter(name, type_, default, info, option, group=group))

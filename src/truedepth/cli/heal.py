@@ -27,12 +27,12 @@ def heal(
         typer.Option(
             help="Settings to start from. distil: the defaults shown here. paper: next-token loss,"
             " 32 windows per step, learning rate 1e-4 falling linearly. Other options override"
-            " them.",
-            rich_help_panel=TRAINED.title,
+            " them."
         ),
+        TRAINED,
     ] = Recipe.distil,
-    keep_adapter: Annotated[Path | None, typer.Option(rich_help_panel=TRAINED.title)],
-    restart: Annotated[bool, typer.Option("--restart", rich_help_panel=RUN.title)],
+    keep_adapter: Annotated[Path | None, TRAINED],
+    restart: Annotated[bool, RUN],
     allow_pickle: bool,
     trust_remote_code: bool,
     shard_size: str,

@@ -14,7 +14,7 @@ from truedepth.calibration.options import Calibration
 from truedepth.cli.commands import Fields, Given, command
 from truedepth.cli.options import DType, JsonPath, Model, Out, trusted, writable, write_json
 from truedepth.errors import TruedepthError
-from truedepth.options import Bounds
+from truedepth.options import Bounds, Panel
 from truedepth.plan.plan import Plan
 from truedepth.plan.spans import parse_span
 from truedepth.planning.options import SEARCH_CALIBRATION
@@ -22,8 +22,11 @@ from truedepth.planning.options import SEARCH_CALIBRATION
 PYTHON_ONLY = ("window", "check", "batch_size")
 RENAMED = {"dtype": "compute_dtype"}  # of `convert`, whose --dtype is that of the written weights
 
+PLAN, CALIBRATION = Panel("The plan"), "Calibration"
+
 MaxLoss = Annotated[
     str | None,
+    PLAN,
     typer.Option(
         help="Find the shallowest plan whose excess loss is at most this many nats per token"
         " (0.05), or whose perplexity rises by at most this share (5%)."
@@ -38,14 +41,17 @@ def plan(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Plan file (YAML) to write.", callback=writable)
     ],
-    pairs: int | None,
-    depth: int | None,
+    pairs: Annotated[int | None, PLAN],
+    depth: Annotated[int | None, PLAN],
     max_loss: MaxLoss,
-    max_group: int,
-    calibrate: bool,
-    frontier: bool,
-    budget: float | None,
-    calibration: Annotated[Given[Calibration], Fields(SEARCH_CALIBRATION, without=PYTHON_ONLY)],
+    max_group: Annotated[int, PLAN],
+    calibrate: Annotated[bool, Panel(CALIBRATION)],
+    frontier: Annotated[bool, PLAN],
+    budget: Annotated[float | None, PLAN],
+    calibration: Annotated[
+        Given[Calibration],
+        Fields(SEARCH_CALIBRATION, without=PYTHON_ONLY, panel=CALIBRATION),
+    ],
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -93,9 +99,10 @@ def convert(
     out: Out,
     *,
     max_loss: MaxLoss,
-    depth: int | None,
+    depth: Annotated[int | None, PLAN],
     pairs: Annotated[
         int | None,
+        PLAN,
         Bounds(0),
         typer.Option(
             help="Find the best plan of this many pairs, or of wider groups that save as many"
@@ -103,27 +110,31 @@ def convert(
         ),
     ],
     layers: Annotated[
-        str | None, typer.Option(help="Pair the layers of this span: 14-27 is layers 14 to 27.")
+        str | None,
+        PLAN,
+        typer.Option(help="Pair the layers of this span: 14-27 is layers 14 to 27."),
     ] = None,
     group: Annotated[
         int | None,
+        PLAN,
         Bounds(1),
         typer.Option(help="Layers per group, with --layers.", show_default="2"),
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan file (YAML) to apply.")] = None,
+    plan: Annotated[Path | None, PLAN, typer.Option(help="Plan file (YAML) to apply.")] = None,
     calibrate: Annotated[
         bool | None,
+        Panel(CALIBRATION),
         typer.Option(
             "--calibrate/--no-calibrate",
             help="Refit the wide layers to the original, in closed form.",
             show_default="if a plan is searched",
         ),
     ] = None,
-    max_group: int,
-    budget: float | None,
+    max_group: Annotated[int, PLAN],
+    budget: Annotated[float | None, PLAN],
     calibration: Annotated[
         Given[Calibration],
-        Fields(Calibration(), without=PYTHON_ONLY, renamed=RENAMED),
+        Fields(Calibration(), without=PYTHON_ONLY, renamed=RENAMED, panel=CALIBRATION),
     ],
     pad_heads: Annotated[int, typer.Option(metavar="N")],
     allow_pickle: bool,

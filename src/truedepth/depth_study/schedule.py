@@ -4,9 +4,6 @@ A schedule is a sequence of steps; a step is one or more layers that run at one 
 are the model's own and are not copied. Many schedules are run as one tree: what they have in common
 at their beginnings is computed once, so that a change at layer s costs the layers from s on only,
 and two schedules that are the same cost one.
-
-How the model calls its layers (masks, rotary embeddings, positions) is recorded from one ordinary
-forward pass, so nothing of a family's model code is repeated here.
 """
 
 from __future__ import annotations
@@ -22,17 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from truedepth.evaluation.loss import window_measures
-from truedepth.families.family import sublayers
-from truedepth.runtime.layer_stack import run_branch
+from truedepth.modeling import LayerForm
+from truedepth.runtime.calls import Calls, record
 from truedepth.runtime.loading import Loaded
 from truedepth.runtime.output_head import OutputHead
+from truedepth.runtime.stage import KINDS, Kind, LoadedSublayer, Member, run_stage
 
 Form = Literal["lp", "par", "merge"]
 
 BATCH_WINDOWS = 4  # that a layer computes at once; what is inside it is several times its input
 
-Calls = dict[int, dict[str, Any]]
-"""By layer, what its attention is called with for a batch, but for the hidden states."""
+BatchedCalls = Sequence[Calls]
+"""For every `BATCH_WINDOWS` windows, how the layers are called."""
 
 
 @dataclass(frozen=True, order=True)
@@ -113,48 +111,22 @@ class Runner:
         self._model: Any = loaded.model
         self._ids = ids.to(loaded.model.device)
         self._family = loaded.source.family
-        self._sublayers = sublayers(self._family, self._model.config)
+        self._form = LayerForm(**self._family.layer_form(self._model.config))
         self._head = OutputHead(self._model)
         self.layers: list[nn.Module] = list(self._model.base_model.layers)
         self._scratch: nn.Module | None = None
-        self._record()
+        recorded = [
+            record(self._model, self._family, batch)
+            for batch in torch.split(self._ids, BATCH_WINDOWS)
+        ]
+        self.calls: BatchedCalls = [calls for _, calls in recorded]
+        # The residual stream is kept in float32, also where the layers compute in bfloat16.
+        self.embedded = torch.cat([states for states, _ in recorded])
 
     @property
     def parallel(self) -> bool:
         """Whether a layer's attention and FFN read the same state: then LP and PAR are one."""
-        return bool(self._sublayers["parallel"])
-
-    @torch.inference_mode()
-    def _record(self) -> None:
-        calls: Calls = {}
-        embedded: list[Tensor] = []
-        attention = self._family.attention.module
-
-        def record_call(index: int) -> Any:
-            def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                calls[index] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-            return hook
-
-        hooks = [
-            layer.get_submodule(attention).register_forward_pre_hook(
-                record_call(index), with_kwargs=True
-            )
-            for index, layer in enumerate(self.layers)
-        ]
-        hooks.append(
-            self.layers[0].register_forward_pre_hook(lambda _, args: embedded.append(args[0]))
-        )
-        self._calls: list[Calls] = []
-        try:
-            for ids in torch.split(self._ids, BATCH_WINDOWS):
-                self._model.base_model(ids, use_cache=False)
-                self._calls.append(dict(calls))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # The residual stream is kept in float32, also where the layers compute in bfloat16.
-        self.embedded = torch.cat(embedded).float()
+        return self._form.parallel
 
     @torch.inference_mode()
     def inputs(self) -> list[Tensor]:
@@ -217,16 +189,16 @@ class Runner:
     def _logits(self, hidden: Tensor, positions: slice) -> Tensor:
         return self._head(hidden[positions])
 
-    def branch(self, number: int, layer: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """`A_i(N_i x)` (number 0) or `F_i(N'_i x)` (number 1), in float32.
+    def member(self, kind: Kind, layer: int, module: nn.Module | None = None) -> Member[Any]:
+        """A sub-layer as a member of a stage; `module` stands in for the layer's own weights."""
+        sublayer = LoadedSublayer(kind, layer, module or self.layers[layer], self._form)
 
-        `module` stands in for the layer's own weights.
-        """
-        self.evaluated += 0.5
-        module = module or self.layers[layer]
-        run = partial(run_branch, self._sublayers, module, number)
-        parts = zip(torch.split(x, BATCH_WINDOWS), self._calls, strict=True)
-        return torch.cat([run(part, calls[layer]) for part, calls in parts])
+        def run(x: Tensor, calls: BatchedCalls) -> Tensor:
+            self.evaluated += 0.5
+            parts = zip(torch.split(x, BATCH_WINDOWS), calls, strict=True)
+            return torch.cat([sublayer(part, call) for part, call in parts])
+
+        return run
 
     def mean_layer(self, layers: Sequence[int]) -> nn.Module:
         """A layer whose parameters are the means of those layers'; valid until the next call."""
@@ -252,31 +224,36 @@ class _Node:
     def attention(self, layer: int) -> Tensor:
         """`A_i(N_i x)`."""
         if layer not in self._attentions:
-            self._attentions[layer] = self._runner.branch(0, layer, self._x)
+            run = self._runner.member("attention", layer)
+            self._attentions[layer] = run(self._x, self._runner.calls)
         return self._attentions[layer]
 
     def own_ffn(self, layer: int) -> Tensor:
         """`F_i(N'_i (x + A_i(N_i x)))`: the FFN that sees its own layer's attention only."""
         if layer not in self._own_ffns:
             parallel = self._runner.parallel
-            entered = self._x if parallel else self._x + self.attention(layer)
-            self._own_ffns[layer] = self._runner.branch(1, layer, entered)
+            read = self._x if parallel else run_stage(self._x, [self._attention(layer)], ())
+            self._own_ffns[layer] = self._runner.member("ffn", layer)(read, self._runner.calls)
         return self._own_ffns[layer]
+
+    def _attention(self, layer: int) -> Member[Any]:
+        """As a member of a stage that reads this state."""
+        return lambda *_: self.attention(layer)
+
+    def _own_ffn(self, layer: int) -> Member[Any]:
+        return lambda *_: self.own_ffn(layer)
 
     def run(self, step: Step) -> Tensor:
         """The state after a step."""
+        runner, calls, layers = self._runner, self._runner.calls, step.layers
         if step.form == "merge":
-            mean = self._runner.mean_layer(step.layers)
-            a = self._x + self._runner.branch(0, step.layers[0], self._x, mean)
-            entered = self._x if self._runner.parallel else a
-            return a + self._runner.branch(1, step.layers[0], entered, mean)
-        a = self._x
-        for layer in step.layers:
-            a = a + self.attention(layer)
-        y = a
-        for layer in step.layers:
-            if step.form == "par" or len(step.layers) == 1 or self._runner.parallel:
-                y = y + self.own_ffn(layer)
-            else:
-                y = y + self._runner.branch(1, layer, a)
-        return y
+            mean = runner.mean_layer(layers)
+            attentions, ffns = ([runner.member(kind, layers[0], mean)] for kind in KINDS)
+        else:
+            attentions = [self._attention(layer) for layer in layers]
+            ffns = [runner.member("ffn", layer) for layer in layers]
+            if step.form == "par" or len(layers) == 1 or runner.parallel:
+                return run_stage(self._x, [*attentions, *map(self._own_ffn, layers)], calls)
+        if runner.parallel:
+            return run_stage(self._x, [*attentions, *ffns], calls)
+        return run_stage(run_stage(self._x, attentions, calls), ffns, calls)

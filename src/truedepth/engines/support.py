@@ -9,17 +9,17 @@ LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
 """Whose layers llama.cpp's architecture `deci` computes."""
 
 
-def refused_by(family: str, branches: bool) -> dict[str, str]:
+def refused_by(family: str, side_by_side: bool) -> dict[str, str]:
     """By engine, why it does not run a model; an engine that does has an empty reason.
 
     Args:
         family: `model_type` of the original.
-        branches: Whether some of its groups are branch groups.
+        side_by_side: Whether some of its groups are not wide layers.
     """
     reasons = {"transformers": ""}
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):
         reason = "" if family in families else "not this family"
-        if branches and not reason:
-            reason = "no branch groups"
+        if side_by_side and not reason:
+            reason = "no layers side by side, only wide layers"
         reasons[engine] = reason
     return reasons

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from truedepth.checkpoint.records import Loss
 
 CHUNK_TOKENS = 128  # whose logits are held at a time, so that they stay in a processor's cache
 
@@ -17,38 +19,53 @@ def perplexity_of(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Of a model against its original, on the same tokens."""
-
-    tokens: int
-    """Predicted."""
-
-    excess: float
-    """NLL above the original's, nats a token."""
-
-    stderr: float | None
-    """Of the excess, over windows; None for a single window."""
-
-    kl: float
-    """KL(original ‖ model), nats a token."""
-
-    @classmethod
-    def of(cls, rows: Tensor, window: int) -> Loss:
-        """From the `[windows, 4]` of `window_measures`."""
-        excess = rows[:, 0] - rows[:, 1]
-        spread = (excess.std() / len(rows) ** 0.5).item() if len(rows) > 1 else None
-        return cls(len(rows) * (window - 1), excess.mean().item(), spread, rows[:, 2].mean().item())
+def loss_of(rows: Tensor, window: int) -> Loss:
+    """Of a model, from the `[windows, 4]` of `window_measures`; `window` is its tokens."""
+    excess = rows[:, 0] - rows[:, 1]
+    spread = (excess.std() / len(rows) ** 0.5).item() if len(rows) > 1 else None
+    return Loss(len(rows) * (window - 1), excess.mean().item(), spread, rows[:, 2].mean().item())
 
 
 Predictions = Callable[[slice], Tensor]
 """Gives the logits `[positions, vocabulary]` of some positions of a window."""
 
 
+class FromOriginal(NamedTuple):
+    """What an original says at some positions; each `[positions]`."""
+
+    nll: Tensor
+    """Of the tokens that came, nats."""
+
+    kl: Tensor
+    """KL(original ‖ model), nats."""
+
+    top1: Tensor
+    """Its most likely tokens."""
+
+
+def measures(logp: Tensor, targets: Tensor, original: FromOriginal | None = None) -> Tensor:
+    """How well the tokens at some positions are predicted.
+
+    Args:
+        logp: `[positions, vocabulary]` float32, the model's log probabilities.
+        targets: `[positions]` int64, the tokens that were to be predicted.
+        original: To compare them with.
+
+    Returns:
+        `[positions, 4]` float64: NLL, the original's NLL and KL(original ‖ model) in nats, and 1
+        where the most likely tokens are equal, else 0; the last three are 0 without an original.
+    """
+    nll = -logp.gather(-1, targets[:, None].to(logp.device)).squeeze(-1)
+    columns = [nll, *[torch.zeros_like(nll)] * 3]
+    if original is not None:
+        columns[1:] = [original.nll, original.kl, original.top1 == logp.argmax(-1)]
+    return torch.stack([column.double() for column in columns], -1)
+
+
 def window_measures(
     targets: Tensor, models: Sequence[Predictions], original: Predictions | None = None
 ) -> Tensor:
-    """Means over one window, of each model: NLL, and from the original its NLL, KL and agreement.
+    """The means of `measures` over one window, of each model.
 
     Args:
         targets: `[positions]` int64, the tokens that were to be predicted.
@@ -56,19 +73,20 @@ def window_measures(
         original: The predictions to compare them with.
 
     Returns:
-        `[models, 4]` float64: NLL, original's NLL, KL(original ‖ model), in nats a token, and the
-        share of equal top-1 tokens; the last three are 0 without an original.
+        `[models, 4]` float64, on the CPU.
     """
     sums = torch.zeros(len(models), 4, dtype=torch.float64)
     for start in range(0, len(targets), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        reference = None if original is None else original(chunk).float().log_softmax(-1)
+        theirs = None if original is None else original(chunk).float().log_softmax(-1)
         for row, model in zip(sums, models, strict=True):
             logp = model(chunk).float().log_softmax(-1)
-            target = targets[chunk, None].to(logp.device)
-            row[0] -= logp.gather(-1, target).double().sum().cpu()
-            if reference is not None:
-                row[1] -= reference.gather(-1, target).double().sum().cpu()
-                row[2] += (reference.exp() * (reference - logp)).double().sum().cpu()
-                row[3] += (reference.argmax(-1) == logp.argmax(-1)).sum().cpu()
+            compared = None if theirs is None else _compared(theirs, logp, targets[chunk])
+            row += measures(logp, targets[chunk], compared).sum(0).cpu()
     return sums / len(targets)
+
+
+def _compared(theirs: Tensor, logp: Tensor, targets: Tensor) -> FromOriginal:
+    nll = -theirs.gather(-1, targets[:, None].to(theirs.device)).squeeze(-1)
+    kl = (theirs.exp() * (theirs - logp)).double().sum(-1)
+    return FromOriginal(nll, kl, theirs.argmax(-1))

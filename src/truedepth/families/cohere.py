@@ -1,17 +1,17 @@
-"""Cohere (Command R): attention and FFN side by side already, behind one norm. In Cohere 2 some
-layers attend locally, the others without RoPE.
+"""Cohere (Command R): attention and FFN already run side by side, after one norm. In Cohere 2 some
+layers attend locally, and the others have no RoPE.
 """
 
 from dataclasses import replace
 
-from truedepth.families.family import KEY_VALUE, QUERY, Sublayer
+from truedepth.families.family import KEY_VALUE, QUERY, SublayerNames
 from truedepth.families.llama import LLAMA
 
 COHERE = replace(
     LLAMA,
     model_type="cohere",
     class_prefix="Cohere",
-    ffn=Sublayer("mlp", "input_layernorm"),
+    ffn=SublayerNames("mlp", "input_layernorm"),
     parallel=True,
     head_norms={"self_attn.q_norm": QUERY, "self_attn.k_norm": KEY_VALUE},
 )

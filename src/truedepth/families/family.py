@@ -1,12 +1,13 @@
-"""What the package has to know of a model family, one small file a family.
+"""What the package needs to know about a model family.
 
-Families are data. A decoder layer adds two things to the residual stream, attention and FFN, each
-behind a norm of its own. Linear maps read the normed stream and write to it; the names of all these
-are what widening needs, and docs/families.md says how to write them down.
+Families are data, one small file each. A decoder layer adds two things to the residual stream,
+attention and FFN, each computed from the stream after a norm. Linear maps read the normed stream
+and write to the stream. Widening needs the names of all these; docs/families.md says how to write
+them down.
 
-Some layers cannot become one wide layer, because something nonlinear stands between their output
-and the stream, or because they attend in different ways. They run side by side as they are: a
-*branch group*.
+Some layers cannot be merged into one wide layer, because something nonlinear stands between their
+output and the stream, or because they attend in different ways. They stay as they are and run side
+by side.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ QUERY, KEY_VALUE, FFN = "num_attention_heads", "num_key_value_heads", "intermedi
 
 
 @dataclass(frozen=True)
-class Sublayer:
-    """Attention or FFN: `x + post_norm(module(norm(x)))`, each by its name within a layer."""
+class SublayerNames:
+    """Attention or FFN, `x + post_norm(module(norm(x)))`: the names of its parts in a layer.
+
+    A norm that it does not have is None.
+    """
 
     module: str
     norm: str | None
@@ -29,7 +33,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one family's tensors, as transformers calls them, and what its layers do."""
+    """The names that transformers gives one family's tensors, and how its layers compute."""
 
     model_type: str
     """`model_type` in config.json."""
@@ -41,61 +45,61 @@ class Family:
     """Linear maps that read the normed residual stream; they absorb their norm's gain."""
 
     writes: tuple[str, str]
-    """Linear maps whose output goes to the residual stream, of attention and FFN."""
+    """The linear maps of attention and FFN that write to the residual stream, in this order."""
 
     heads: Mapping[str, str]
-    """Linear maps whose rows (or columns, where they write) are heads -> what config.json calls the
-    number of these. None where heads cannot be padded."""
+    """Linear maps whose rows are heads (columns, for those that write) -> the key in config.json of
+    the number of these heads. Empty if heads cannot be padded."""
 
     body_prefix: str = ""
-    """The same of the config and the model without a head, where these have another."""
+    """The class prefix of the config and of the model without a head, if it is another."""
 
-    attention: Sublayer = Sublayer("self_attn", "input_layernorm")
-    ffn: Sublayer = Sublayer("mlp", "post_attention_layernorm")
+    attention: SublayerNames = SublayerNames("self_attn", "input_layernorm")
+    ffn: SublayerNames = SublayerNames("mlp", "post_attention_layernorm")
 
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Linear maps that are several in one, one under another -> what config.json calls the size of
-    each: `(QUERY, KEY_VALUE, KEY_VALUE)`, counted in heads, or `(FFN, FFN)`."""
+    """Linear maps that hold several, one under another -> the key in config.json of each one's
+    size: `(QUERY, KEY_VALUE, KEY_VALUE)`, counted in heads, or `(FFN, FFN)`."""
 
     head_norms: Mapping[str, str] = field(default_factory=dict)
-    """Norms over single heads -> what config.json calls the number of these. Their gains do not
-    fold: in a wide layer every head has its own."""
+    """Norms over single heads -> the key in config.json of the number of these heads. Their gains
+    do not fold: in a wide layer every head has its own."""
 
     gain_offset: float = 0.0
     """What is added to a norm's weight to give its gain: 1 for Gemma."""
 
     parallel: bool | str = False
-    """Whether attention and FFN read the same state, or what the config calls that."""
+    """Whether attention and FFN read the same state, or the config's key that says so."""
 
     multiplier: str | None = None
-    """What a layer calls the number that the outputs of its attention and FFN are multiplied by."""
+    """The attribute of a layer by which it multiplies the outputs of attention and FFN, if any."""
 
     per_layer: tuple[str, ...] = ("layer_types",)
-    """Lists in the config with one entry a layer. Layers that differ in one are not joined."""
+    """Lists in the config with one entry per layer. Layers that differ in one are not merged."""
 
-    branches_only: str = ""
-    """Why layers of this family cannot become one wide layer, as the end of a sentence."""
+    side_by_side_only: str = ""
+    """Why layers of this family cannot be merged into one wide layer: the end of a sentence."""
 
     obsolete: tuple[str, ...] = ()
-    """Tensors of a layer that old checkpoints carry and no current model class reads."""
+    """Tensors of a layer that old checkpoints hold and no current model class reads."""
 
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of names in files -> what transformers makes of them when it loads these."""
+    """Prefixes of tensor names in files -> what transformers replaces them by on loading."""
 
     layer: str = "model.layers.{}."
     """Prefix of the tensors of one layer."""
 
     outside: tuple[str, str, str] = ("model.embed_tokens", "model.norm", "lm_head")
-    """Modules that belong to no layer: embedding, final norm, head."""
+    """The modules outside the layers: embedding, final norm, head."""
 
     @property
     def classes(self) -> tuple[str, str, str]:
-        """Transformers' classes: config, model, model with a head."""
+        """Names of transformers' classes: config, model, model with a head."""
         body = self.body_prefix or self.class_prefix
         return f"{body}Config", f"{body}Model", f"{self.class_prefix}ForCausalLM"
 
     @property
-    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+    def sublayers(self) -> tuple[SublayerNames, SublayerNames]:
         """Attention and FFN."""
         return self.attention, self.ffn
 
@@ -105,37 +109,50 @@ class Family:
         return tuple(dict.fromkeys(each.norm for each in self.sublayers if each.norm))
 
     def norm_before(self, name: str) -> str | None:
-        """The norm that the map of that name, or any other part of a sublayer, reads."""
+        """The norm before a map, or before any other part of a sublayer; None if it has none."""
         inside = (each for each in self.sublayers if name.startswith(f"{each.module}."))
         return next(inside).norm
 
     def reads_behind(self, norm: str | None) -> list[str]:
-        """The maps that read a norm."""
+        """The maps that read the output of a norm."""
         return [name for name in self.reads if self.norm_before(name) == norm]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every module of a layer that widening knows."""
+        """Every module that widening knows in a layer."""
         return (*self.norms, *self.reads, *self.head_norms, *self.writes)
 
     @property
     def layer_tensors(self) -> set[str]:
-        """Every tensor that a layer may have for widening: weights and biases."""
+        """Every tensor that widening accepts in a layer: weights and biases."""
         return {f"{module}.{part}" for module in self.modules for part in ("weight", "bias")}
 
     @property
     def tied(self) -> tuple[str, str]:
-        """The tensor that tied embeddings leave out, and the one that stands for it."""
+        """The head's tensor, which tied checkpoints leave out, and the embedding's in its place."""
         return f"{self.outside[2]}.weight", f"{self.outside[0]}.weight"
 
     def is_parallel(self, config: Any) -> bool:
-        """Whether attention and FFN of a model with that config (transformers') read one state."""
+        """Whether attention and FFN read the same state, by a model's transformers config."""
         return bool(
             getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
         )
 
+    def layer_form(self, config: Any) -> dict[str, Any]:
+        """How a layer computes, as config.json says it: the fields of `modeling.LayerForm`.
+
+        Args:
+            config: The model's transformers config.
+        """
+        return {
+            "attention": [self.attention.module, self.attention.norm, self.attention.post_norm],
+            "ffn": [self.ffn.module, self.ffn.norm, self.ffn.post_norm],
+            "parallel": self.is_parallel(config),
+            "multiplier": self.multiplier,
+        }
+
     def current_name(self, tensor: str) -> str:
-        """What transformers calls the tensor of that name in a file."""
+        """The name that transformers gives a tensor, from its name in a file."""
         for old, new in self.renamed.items():
             if tensor.startswith(old):
                 return new + tensor.removeprefix(old)
@@ -144,7 +161,7 @@ class Family:
     def split(self, tensor: str) -> tuple[int | None, str]:
         """`model.layers.3.mlp.up_proj.weight` as `(3, "mlp.up_proj.weight")`.
 
-        A tensor of no layer gives `(None, tensor)`.
+        A tensor outside the layers gives `(None, tensor)`.
         """
         head, tail = self.layer.split("{}")
         if tensor.startswith(head):
@@ -153,15 +170,18 @@ class Family:
                 return int(index), rest
         return None, tensor
 
-    def why_branches(self, config: Any, group: Sequence[int]) -> str:
-        """Why the layers of a group cannot be one wide layer, as the end of a sentence; else "".
+    def why_not_wide(self, config: Any, group: Sequence[int]) -> str:
+        """Why the layers of a group cannot be merged into one wide layer.
 
         Args:
-            config: The original's, transformers' own.
-            group: Layers of the original.
+            config: The original's transformers config.
+            group: Indices of layers of the original.
+
+        Returns:
+            The end of a sentence; empty if they can be merged.
         """
-        if self.branches_only and len(group) > 1:
-            return self.branches_only
+        if self.side_by_side_only and len(group) > 1:
+            return self.side_by_side_only
         for key in self.per_layer:
             entries = getattr(config, key, None)
             if entries and len(found := dict.fromkeys(entries[layer] for layer in group)) > 1:
@@ -171,15 +191,5 @@ class Family:
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
-    """Of a config.json, which need not say it."""
+    """The head dimension by config.json; where it is not given, hidden size / heads."""
     return int(config.get("head_dim") or config["hidden_size"] // config[QUERY])
-
-
-def sublayers(family: Family, config: Any) -> dict[str, Any]:
-    """How a layer of a model with that config (transformers') computes, for `modeling.Branch`."""
-    return {
-        "attention": [family.attention.module, family.attention.norm, family.attention.post_norm],
-        "ffn": [family.ffn.module, family.ffn.norm, family.ffn.post_norm],
-        "parallel": family.is_parallel(config),
-        "multiplier": family.multiplier,
-    }

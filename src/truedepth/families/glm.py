@@ -1,8 +1,8 @@
-"""GLM: Llama's layers with gate and up in one map. GLM-4 has norms behind attention and FFN too."""
+"""GLM: Llama's layers with gate and up in one map. GLM-4 also has norms after both sublayers."""
 
 from dataclasses import replace
 
-from truedepth.families.family import FFN, Sublayer
+from truedepth.families.family import FFN, SublayerNames
 from truedepth.families.llama import LLAMA
 
 GLM = replace(
@@ -16,9 +16,9 @@ GLM4 = replace(
     GLM,
     model_type="glm4",
     class_prefix="Glm4",
-    attention=Sublayer("self_attn", "input_layernorm", "post_self_attn_layernorm"),
-    ffn=Sublayer("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
-    branches_only="each has a norm behind its attention and FFN",
+    attention=SublayerNames("self_attn", "input_layernorm", "post_self_attn_layernorm"),
+    ffn=SublayerNames("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
+    side_by_side_only="each has a norm after its attention and FFN",
 )
 
 FAMILIES = (GLM, GLM4)

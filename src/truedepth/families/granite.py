@@ -1,5 +1,5 @@
-"""Granite: Llama's layers, their outputs multiplied by a number; others scale attention, embedding
-and logits, which no plan changes.
+"""Granite: Llama's layers with outputs multiplied by a constant. Other constants scale attention,
+embedding and logits; no plan changes these.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Which family a config.json is of, and why it is not supported."""
+"""Finds the family of a config.json, or says why the model is not supported."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from truedepth.families.family import Family
 
 @cache
 def all_families() -> tuple[Family, ...]:
-    """Every supported family: what the files beside this one list as `FAMILIES`."""
+    """Every supported family: all that this folder's files list as `FAMILIES`."""
     files = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
     modules = [import_module(f"{families.__name__}.{file}") for file in files]
     return tuple(family for module in modules for family in getattr(module, "FAMILIES", ()))
 
 
 CONVERTED = "truedepth_"
-"""Before the `model_type` of the original, that of a layer-parallel checkpoint."""
+"""A layer-parallel checkpoint's `model_type` is this, then the original's."""
 
 
 MIXTURES = (
@@ -31,23 +31,23 @@ MIXTURES = (
     "n_routed_experts",
     "moe_num_experts",
 )
-"""What configs call the number of experts."""
+"""Config keys for the number of experts."""
 
 
 def unconverted(model_type: str) -> str:
-    """`llama` for `truedepth_llama`."""
+    """The original's `model_type`: `llama` for `truedepth_llama`."""
     return model_type.removeprefix(CONVERTED)
 
 
 def known_family(config: Mapping[str, Any]) -> Family | None:
-    """The family of an original's config.json, if it is supported."""
+    """The family of an original's config.json; None if it is not supported."""
     return {family.model_type: family for family in all_families()}.get(
         str(config.get("model_type"))
     )
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json.
+    """The family of an original's config.json; `where` names the model in errors.
 
     Raises:
         TruedepthError: The family is unknown, or this model of it cannot be widened exactly.
@@ -55,20 +55,20 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     model_type = str(config.get("model_type"))
     if model_type.startswith(CONVERTED):
         raise TruedepthError(
-            f"{where} is layer-parallel already; convert the model that it was made from instead."
+            f"{where} is already layer-parallel; convert the model that it was made from instead."
         )
     family = known_family(config)
     if family is None:
         known = (family.model_type for family in all_families())
         if any(config.get(key) for key in MIXTURES):
             raise TruedepthError(
-                f"{where} ({model_type}) is a mixture of experts: each of its layers' routers takes"
-                " the best few of its own experts, which are not the best few of two layers'"
-                " experts together, so pairs of such layers are no wide layer; not supported."
+                f"{where} ({model_type}) is a mixture of experts, which is not supported: each"
+                " layer's router picks among its own experts, so two such layers cannot become one"
+                " wide layer."
             )
         if isinstance(inside := config.get("text_config"), dict):
             raise TruedepthError(
-                f"{where} ({model_type}) takes more than text; save its language model"
+                f"{where} ({model_type}) takes input other than text; save its language model"
                 f" ({inside.get('model_type')}) as a checkpoint of its own and convert that."
             )
         raise TruedepthError(
@@ -85,7 +85,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 def made_from(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a layer-parallel checkpoint's original; its weights may be quantized since.
+    """The family of a layer-parallel checkpoint's original.
+
+    The checkpoint may have been quantized since it was made.
 
     Raises:
         TruedepthError: The family is unknown.
@@ -98,6 +100,6 @@ def original_family(config: Mapping[str, Any], where: str) -> Family:
     """The family of a model, or of the original of a layer-parallel checkpoint.
 
     Raises:
-        TruedepthError: As `family_of` does.
+        TruedepthError: See `family_of`.
     """
     return family_of({**config, "model_type": unconverted(str(config.get("model_type")))}, where)

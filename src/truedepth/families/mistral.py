@@ -1,4 +1,4 @@
-"""Mistral and Ministral: Llama's layers, here and there with a sliding window."""
+"""Mistral and Ministral: Llama's layers, in some models with a sliding window."""
 
 from dataclasses import replace
 

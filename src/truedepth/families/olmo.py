@@ -1,18 +1,18 @@
-"""OLMo 2 and 3: norms behind attention and FFN, not before them, and over all queries and keys."""
+"""OLMo 2 and 3: norms after attention and FFN instead of before; norms over all queries or keys."""
 
 from dataclasses import replace
 
-from truedepth.families.family import Sublayer
+from truedepth.families.family import SublayerNames
 from truedepth.families.llama import LLAMA
 
 OLMO2 = replace(
     LLAMA,
     model_type="olmo2",
     class_prefix="Olmo2",
-    attention=Sublayer("self_attn", None, "post_attention_layernorm"),
-    ffn=Sublayer("mlp", None, "post_feedforward_layernorm"),
-    heads={},  # the norms are over all of them
-    branches_only="each has a norm behind its attention and FFN",
+    attention=SublayerNames("self_attn", None, "post_attention_layernorm"),
+    ffn=SublayerNames("mlp", None, "post_feedforward_layernorm"),
+    heads={},  # q and k norms span all heads, so padding would change them
+    side_by_side_only="each has a norm after its attention and FFN",
 )
 OLMO3 = replace(OLMO2, model_type="olmo3", class_prefix="Olmo3")
 

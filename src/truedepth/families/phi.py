@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama's layers; queries, keys and values are one map, gate and up another."""
+"""Phi-3 and Phi-4: Llama's layers with q, k and v in one map, gate and up in another."""
 
 from truedepth.families.family import FFN, KEY_VALUE, QUERY, Family
 

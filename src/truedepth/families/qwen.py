@@ -1,5 +1,5 @@
-"""Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values. Qwen3: instead with
-norms of every query's and key's head.
+"""Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values. Qwen3: norms over each
+query and key head instead of the biases.
 """
 
 from dataclasses import replace

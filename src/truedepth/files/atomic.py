@@ -1,8 +1,8 @@
-"""Output that is either whole or not there.
+"""Output that is either whole or absent.
 
-Everything is written to a hidden sibling directory, which is renamed, or the file in it, when it is
-complete. The sibling is locked while it is written, so that a second run on the same output is
-refused, and what a killed run left behind is recognised and removed by the next.
+Everything is written to a hidden sibling directory. When it is complete, this directory, or the
+file in it, is renamed. The sibling is locked while it is written, so that a second run on the same
+output is refused, and the next run recognises and removes what a killed run left behind.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from safetensors import SafetensorError
 from truedepth.errors import TruedepthError
 
 USED_UP = "used-up"
-"""A file in a directory that a run kept beside its output: all of it is in the output."""
+"""Marks a directory that a run kept beside its output: all of its contents are in the output."""
 
 
 def beside(out: Path, what: str) -> Path:
-    """The hidden sibling of an output that holds its unfinished `calibration`, `healing`, …"""
+    """The hidden sibling `.NAME.WHAT` of an output: its `partial`, `calibration`, `healing`, …"""
     return out.with_name(f".{out.name}.{what}")
 
 
 def check_output(out: Path, force: bool = False) -> None:
-    """Refuse at once what writing it would refuse.
+    """Refuse an output that exists, before any work is done for it.
 
     Raises:
-        TruedepthError: `out` exists and `force` is not given.
+        TruedepthError: `out` exists and `force` is false.
     """
     if os.path.lexists(out) and not force:
         _clear(out.resolve())
-        raise TruedepthError(f"{out} exists already; give --force to replace it.")
+        raise TruedepthError(f"{out} already exists; give --force to replace it.")
 
 
 @contextmanager
@@ -47,13 +47,16 @@ def atomic_directory(out: Path, force: bool = False, kept: Path | None = None) -
     With `force` an existing `out` is replaced at that moment and not before.
 
     Args:
-        out: Where to.
+        out: The directory to make.
         force: Replace it if it exists.
-        kept: A directory that the run kept beside it, which is used up at that moment.
+        kept: A directory that the run kept beside it; it is marked as used up at that moment.
+
+    Yields:
+        The directory to write to.
 
     Raises:
         TruedepthError: `out` exists, is being written by another run, or cannot be written. An
-            OSError of the block, such as a full disk, becomes one too.
+            OSError in the block, such as a full disk, is raised as one too.
     """
     with _partial(out, force, lambda partial: partial, kept) as partial:
         yield partial
@@ -61,10 +64,12 @@ def atomic_directory(out: Path, force: bool = False, kept: Path | None = None) -
 
 @contextmanager
 def atomic_file(out: Path, force: bool = False) -> Iterator[Path]:
-    """A file to write, likewise. What the block leaves beside it is removed.
+    """A file to write, which becomes `out` when the block ends without an exception.
+
+    Anything else that the block leaves in its directory is removed.
 
     Raises:
-        TruedepthError: As of a directory.
+        TruedepthError: See `atomic_directory`.
     """
     name = out.resolve().name
     with _partial(out, force, lambda partial: partial / name) as partial:
@@ -73,12 +78,12 @@ def atomic_file(out: Path, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when the block ends without an exception.
+    """A file to write, which replaces `path` when the block ends without an exception.
 
-    For the files of a directory that has its lock already, and is gone on with after a fault.
+    For files in a directory that is already locked and whose run can resume after a failure.
 
     Raises:
-        TruedepthError: It cannot be written, as on a full disk.
+        TruedepthError: It cannot be written, for example because the disk is full.
     """
     partial = beside(path, "partial")
     try:
@@ -87,11 +92,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):  # safetensors' own for a full disk
+        if isinstance(error, OSError | SafetensorError):  # what safetensors raises on a full disk
             reason = getattr(error, "strerror", None) or str(error)
             raise TruedepthError(
-                f"Writing {path} failed: {reason}; with that put right the same command goes on"
-                " from what was written before.",
+                f"Writing {path} failed: {reason}. Fix that, then run the same command again: it"
+                " resumes from there.",
                 exit_code=1,
             ) from error
         raise
@@ -101,7 +106,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def _partial(
     out: Path, force: bool, written: Callable[[Path], Path], kept: Path | None = None
 ) -> Iterator[Path]:
-    """A hidden directory to write in; what is `written` there becomes `out`."""
+    """A hidden directory to write to; `written` gives the part of it that becomes `out`."""
     out = out.resolve()
     partial, replaced = beside(out, "partial"), beside(out, "replaced")
     busy = f"{out} is being written by another run."
@@ -131,23 +136,23 @@ def _partial(
 
 
 def _is_locked(partial: Path, lock: int) -> bool:
-    """Between opening and locking its owner may have renamed or removed it; so may we since."""
+    """Whether `partial` is still what was locked: its owner, or we since, may have renamed it."""
     return partial.exists() and partial.stat().st_ino == os.fstat(lock).st_ino
 
 
 def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -> int:
-    """Make a directory and lock it; the lock goes with the process, however it ends.
+    """Make a directory and lock it; the lock ends with the process, however that ends.
 
     Args:
-        directory: Made where it is not there.
-        busy: What to say if another run has locked it.
-        where: What to name where it cannot be made; by default the directory.
+        directory: Made if it does not exist.
+        busy: The error message if another run holds the lock.
+        where: The path to name in the error if it cannot be made; by default `directory`.
 
     Returns:
-        The lock, to be closed.
+        The lock: a descriptor to close.
 
     Raises:
-        TruedepthError: It is locked, or cannot be made.
+        TruedepthError: The directory is locked, or cannot be made.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -172,12 +177,12 @@ def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -
 
 
 def _clear(out: Path) -> None:
-    """Remove what is left beside a whole output by a run that was killed just after writing it."""
+    """Remove what a run that was killed just after writing `out` left beside it."""
     kept = [beside(out, what) for what in ("calibration", "healing")]
     used_up = [place for place in kept if (place / USED_UP).exists() or _is_empty(place)]
     for place in (beside(out, "partial"), beside(out, "replaced"), *used_up):
         if place.is_dir():
-            with suppress(TruedepthError):  # another run is at work there, or it cannot be removed
+            with suppress(TruedepthError):  # another run is at work there, or removal fails
                 lock = locked_directory(place, busy="")
                 discard(place)
                 os.close(lock)
@@ -187,8 +192,8 @@ def _clear(out: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Remove a directory, the mark that it is used up last: a kill may fall in between."""
-    with suppress(OSError):  # in the way of nothing
+    """Remove a directory, and its used-up mark last, for a kill may fall in between."""
+    with suppress(OSError):  # what stays does no harm
         for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == USED_UP):
             _remove(entry)
         directory.rmdir()
@@ -199,13 +204,13 @@ def _is_empty(place: Path) -> bool:
 
 
 def empty(directory: Path) -> None:
-    """Remove all that a directory holds."""
+    """Remove everything in a directory."""
     for entry in directory.iterdir():
         _remove(entry)
 
 
 def _sync(written: Path) -> None:
-    """Contents must reach the disk before the rename that vouches for them."""
+    """Flush contents to the disk; the rename that declares them whole must come after."""
     for path in (*written.rglob("*"), written):
         _sync_one(path)
 
@@ -219,7 +224,7 @@ def _sync_one(path: Path) -> None:
 
 
 def _exchange(written: Path, out: Path, replaced: Path) -> None:
-    """Put what is written in the place of `out`: in one step, or with `out` back if that fails."""
+    """Put `written` in the place of `out`, in one step if possible; a failure restores `out`."""
     if out.exists() and _swapped(written, out):
         replaced = written
     elif out.exists():
@@ -237,7 +242,7 @@ def _exchange(written: Path, out: Path, replaced: Path) -> None:
 
 
 def _swapped(one: Path, other: Path) -> bool:
-    """Let two names change places in one step, where system and file system can (Linux, mostly)."""
+    """Exchange two names in one step; False where the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
     if renameat2 is None:
@@ -258,10 +263,18 @@ def _remove(path: Path) -> None:
 
 
 def check_apart(source: Path, out: Path) -> None:
-    """Neither may contain the other, also where the source is made of links."""
+    """Refuse an output that contains the source, also through its links, or lies inside it.
+
+    Raises:
+        TruedepthError: It does.
+    """
     links = list(source.iterdir()) if source.is_dir() else []
     for place in {source.resolve(), *(link.resolve() for link in links)}:
         if out == place or out in place.parents:
-            raise TruedepthError(f"The output {out} contains the source {place}; choose another.")
+            raise TruedepthError(
+                f"The output {out} contains the source {place}; choose another output."
+            )
     if source.is_dir() and source.resolve() in out.parents:
-        raise TruedepthError(f"The output {out} is inside the source {source}; choose another.")
+        raise TruedepthError(
+            f"The output {out} is inside the source {source}; choose another output."
+        )

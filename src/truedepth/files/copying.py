@@ -1,8 +1,8 @@
-"""The bytes of a lazy tensor -> their place in a file.
+"""Copies the bytes of lazy tensors to their places in a file.
 
-Several threads each read, compute and write blocks: what they call lets go of the interpreter's
-lock, so that one core computes while another waits for the disk. A tensor whose bytes lie in a file
-as they are is copied by the kernel, and never comes into this process.
+Several threads each read, compute and write blocks. What they call releases the interpreter's lock,
+so one core computes while another waits for the disk. A tensor whose bytes lie unchanged in a file
+is copied by the kernel and never enters this process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from truedepth.tensors import LazyTensor, Stored
 
 BLOCK_BYTES = 1 << 20  # small enough to stay in cache and to be reused by the allocator
-STORED_BYTES = 1 << 24  # of a copy in the kernel
+STORED_BYTES = 1 << 24  # per copy in the kernel
 WORKERS = 2
 
 
@@ -34,12 +34,12 @@ class Copier:
         """Write a tensor.
 
         Args:
-            tensor: Its rows are read once, in blocks, about from first to last.
-            file: A descriptor.
-            place: The first byte's, from the file's beginning.
+            tensor: Its rows are read once, in blocks, roughly from first to last.
+            file: The descriptor of an open file.
+            place: Offset of the tensor's first byte in that file.
 
         Yields:
-            The bytes of every block that is written.
+            The number of bytes of each block, when it is written.
         """
         if tensor.stored is not None:
             yield from self._stored(tensor.stored, tensor.nbytes, file, place)
@@ -58,7 +58,7 @@ class Copier:
             def piece(start: int) -> int:
                 count = min(STORED_BYTES, size - start)
                 if copy(stored.offset + start, place + start, count) < count:
-                    raise OSError(errno.EIO, "was cut short while it was read", str(stored.path))
+                    raise OSError(errno.EIO, f"{stored.path} was cut short while it was read")
                 return count
 
             yield from self._pool.map(piece, range(0, size, STORED_BYTES))
@@ -66,19 +66,19 @@ class Copier:
 
 @contextmanager
 def copier() -> Iterator[Copier]:
-    """For one or more files."""
+    """A `Copier`, for one or more files."""
     threads = torch.get_num_threads()
     begin: Callable[[int], object] = torch.set_num_threads
     try:
-        # A block is too small to be shared: threads that wait for each other would cost more.
+        # One thread per block: for blocks this small, sharing one would cost more than it saves.
         with ThreadPoolExecutor(WORKERS, initializer=begin, initargs=(1,)) as pool:
             yield Copier(pool)
     finally:
-        torch.set_num_threads(threads)  # what threads to come begin with
+        torch.set_num_threads(threads)  # workers change the default of later threads too
 
 
 def _copy_range(source: int, target: int, start: int, place: int, count: int) -> int:
-    """Bytes of one file to another; fewer than `count` at the source's end."""
+    """Copy bytes from file to file; returns fewer than `count` only at the source's end."""
     done = 0
     while done < count:
         at, to, left = start + done, place + done, count - done

@@ -1,4 +1,4 @@
-"""What a process and its children write to standard output and error, sent elsewhere."""
+"""Redirects what a process and its children write to standard output and error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from typing import IO
 
 @contextmanager
 def redirected(to: IO[str], *descriptors: int) -> Iterator[list[int]]:
-    """What this process and its children write to these goes to a file; gives where it went."""
+    """Send what this process and its children write to these descriptors to a file.
+
+    Yields:
+        Copies of the descriptors as they were before.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(number) for number in descriptors]
@@ -29,8 +33,8 @@ def redirected(to: IO[str], *descriptors: int) -> Iterator[list[int]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Around libraries and their child processes that print: only their bars come through, and
-    these only where somebody watches.
+    """Silence libraries and their child processes: only their progress bars come through, and
+    these only on a terminal.
     """
     watched = sys.stderr.isatty()
     with (

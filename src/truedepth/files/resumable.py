@@ -1,4 +1,4 @@
-"""What a long run keeps beside its output until it is done: a killed run is gone on with."""
+"""What a long run keeps beside its output until it is done, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ SETTINGS = "settings.json"
 def unfinished(
     directory: Path, settings: Mapping[str, Any], *, begin_again: bool
 ) -> Iterator[Path]:
-    """A run's directory, locked, with what a run of the same settings left there or empty.
+    """A run's working directory, locked: as a run with the same settings left it, or empty.
 
     It is removed when the block ends without an exception.
 
     Args:
-        directory: Made where it is not there.
-        settings: All that a result depends on, as JSON can hold it.
-        begin_again: Remove what a run of other settings left; else it is refused.
+        directory: Made if it does not exist.
+        settings: Everything that the result depends on, as JSON data.
+        begin_again: Remove what a run with other settings left, instead of refusing it.
+
+    Yields:
+        The directory.
 
     Raises:
-        TruedepthError: Another run is at work there, left other settings, or it cannot be written;
-            an OSError of the block, such as a full disk, becomes one too.
+        TruedepthError: Another run is at work there, a run with other settings left it unfinished,
+            or it cannot be written. An OSError in the block, such as a full disk, is raised as one
+            too.
     """
     text = json.dumps(settings, indent=1)
     lock = locked_directory(directory, busy=f"Another run is at work in {directory}.")
@@ -41,8 +45,8 @@ def unfinished(
             if before is not None and not (begin_again or used_up):
                 changed = _changed(json.loads(before), json.loads(text))
                 raise TruedepthError(
-                    f"An unfinished run with other settings is in {directory} ({changed}); give"
-                    " these to go on with it, or --restart to begin again."
+                    f"{directory} holds an unfinished run with other settings ({changed}); give"
+                    " these to resume it, or --restart to discard it and start over."
                 )
             empty(directory)
             with whole_file(held) as partial:
@@ -52,8 +56,8 @@ def unfinished(
         discard(directory)
     except OSError as error:
         raise TruedepthError(
-            f"Keeping what is done in {directory} failed: {error.strerror or error}; with that put"
-            " right the same command goes on from there.",
+            f"Keeping what is done in {directory} failed: {error.strerror or error}. Fix that,"
+            " then run the same command again: it resumes from there.",
             exit_code=1,
         ) from error
     finally:

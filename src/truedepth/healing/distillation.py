@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from truedepth.evaluation.loss import FromOriginal, measures
 from truedepth.healing.options import Objective
 from truedepth.healing.teacher import Outputs, Reference, Teacher, chunks, run
-from truedepth.plan.config import places_of
-from truedepth.plan.plan import Plan
 from truedepth.runtime.output_head import OutputHead
+from truedepth.widening.layout import Layout
 
 
 class Distillation(nn.Module):
@@ -32,7 +32,7 @@ class Distillation(nn.Module):
         student: PreTrainedModel,
         teacher: Teacher,
         validation: Teacher,
-        plan: Plan,
+        layout: Layout,
         objective: Objective,
     ) -> None:
         """Join them.
@@ -41,22 +41,21 @@ class Distillation(nn.Module):
             student: What the plan makes of the original.
             teacher: Of the windows that are trained on.
             validation: Of those that are measured on.
-            plan: Says which layers' outputs should be alike.
+            layout: Of the student; says which layers' outputs should be alike.
             objective: Of the training.
         """
         super().__init__()
         self.student = student
         self._teacher, self._validation = teacher, validation
         self._objective = objective
-        places = places_of(student.config.to_dict())
         self._alike = [
-            (place[-1] + 1, group[-1] + 1)
-            for group, place in zip(plan.groups, places, strict=True)
+            (layers[-1] + 1, group[-1] + 1)
+            for group, layers in zip(layout.plan.groups, layout.layers, strict=True)
             if group[1:]
         ]
 
     def forward(self, input_ids: Tensor, number: Tensor, measure: bool = False) -> Tensor:
-        """The loss; with `measure`, `[windows, 4]` as `evaluate.window_measures` has them.
+        """The loss; with `measure`, `[windows, 4]` as `evaluation.loss.measures` has them.
 
         Args:
             input_ids: `[windows, length]` int64.
@@ -108,13 +107,10 @@ class Distillation(nn.Module):
         rows = []
         for chunk in chunks(targets):
             logits, wanted = head(states[chunk]).float(), targets[chunk]
-            measures = (
-                cross_entropy(logits, wanted, reduction="none"),
-                reference.nll(chunk, wanted),
-                reference.kl(chunk, logits),
-                reference.best(chunk) == logits.argmax(-1),
+            original = FromOriginal(
+                reference.nll(chunk, wanted), reference.kl(chunk, logits), reference.best(chunk)
             )
-            rows.append(torch.stack([each.float() for each in measures], -1))
+            rows.append(measures(logits.log_softmax(-1), wanted, original))
         return torch.cat(rows).view(len(ids), -1, 4).mean(1)
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from truedepth.checkpoint.card import model_card
+from truedepth.checkpoint.records import CalibrationRecord, HealingRecord, Validation
 from truedepth.checkpoint.writing import write_checkpoint
 from truedepth.errors import TruedepthError
 from truedepth.files.atomic import atomic_directory, beside, check_apart, check_output
@@ -39,7 +40,6 @@ from truedepth.healing.teacher import KeptPredictions, Original, Teacher
 from truedepth.healing.text import TrainingText, training_text
 from truedepth.healing.training import last_whole, passes_a_step, run_training
 from truedepth.plan.config import plan_of
-from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
@@ -47,7 +47,7 @@ from truedepth.sources.source import Source
 from truedepth.tensors import dtype_name, from_tensor
 from truedepth.text import check_window
 from truedepth.version import __version__
-from truedepth.widening.layout import as_run
+from truedepth.widening.layout import Layout
 
 CHECKPOINTS = "checkpoints"
 
@@ -61,9 +61,7 @@ class Healed:
     """The checkpoint that was healed, and where it was found."""
 
     original: str
-    record: dict[str, Any]
-    """What config.json says of it: text, tokens, objective, and what was measured on validation
-    windows before and after."""
+    record: HealingRecord
 
     curve: list[dict[str, float]]
     """What was measured on the way, by step."""
@@ -79,7 +77,7 @@ class Healed:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self) | {"path": str(self.path)}
+        return asdict(self) | {"path": str(self.path), "record": self.record.to_dict()}
 
 
 def heal(
@@ -113,72 +111,52 @@ def heal(
         TruedepthError: Models, text or options do not fit, or the loss stopped being a number.
     """
     start = time.monotonic()
-    options = healing or Healing()
-    source, original = open_source(checkpoint), open_source(teacher)
     out = Path(out).expanduser().resolve()
     adapter = Path(keep_adapter).expanduser().resolve() if keep_adapter is not None else None
-    plan = _check(source, original, options, adapter)
-    for each in (source, original):
-        check_apart(each.path, out)
-    check_output(out, force)
-    if adapter is not None:
-        check_output(adapter, force)
-    options, dtype = _placed(options, original)
-    state = PartialState(cpu=options.device == "cpu")
-    passes_a_step(options, state.num_processes)
-    settings = _settings(source, original, options)
-    kept = beside(out, "healing")
-    with _directory(state, kept, settings, restart):
+    run = _opened(open_source(checkpoint), open_source(teacher), healing or Healing(), out)
+    options, state = run.options, run.state
+    if adapter is not None and options.train is not Train.lora:
+        raise TruedepthError("There is an adapter to keep only where LoRA is trained.")
+    for output in filter(None, (out, adapter)):
+        check_output(output, force)
+    with run.directory(restart):
         with state.main_process_first():
-            text = training_text(
-                options.text,
-                source.tokenizer,
-                kept,
-                length=options.sequence_length,
-                windows=options.steps * options.batch_size,
-                validation=options.validation,
-                seed=options.seed,
-            )
-        model, lora = _student_with_teachers(
-            source, original, plan, text, options, dtype, state, kept
-        )
-
-        def check() -> None:
-            """Frozen weights are mapped from the files of both models."""
-            source.check_unchanged()
-            original.check_unchanged()
-
+            text = run.text()
+        model, lora = run.student_with_teachers(text)
         trained, curve, best = run_training(
             model,
             text.trained,
             text.validation,
             options,
             state.num_processes,
-            kept / CHECKPOINTS,
-            check,
+            run.kept / CHECKPOINTS,
+            run.check_unchanged,
         )
-        record = {
-            **_recorded(original, options),
-            "text": text.tokens,
-            "validation": {
-                "windows": len(text.validation),
-                "before": curve[0],
-                "after": next(row for row in curve if row["step"] == best),
-            },
-        }
+        measured = Validation(
+            windows=len(text.validation),
+            before=curve[0],
+            after=next(row for row in curve if row["step"] == best),
+        )
+        record = HealingRecord(
+            options=run.recorded_options(),
+            original=run.original.name,
+            version=__version__,
+            text=text.tokens,
+            validation=measured,
+        )
         if state.is_main_process:
-            values = merged_tensors(trained, source, lora)
-            check()
+            values = merged_tensors(trained, run.source, lora)
+            run.check_unchanged()
             with contextlib.ExitStack() as stack:
                 if adapter is not None:
                     partial = stack.enter_context(atomic_directory(adapter, force))
                     _save_adapter(trained, lora, partial)
-                _write(source, original, plan, values, record, out, shard_size, force, kept)
+                run.write(values, record, out, shard_size, force)
     state.wait_for_everyone()
     return Healed(
         path=out,
-        source=source.label,
-        original=original.label,
+        source=run.source.label,
+        original=run.original.label,
         record=record,
         curve=curve,
         tokens=options.steps * options.batch_size * options.sequence_length,
@@ -187,8 +165,164 @@ def heal(
     )
 
 
-def _check(source: Source, original: Source, options: Healing, adapter: Path | None) -> Plan:
-    """What can be refused is refused before anything is read. Gives the checkpoint's plan."""
+@dataclass(frozen=True)
+class _Run:
+    """What a healing is made of, but for its text."""
+
+    source: Source
+    """The checkpoint."""
+
+    original: Source
+    layout: Layout
+    """Of the checkpoint."""
+
+    options: Healing
+    """With device and dtype chosen."""
+
+    dtype: torch.dtype
+    state: PartialState
+    kept: Path
+    """The directory of what is kept until the run is done."""
+
+    def check_unchanged(self) -> None:
+        """Frozen weights are mapped from the files of both models."""
+        self.source.check_unchanged()
+        self.original.check_unchanged()
+
+    def recorded_options(self) -> dict[str, Any]:
+        """The options that make the run again."""
+        fields = asdict(self.options)
+        passing = ("text", "device", "tensorboard", "micro_batch_size", "eval_every", "validation")
+        for name in passing:
+            del fields[name]
+        return {
+            **fields,
+            "objective": asdict(self.options.objective),
+            "dtype": dtype_name(self.dtype),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """All that the state of an unfinished run depends on."""
+        options = self.options
+        return {
+            **self.recorded_options(),
+            "version": __version__,
+            "text": [[part.name, part.weight] for part in options.text],
+            "micro_batch_size": options.micro_batch_size,
+            "eval_every": options.eval_every,
+            "validation": options.validation,
+            "checkpoint": self.source.fingerprint,
+            "original": self.original.fingerprint,
+        }
+
+    @contextlib.contextmanager
+    def directory(self, restart: bool) -> Iterator[None]:
+        """The run's directory; locked by the first process, which the others wait for."""
+        settings = self._settings()
+        with contextlib.ExitStack() as stack:
+            if self.state.is_main_process:
+                nothing_lost = restart or last_whole(self.kept / CHECKPOINTS) is None
+                stack.enter_context(unfinished(self.kept, settings, begin_again=nothing_lost))
+            self.state.wait_for_everyone()
+            yield
+
+    def text(self) -> TrainingText:
+        """The windows of both uses, written down before the first step."""
+        options = self.options
+        return training_text(
+            options.text,
+            self.source.tokenizer,
+            self.kept,
+            length=options.sequence_length,
+            windows=options.steps * options.batch_size,
+            validation=options.validation,
+            seed=options.seed,
+        )
+
+    def student_with_teachers(self, text: TrainingText) -> tuple[Distillation, Any]:
+        """The student with its teachers, and peft's configuration where LoRA is trained."""
+        options, family = self.options, self.original.family
+        teachers: tuple[Teacher, Teacher]
+        if options.keep_predictions:
+            teachers = self._kept_predictions(text)
+        trained = is_trained(family, self.layout, options.train)
+        student = student_of(self.source, trained, self.dtype)
+        if not options.keep_predictions:
+            sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
+            model = original_beside(
+                student, self.original, self.layout, self.dtype, shared=not sharded
+            )
+            teacher = Original(model.to(self.state.device))
+            teachers = teacher, teacher
+        lora = None
+        if options.train is Train.lora:
+            lora = add_lora(student, family, self.layout, options.rank)
+        if options.gradient_checkpointing:
+            older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
+            getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
+        return Distillation(student, *teachers, self.layout, options.objective), lora
+
+    def _kept_predictions(self, text: TrainingText) -> tuple[Teacher, Teacher]:
+        """Teachers for the windows of both uses; the original is in memory only here."""
+        options, state = self.options, self.state
+        model = load(self.original, device=state.device, dtype=self.dtype).model
+
+        def kept(name: str, ids: Tensor, temperature: float) -> Teacher:
+            predictions = KeptPredictions(
+                self.kept / "predictions" / name,
+                len(ids),
+                options.sequence_length,
+                min(options.keep_predictions, self.original.config["vocab_size"]),
+                temperature,
+            )
+            predictions.fill(model, ids, state.process_index, state.num_processes)
+            return predictions
+
+        trained = kept("trained", text.trained, options.objective.temperature)
+        validation = kept("validation", text.validation, 1.0)
+        state.wait_for_everyone()
+        return trained, validation
+
+    def write(
+        self,
+        values: Mapping[str, Tensor],
+        record: HealingRecord,
+        out: Path,
+        shard_size: int | str,
+        force: bool,
+    ) -> None:
+        """Write the healed checkpoint: `values` in the place of the checkpoint's tensors."""
+        tensors = dict(self.source.tensors)
+        for name, value in values.items():
+            tensors[name] = from_tensor(value).to(tensors[name].dtype)
+        made = dict(self.source.config.get("truedepth") or {})
+        added = {"healing": record.to_dict(), "version": __version__}
+        config = {**self.source.config, "truedepth": made | added}
+        calibration = made.get("calibration")
+        card = model_card(
+            self.original,
+            self.layout.plan,
+            self.layout.all_reduces,
+            CalibrationRecord.from_dict(calibration) if calibration else None,
+            record,
+        )
+        write_checkpoint(out, self.source, config, tensors, card, shard_size, force, self.kept)
+
+
+def _opened(source: Source, original: Source, options: Healing, out: Path) -> _Run:
+    """A run, with all refused that can be before anything is read."""
+    _check(source, original, options)
+    for each in (source, original):
+        check_apart(each.path, out)
+    options, dtype = _placed(options, original)
+    state = PartialState(cpu=options.device == "cpu")
+    passes_a_step(options, state.num_processes)
+    kept = beside(out, "healing")
+    return _Run(source, original, Layout.of(source), options, dtype, state, kept)
+
+
+def _check(source: Source, original: Source, options: Healing) -> None:
+    """Raise TruedepthError where models or options do not fit."""
     plan = plan_of(source.config)
     if plan is None:
         raise TruedepthError(
@@ -210,9 +344,6 @@ def _check(source: Source, original: Source, options: Healing, adapter: Path | N
                 f" {original.config[name]} and {source.config[name]}."
             )
     check_window(source, options.sequence_length)
-    if adapter is not None and options.train is not Train.lora:
-        raise TruedepthError("There is an adapter to keep only where LoRA is trained.")
-    return plan
 
 
 def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
@@ -223,125 +354,6 @@ def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
         dtype = torch.float32 if device == "cpu" else fast_dtype(original, torch.device(device))
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
     return replace(options, device=device, dtype=dtype), dtype
-
-
-def _recorded(original: Source, options: Healing) -> dict[str, Any]:
-    """What makes the run again, but for the text."""
-    fields = asdict(options)
-    for name in ("text", "device", "tensorboard", "micro_batch_size", "eval_every", "validation"):
-        del fields[name]
-    assert options.dtype is not None
-    return {
-        **fields,
-        "objective": asdict(options.objective),
-        "dtype": dtype_name(options.dtype),
-        "original": original.name,
-        "version": __version__,
-    }
-
-
-def _settings(source: Source, original: Source, options: Healing) -> dict[str, Any]:
-    return {
-        **_recorded(original, options),
-        "text": [[part.name, part.weight] for part in options.text],
-        "micro_batch_size": options.micro_batch_size,
-        "eval_every": options.eval_every,
-        "validation": options.validation,
-        "checkpoint": source.fingerprint,
-        "original": original.fingerprint,
-    }
-
-
-@contextlib.contextmanager
-def _directory(
-    state: PartialState, directory: Path, settings: Mapping[str, Any], restart: bool
-) -> Iterator[None]:
-    """The run's directory; locked by the first process, which the others wait for."""
-    with contextlib.ExitStack() as stack:
-        if state.is_main_process:
-            nothing_lost = restart or last_whole(directory / CHECKPOINTS) is None
-            stack.enter_context(unfinished(directory, settings, begin_again=nothing_lost))
-        state.wait_for_everyone()
-        yield
-
-
-def _student_with_teachers(
-    source: Source,
-    original: Source,
-    plan: Plan,
-    text: TrainingText,
-    options: Healing,
-    dtype: torch.dtype,
-    state: PartialState,
-    directory: Path,
-) -> tuple[Distillation, Any]:
-    """The student with its teachers, and peft's configuration where there is one."""
-    teachers: tuple[Teacher, Teacher]
-    if options.keep_predictions:
-        teachers = _kept_predictions(original, text, options, dtype, state, directory)
-    student = student_of(source, is_trained(original.family, source.config, options.train), dtype)
-    if not options.keep_predictions:
-        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
-        model = original_beside(student, original, plan, dtype, shared=not sharded)
-        teacher = Original(model.to(state.device))
-        teachers = teacher, teacher
-    lora = None
-    if options.train is Train.lora:
-        lora = add_lora(student, original.family, options.rank)
-    if options.gradient_checkpointing:
-        older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
-        getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
-    return Distillation(student, *teachers, plan, options.objective), lora
-
-
-def _kept_predictions(
-    original: Source,
-    text: TrainingText,
-    options: Healing,
-    dtype: torch.dtype,
-    state: PartialState,
-    directory: Path,
-) -> tuple[Teacher, Teacher]:
-    """For the windows of both uses; the original is in memory only here."""
-    model = load(original, device=state.device, dtype=dtype).model
-
-    def kept(name: str, ids: Tensor, temperature: float) -> Teacher:
-        predictions = KeptPredictions(
-            directory / "predictions" / name,
-            len(ids),
-            options.sequence_length,
-            min(options.keep_predictions, original.config["vocab_size"]),
-            temperature,
-        )
-        predictions.fill(model, ids, state.process_index, state.num_processes)
-        return predictions
-
-    trained = kept("trained", text.trained, options.objective.temperature)
-    validation = kept("validation", text.validation, 1.0)
-    state.wait_for_everyone()
-    return trained, validation
-
-
-def _write(
-    source: Source,
-    original: Source,
-    plan: Plan,
-    values: Mapping[str, Tensor],
-    record: dict[str, Any],
-    out: Path,
-    shard_size: int | str,
-    force: bool,
-    kept: Path,
-) -> None:
-    tensors = dict(source.tensors)
-    for name, value in values.items():
-        tensors[name] = from_tensor(value).to(tensors[name].dtype)
-    config = dict(source.config)
-    made = dict(config.get("truedepth") or {})
-    config["truedepth"] = made | {"healing": record, "version": __version__}
-    all_reduces = as_run(original, plan).all_reduces_per_token(2)
-    card = model_card(original, plan, all_reduces, made.get("calibration"), record)
-    write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
 
 
 def _save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:

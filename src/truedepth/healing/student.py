@@ -8,18 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from truedepth.errors import TruedepthError
 from truedepth.families.family import Family
 from truedepth.healing.options import Train
-from truedepth.plan.config import paired_places, places_of
-from truedepth.plan.plan import Plan
 from truedepth.runtime.empty import filled_model
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
+from truedepth.widening.layout import Layout
 
 LORA_DOWN, LORA_UP = "lora_A", "lora_B"  # peft's names
 
@@ -44,31 +41,30 @@ def student_of(
 
 
 def original_beside(
-    student: PreTrainedModel, source: Source, plan: Plan, dtype: torch.dtype, shared: bool = True
+    student: PreTrainedModel,
+    source: Source,
+    layout: Layout,
+    dtype: torch.dtype,
+    shared: bool = True,
 ) -> PreTrainedModel:
     """The original, with the student's own parameters wherever these are frozen and the same.
 
     Args:
         student: What the plan made of the original.
         source: The original.
-        plan: Which of the student's layers stand for which.
+        layout: Of the student.
         dtype: Of parameters that are not shared.
         shared: False for a model of its own.
     """
     theirs: dict[str, nn.Parameter] = dict(student.named_parameters()) if shared else {}
-    places = {  # of original layers that are layers of the student too
-        layer: index
-        for group, place in zip(plan.groups, places_of(student.config.to_dict()), strict=True)
-        if len(group) == len(place)
-        for layer, index in zip(group, place, strict=True)
-    }
+    kept = layout.kept_layers
 
     def parameter(name: str, tensor: LazyTensor) -> nn.Parameter:
         layer, rest = source.family.split(name)
         value = tensor.read()
-        if layer in places:
-            name = source.family.layer.format(places[layer]) + rest
-        twin = theirs.get(name) if layer is None or layer in places else None
+        if layer in kept:
+            name = source.family.layer.format(kept[layer]) + rest
+        twin = theirs.get(name) if layer is None or layer in kept else None
         if twin is not None and not twin.requires_grad and torch.equal(twin, value.to(twin.dtype)):
             return twin
         return nn.Parameter(value.to(dtype), requires_grad=False)
@@ -76,15 +72,15 @@ def original_beside(
     return filled_model(source, parameter)
 
 
-def is_trained(family: Family, config: Mapping[str, Any], train: Train) -> Callable[[str], bool]:
+def is_trained(family: Family, layout: Layout, train: Train) -> Callable[[str], bool]:
     """Whether the parameter of that name is trained; with LoRA none of the checkpoint's own is."""
-    paired = paired_places(config)
+    paired = layout.paired_layers
     return lambda name: (
         train is Train.all or (train is Train.paired and family.split(name)[0] in paired)
     )
 
 
-def add_lora(student: PreTrainedModel, family: Family, rank: int) -> Any:
+def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int) -> Any:
     """Low-rank additions to the linear maps of wide layers, in place.
 
     Returns:
@@ -98,7 +94,7 @@ def add_lora(student: PreTrainedModel, family: Family, rank: int) -> Any:
     except ImportError as error:
         raise TruedepthError("LoRA needs peft: `pip install truedepth[heal]`.") from error
     maps = "|".join(map(re.escape, (*family.reads, *family.writes)))
-    paired = sorted(paired_places(student.config.to_dict()))
+    paired = sorted(layout.paired_layers)
     layers = "|".join(re.escape(family.layer.format(index)) for index in paired)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({layers})({maps})")
     inject_adapter_in_model(config, student)

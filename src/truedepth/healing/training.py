@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from truedepth.errors import TruedepthError
-from truedepth.evaluation.loss import Loss
+from truedepth.evaluation.loss import loss_of
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Objective
 
@@ -206,7 +206,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 def _metrics(rows: Any, objective: Objective) -> dict[str, float]:
-    loss = Loss.of(torch.as_tensor(rows, dtype=torch.float64), 2)
+    loss = loss_of(torch.as_tensor(rows, dtype=torch.float64), 2)
     nll = float(rows[:, 0].mean())
     share = objective.next_token
     return {

@@ -1,4 +1,4 @@
-"""Exact choice of groups by dynamic programming, where their costs add up."""
+"""The exact choice of groups by dynamic programming, where their costs add up."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from truedepth.plan.plan import Plan
 
 Costs = Mapping[tuple[int, ...], float]
-"""Of groups of two or more consecutive layers; a group without a cost is not chosen."""
+"""Costs of groups of two or more consecutive layers; a group without a cost is not chosen."""
 
 
 def cheapest_plans(num_layers: int, costs: Costs, count: int = 1) -> dict[int, list[Plan]]:
     """The plans of least total cost for every effective depth that the groups allow.
 
     Args:
-        num_layers: Of the original model.
-        costs: Any unit; a layer alone costs nothing.
-        count: Plans a depth, at most.
+        num_layers: Number of decoder layers of the original.
+        costs: In any unit; a layer alone costs nothing.
+        count: Most plans per depth.
 
     Returns:
-        By effective depth, the original's first, its plans from the cheapest on.
+        Effective depth -> its plans, cheapest first; depths from the original's downward.
     """
-    # Of the first `end` layers at a depth: total cost and groups of the best ways, cheapest first.
+    # best[end][depth]: total cost and groups of the best ways through the first `end` layers.
     best: list[dict[int, list[tuple[float, tuple[tuple[int, ...], ...]]]]] = [{0: [(0.0, ())]}]
     for end in range(1, num_layers + 1):
         options = {depth + 1: list(found) for depth, found in best[end - 1].items()}

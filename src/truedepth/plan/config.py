@@ -1,59 +1,74 @@
-"""The plan as config.json says it."""
+"""Writes and reads a plan as config.json holds it."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from truedepth.errors import TruedepthError
 from truedepth.plan.plan import MAX_LAYERS, Plan
 
+GroupLayers = tuple[tuple[int, ...], ...]
+"""For each group of a plan, its layers in the converted model: one wide layer, or every member."""
+
+
+def plan_entries(widths: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """The entries of config.json that hold a plan.
+
+    Args:
+        widths: For every group, its numbers of layers in the original and in the converted model;
+            the second is 1 for a wide layer, else the same as the first.
+    """
+    entries: list[int] = []
+    side_by_side: list[list[int]] = []
+    for members, layers in widths:
+        if layers > 1:
+            side_by_side.append(list(range(len(entries), len(entries) + layers)))
+        entries += [members] if layers == 1 else [1] * layers
+    beside = {"side_by_side": side_by_side} if side_by_side else {}
+    return {"num_hidden_layers": len(entries), "layer_widths": entries, **beside}
+
 
 def plan_of(config: Mapping[str, Any]) -> Plan | None:
-    """The plan of a converted checkpoint, from its config.json; None for any other model."""
+    """The plan of a converted checkpoint, from its config.json; None for any other model.
+
+    Raises:
+        TruedepthError: `layer_widths` is out of range, or `side_by_side` is malformed.
+    """
     widths = config.get("layer_widths")
     if not isinstance(widths, list) or not all(type(width) is int for width in widths):
         return None
     if not all(1 <= width <= MAX_LAYERS for width in widths) or len(widths) > MAX_LAYERS:
-        raise TruedepthError(f"The layer_widths {reprlib.repr(widths)} are no widths of layers.")
-    Plan(sum(widths))  # refuses too many
-    layers = iter(range(sum(widths)))
-    sizes = [sum(widths[index] for index in place) for place in places_of(config)]
-    return Plan(sum(widths), [[next(layers) for _ in range(size)] for size in sizes])
+        raise TruedepthError(
+            f"layer_widths must be 1 to {MAX_LAYERS} integers from 1 to {MAX_LAYERS}, not"
+            f" {reprlib.repr(widths)}."
+        )
+    Plan(sum(widths))  # refuses too many layers
+    members = iter(range(sum(widths)))
+    sizes = [sum(widths[layer] for layer in layers) for layers in group_layers(config)]
+    return Plan(sum(widths), [[next(members) for _ in range(size)] for size in sizes])
 
 
-def places_of(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """The layers of a model that stand for each group of its plan, by its config.json.
+def group_layers(config: Mapping[str, Any]) -> GroupLayers:
+    """The layers of a model that realise each group of its plan, from its config.json.
 
-    A wide layer stands for a group by itself; the layers of a branch group are as many as it has.
-    An original's layers stand for themselves.
+    A group is realised by one wide layer, or by as many layers as it has, which run side by side.
+    In an original, every layer realises itself.
 
     Raises:
-        TruedepthError: `side_by_side` has no groups of consecutive layers.
+        TruedepthError: `side_by_side` is not a list of groups of consecutive layers.
     """
     depth = len(config.get("layer_widths") or range(config["num_hidden_layers"]))
-    branches: dict[int, tuple[int, ...]] = {}
-    groups = config.get("side_by_side") or []
+    side_by_side: dict[int, tuple[int, ...]] = {}
+    groups: Sequence[Sequence[int]] = config.get("side_by_side") or []
     try:
         for group in Plan(depth, groups).groups if groups else ():
             if len(group) > 1:
-                branches[group[0]] = group
+                side_by_side[group[0]] = group
     except (TruedepthError, TypeError) as error:
         raise TruedepthError(
-            f"The side_by_side of a config is no list of groups: {error}"
+            f"side_by_side must be a list of groups of consecutive layers: {error}"
         ) from error
-    inside = {index for group in branches.values() for index in group[1:]}
-    return [branches.get(index, (index,)) for index in range(depth) if index not in inside]
-
-
-def paired_places(config: Mapping[str, Any]) -> set[int]:
-    """The layers of a converted model that stand for, or are in, groups of two and more."""
-    plan = plan_of(config)
-    groups = plan.groups if plan else ()
-    return {
-        index
-        for group, place in zip(groups, places_of(config), strict=True)
-        if len(group) > 1
-        for index in place
-    }
+    inside = {layer for group in side_by_side.values() for layer in group[1:]}
+    return tuple(side_by_side.get(layer, (layer,)) for layer in range(depth) if layer not in inside)

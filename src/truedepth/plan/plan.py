@@ -1,8 +1,8 @@
 """Which layers run together. Knows no torch.
 
-A plan is an ordered partition of a model's layers into groups of consecutive layers; a group of one
-is a layer that stays as it is, a group of n becomes one layer n times as wide. Effective depth and
-Δ are the terms of the paper (arXiv 2502.02790).
+A plan is an ordered partition of a model's layers into groups of consecutive layers. A group of one
+is a layer that stays as it is; a group of n becomes one layer n times as wide. Effective depth and
+Δ are terms of the paper (arXiv 2502.02790).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from truedepth.errors import TruedepthError
 from truedepth.plan.file import read_yaml, write_yaml
 from truedepth.plan.spans import check_group, late_pair_groups, span_groups, whole_number
 
-MAX_LAYERS = 1024  # eight times the deepest model; lists as long as a false number fill memory
+MAX_LAYERS = 1024  # eight times the deepest model's; a falsely large number could fill memory
 
 
 @dataclass(frozen=True, init=False)
@@ -31,23 +31,24 @@ class Plan:
     def __init__(
         self, num_layers: int, groups: Iterable[Sequence[int]] = (), model: str | None = None
     ) -> None:
-        """Complete `groups` with the layers named nowhere, which run alone.
+        """Complete `groups` with the layers that are in none of them, which run alone.
 
         Args:
             num_layers: Number of decoder layers of the original model.
             groups: Groups of consecutive layer indices, numbered from 0, in any order.
-            model: The model that the plan was made for, for the reader's information.
+            model: The name of the model that the plan was made for, for the reader.
 
         Raises:
-            TruedepthError: A layer out of range, in two groups, or a group with a gap.
+            TruedepthError: A layer is out of range or in two groups, a group is empty or has a
+                gap, or `num_layers` is out of range.
         """
         num_layers = whole_number(num_layers)
         if num_layers < 1:
-            raise TruedepthError(
-                f"A plan needs a number of layers of at least 1, not {num_layers!r}."
-            )
+            raise TruedepthError(f"A plan needs at least 1 layer, not {num_layers}.")
         if num_layers > MAX_LAYERS:
-            raise TruedepthError(f"{num_layers} layers are more than any model has.")
+            raise TruedepthError(
+                f"{num_layers} layers are more than a plan may have ({MAX_LAYERS})."
+            )
         owner: dict[int, tuple[int, ...]] = {}
         for layers in groups:
             group = tuple(map(whole_number, layers))
@@ -56,7 +57,7 @@ class Plan:
                 if layer in owner:
                     raise TruedepthError(
                         f"Layer {layer} is in two groups, {list(owner[layer])} and {list(group)};"
-                        " every layer can be in one group only."
+                        " a layer can be in one group only."
                     )
                 owner[layer] = group
         complete = sorted({owner.get(layer, (layer,)) for layer in range(num_layers)})
@@ -77,10 +78,10 @@ class Plan:
 
     @classmethod
     def late_pairs(cls, num_layers: int, pairs: int, model: str | None = None) -> Plan:
-        """`pairs` consecutive pairs ending two layers before the last one where they fit.
+        """`pairs` consecutive pairs that leave the last two layers alone, where they fit.
 
         The paper's rule of thumb: late-middle layers pair best, and the best end of the span hardly
-        depends on how many are paired. Depends on no measurement of this model.
+        depends on how many are paired. It uses no measurement of the model.
 
         Raises:
             TruedepthError: More pairs than the model has.
@@ -89,7 +90,7 @@ class Plan:
 
     @property
     def effective_depth(self) -> int:
-        """Number of layers that run one after another: one a group."""
+        """Number of layers that run one after another: one per group."""
         return len(self.groups)
 
     @property
@@ -99,7 +100,7 @@ class Plan:
 
     @property
     def unpaired(self) -> Plan:
-        """The original: every layer alone."""
+        """The original's plan: every layer alone."""
         return Plan(self.num_layers, model=self.model)
 
     @property
@@ -107,14 +108,13 @@ class Plan:
         """Width of every layer of the converted model, as a multiple of an original layer."""
         return [len(group) for group in self.groups]
 
-    def all_reduces_per_token(self, tp: int) -> int:
-        """All-reduces in the decoder layers for one token at tensor-parallel size `tp`.
+    @property
+    def all_reduces(self) -> int:
+        """All-reduces per token in the decoder layers, over any number of ranks above 1.
 
-        Two a layer (after attention and after the FFN, Megatron-LM's sharding), none on one device.
+        Two per layer, after attention and after the FFN (Megatron-LM's sharding).
         """
-        if tp < 1:
-            raise TruedepthError(f"Tensor-parallel size must be at least 1, not {tp}.")
-        return 2 * self.effective_depth if tp > 1 else 0
+        return 2 * self.effective_depth
 
     def __str__(self) -> str:
         """One line, for example ``0 1 [2+3] [4+5] 6``; long runs of single layers as ``0 … 13``."""
@@ -141,18 +141,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: object, where: str = "the plan") -> Plan:
-        """Read what `to_dict` wrote; `where` names its place in errors.
+        """Read what `to_dict` wrote; `where` names the data's origin in errors.
 
         Raises:
-            TruedepthError: A key is missing, unknown, or of another type.
+            TruedepthError: A key is missing, unknown, or of another type, or the plan is not valid.
         """
         if not isinstance(data, dict):
             raise TruedepthError(f"{where} is not a plan: it needs the keys num_layers and groups.")
         unknown = sorted(map(str, set(data) - {"model", "num_layers", "groups"}))
         if unknown:
             raise TruedepthError(
-                f"{where} has the unknown key {reprlib.repr(unknown[0])}; a plan has model,"
-                " num_layers, groups."
+                f"{where} has the unknown key {reprlib.repr(unknown[0])}; a plan has the keys"
+                " model, num_layers and groups."
             )
         missing = [key for key in ("num_layers", "groups") if key not in data]
         if missing:

@@ -25,14 +25,14 @@ def span_groups(num_layers: int, first: int, last: int, group: int) -> list[tupl
         shorter, longer = last - length % group, last + group - length % group
         ends = [str(end) for end in (shorter, longer) if first < end < num_layers]
         raise TruedepthError(
-            f"The span {first}-{last} has length {length}, which groups of {group} do not"
-            " divide" + (f"; end it at layer {' or '.join(ends)}." if ends else ".")
+            f"The span {first}-{last} has length {length}, which is not divisible by the group size"
+            f" {group}" + (f"; end it at layer {' or '.join(ends)}." if ends else ".")
         )
     return [tuple(range(start, start + group)) for start in range(first, last + 1, group)]
 
 
 def late_pair_groups(num_layers: int, pairs: int) -> list[tuple[int, int]]:
-    """Consecutive pairs that end two layers before the last one; see `Plan.late_pairs`."""
+    """Consecutive pairs that leave the last two layers alone; see `Plan.late_pairs`."""
     if not 0 <= pairs <= num_layers // 2:
         raise TruedepthError(
             f"{pairs} pairs are not possible: {num_layers} layers allow 0 to {num_layers // 2}."
@@ -55,24 +55,28 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def whole_number(value: object) -> int:
-    """A whole number of any type that is one, such as NumPy's."""
+    """A value of any integer type, such as NumPy's, as an int.
+
+    Raises:
+        TruedepthError: It is not an integer, or has more than 63 bits.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TruedepthError(
-            f"{reprlib.repr(value)} is not a whole number, as layers are."
+            f"Layers must be given as whole numbers, not {reprlib.repr(value)}."
         ) from None
-    if number.bit_length() > 63:  # printing one of many digits takes its time or fails
-        raise TruedepthError(f"A number of {number.bit_length()} bits is no number of a layer.")
+    if number.bit_length() > 63:  # printing one of very many digits is slow or fails
+        raise TruedepthError(f"An integer of {number.bit_length()} bits cannot name a layer.")
     return number
 
 
 def check_group(group: tuple[int, ...], num_layers: int) -> None:
-    """Raise TruedepthError where a group is empty, leaves the model or has a gap."""
+    """Raise TruedepthError if a group is empty, has a gap, or names a layer out of range."""
     if not group:
-        raise TruedepthError("A group is empty; name at least one layer in it.")
+        raise TruedepthError("A group is empty; it needs at least one layer.")
     for layer in group:
         if not 0 <= layer < num_layers:
             raise TruedepthError(
@@ -81,6 +85,6 @@ def check_group(group: tuple[int, ...], num_layers: int) -> None:
     for before, after in itertools.pairwise(group):
         if after != before + 1:
             raise TruedepthError(
-                f"Group {list(group)} is not consecutive: layer {after} follows layer {before}"
-                f" where layer {before + 1} should."
+                f"Group {list(group)} is not consecutive: layer {before} is followed by layer"
+                f" {after} instead of layer {before + 1}."
             )

@@ -10,44 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
 from truedepth.calibration.options import Calibration
-from truedepth.calibration.refit import Calibrator
-from truedepth.calibration.trajectories import walk_of
-from truedepth.calibration.windows import calibration_windows
+from truedepth.calibration.trajectories import Group
+from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
-from truedepth.evaluation.loss import Loss
 from truedepth.options import Bounds, checked
 from truedepth.plan.choose import cheapest_plans
 from truedepth.plan.plan import Plan
+from truedepth.planning.budget import Budget, OutOfTimeError
 from truedepth.planning.options import SEARCH_CALIBRATION
-from truedepth.progress import progress_bar
+from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 
-MEASURED_WINDOWS = 16
-NEAR = 1.3  # a plan within so many times the limit is a reason to try the next best of its depth
-SCORING = 0.6  # of the time, at most, before plans are measured
-
-Group = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One group by itself, all other layers being the original."""
-
-    group: Group
-    raw: Loss
-    refitted: Loss | None
-    """None where time ran out, or nothing is refitted."""
+NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
+SCORING = 0.6  # the share of the time after which plans are measured
 
 
 @dataclass(frozen=True)
@@ -148,8 +130,9 @@ def search(
             f"An effective depth of {depth} is out of reach: groups of up to {max_group} take"
             f" {source.num_layers} layers to {least} to {source.num_layers - 1}."
         )
-    options = calibration or SEARCH_CALIBRATION
-    searcher = _Searcher(source, max_group, calibrate, options, budget)
+    clock = Budget(budget)
+    scorer = Scorer(source, calibration or SEARCH_CALIBRATION, max_group)
+    searcher = _Searcher(scorer, source.num_layers, max_group, calibrate, clock)
     searcher.score(candidates)
     if depth is not None:
         chosen = searcher.best_at(depth)
@@ -158,99 +141,48 @@ def search(
         chosen = searcher.within(max_loss)
     if frontier:
         searcher.measure_frontier()
-    return searcher.result(chosen, max_loss)
-
-
-class _OutOfTimeError(Exception):
-    """The budget is spent."""
+    return searcher.result(source, chosen, max_loss)
 
 
 class _Searcher:
     """The scores and losses measured so far."""
 
     def __init__(
-        self,
-        source: Source,
-        max_group: int,
-        calibrate: bool,
-        options: Calibration,
-        budget: float | None,
+        self, scorer: Scorer, num_layers: int, max_group: int, calibrate: bool, budget: Budget
     ) -> None:
-        self._start = time.monotonic()
-        self._minutes = math.inf if budget is None else budget
-        self._source, self._calibrate, self._options = source, calibrate, options
+        self._scorer, self._num_layers = scorer, num_layers
+        self._calibrate, self._budget = calibrate, budget
         self._groups = [
             tuple(range(first, first + size))
-            for first in range(source.num_layers)
+            for first in range(num_layers)
             for size in range(2, max_group + 1)
-            if first + size <= source.num_layers
+            if first + size <= num_layers
         ]
-        text = calibration_windows(source, options, max_group, MEASURED_WINDOWS)
-        if not len(text.measured) or not len(text.check):
-            raise TruedepthError(
-                "The text is too short to measure plans on; give more of it, or a smaller window."
-            )
-        self._text = text
         self._scores: dict[Group, Score] = {}
         self._losses: dict[Plan, tuple[Loss, Loss]] = {}
-        self._passes = 0.0
-        self._stopped = False
         self.plans: dict[int, list[Plan]] = {}
         """By effective depth, from the least predicted loss on."""
 
-    def _check_time(self, share: float = 1.0) -> None:
-        if time.monotonic() - self._start > 60 * self._minutes * share:
-            self._stopped = True
-            raise _OutOfTimeError
-
     def score(self, count: int) -> None:
         """Every group by itself, and from these the best plans of every depth."""
+        in_time = partial(self._budget.check, SCORING)
         try:
-            for group, loss in self._alone(self._groups, refitted=False).items():
+            for group, loss in self._scorer.alone(self._groups, False, in_time).items():
                 self._scores[group] = Score(group, loss, None)
             if self._calibrate:
-                for group, loss in self._alone(self._groups, refitted=True).items():
+                for group, loss in self._scorer.alone(self._groups, True, in_time).items():
                     self._scores[group] = replace(self._scores[group], refitted=loss)
-        except _OutOfTimeError:
+        except OutOfTimeError:
             if not self._scores:
-                raise self._too_early() from None
+                raise self._budget.too_small() from None
         costs = {group: self._loss(group).kl for group in self._scores}
         finite = {group: kl for group, kl in costs.items() if math.isfinite(kl)}
-        self.plans = cheapest_plans(self._source.num_layers, finite, count)
-        del self.plans[self._source.num_layers]
-
-    def _too_early(self) -> TruedepthError:
-        minutes = f"{self._minutes:g} minute{'s' * (self._minutes != 1)}"
-        return TruedepthError(
-            f"{minutes} are up before a plan that fits was measured; give a larger --budget.", 1
-        )
+        self.plans = cheapest_plans(self._num_layers, finite, count)
+        del self.plans[self._num_layers]
 
     def _loss(self, group: Group) -> Loss:
         score = self._scores[group]
         return score.refitted or score.raw
-
-    def _alone(self, groups: Sequence[Group], *, refitted: bool) -> dict[Group, Loss]:
-        """Each group's loss by itself, in one walk through the original's layers."""
-        text = self._text
-        fitted = text.fitted if refitted else text.fitted[:0]
-        walk = walk_of(self._source, groups, fitted, text.measured, self._options)
-        calibrator = Calibrator(self._source.family, walk)
-        states: dict[Group, Tensor] = {}
-        title = "Groups, refitted" if refitted else "Groups as they are"
-        with progress_bar(title, self._source.num_layers) as advance:
-            for layer in range(self._source.num_layers):
-                self._check_time(SCORING)
-                walk.onward(layer, [x for group, x in states.items() if group[-1] < layer])
-                for index, group in enumerate(groups):
-                    if group[0] == layer:
-                        refit = refitted and walk.converted.is_wide(index)
-                        aside = calibrator.refit_aside if refit else walk.detour
-                        states[group] = aside(index, group)
-                walk.advance(layer, (layer,))
-                advance(1)
-        rows = walk.losses(list(states.values()))
-        self._passes += walk.token_passes / self._options.window
-        return {g: Loss.of(r, self._options.window) for g, r in zip(states, rows, strict=True)}
 
     def predicted(self, plan: Plan) -> float:
         """Sum of the excess losses of the plan's groups, nats a token."""
@@ -259,39 +191,16 @@ class _Searcher:
     def measure(self, plan: Plan) -> Loss:
         """The plan as a whole, refitted from first to last group."""
         if plan not in self._losses:
-            self._check_time()
-            measured, check = self._text.measured, self._text.check
-            walk = walk_of(
-                self._source,
-                plan.groups,
-                self._text.fitted,
-                torch.cat([measured, check]),
-                self._options,
-            )
-            calibrator = Calibrator(self._source.family, walk)
-            title = f"A plan of depth {plan.effective_depth}"
-            with progress_bar(title, len(plan.groups)) as advance:
-                for index, group in enumerate(plan.groups):
-                    self._check_time()
-                    if self._calibrate and len(group) > 1 and walk.converted.is_wide(index):
-                        calibrator.refit(index, group)
-                    else:
-                        walk.advance(index, group)
-                    advance(1)
-            rows = walk.losses()[0]
-            window = self._options.window
-            self._losses[plan] = (
-                Loss.of(rows[: len(measured)], window),
-                Loss.of(rows[len(measured) :], window),
-            )
-            self._passes += walk.token_passes / window
+            self._budget.check()
+            measured = self._scorer.whole(plan, self._calibrate, self._budget.check)
+            self._losses[plan] = measured
         return self._losses[plan][0]
 
     def best_at(self, depth: int) -> Plan:
         """The plan of least measured KL among the most promising of a depth."""
         if depth not in self.plans:
             raise TruedepthError(f"No groups that keep the model finite reach depth {depth}.", 1)
-        with contextlib.suppress(_OutOfTimeError):
+        with contextlib.suppress(OutOfTimeError):
             for plan in self.plans[depth]:
                 self.measure(plan)
         return self._best(depth)
@@ -299,12 +208,12 @@ class _Searcher:
     def _best(self, depth: int) -> Plan:
         measured = [plan for plan in self._losses if plan.effective_depth == depth]
         if not measured:
-            raise self._too_early()
+            raise self._budget.too_small()
         return min(measured, key=lambda plan: self._losses[plan][0].kl)
 
     def within(self, limit: float) -> Plan:
         """The shallowest plan whose measured loss is within a limit, a standard error to spare."""
-        with contextlib.suppress(_OutOfTimeError):
+        with contextlib.suppress(OutOfTimeError):
             shallowest = self._narrow(limit)
             for depth in sorted(depth for depth in self.plans if depth >= shallowest):
                 self.measure(self.plans[depth][0])
@@ -313,8 +222,8 @@ class _Searcher:
         for depth in sorted(self.plans):
             if plans := self._held_out(limit, depth):
                 return min(plans, key=lambda plan: self._losses[plan][0].kl)
-        if self._stopped:
-            raise self._too_early()
+        if self._budget.spent:
+            raise self._budget.too_small()
         least, check = min(self._losses.values(), key=lambda losses: losses[0].excess)
         raise TruedepthError(
             f"No plan stays within {limit:g} nats a token: the least excess loss found is"
@@ -340,7 +249,7 @@ class _Searcher:
         Begins where the predictions point to, corrected by what was measured.
         """
         depths = sorted(self.plans)
-        fitting, failing, scale = self._source.num_layers, depths[0] - 1, 1.0
+        fitting, failing, scale = self._num_layers, depths[0] - 1, 1.0
         while between := [depth for depth in depths if failing < depth < fitting]:
             promising = [d for d in between if scale * self.predicted(self.plans[d][0]) <= limit]
             depth = min(promising, default=between[-1])
@@ -359,11 +268,11 @@ class _Searcher:
 
     def measure_frontier(self) -> None:
         """The most promising plan of every depth."""
-        with contextlib.suppress(_OutOfTimeError):
+        with contextlib.suppress(OutOfTimeError):
             for plans in self.plans.values():
                 self.measure(plans[0])
 
-    def result(self, plan: Plan, max_loss: float | None) -> Search:
+    def result(self, source: Source, plan: Plan, max_loss: float | None) -> Search:
         """What was found, with the plan that was chosen."""
         points = []
         for depth, plans in self.plans.items():
@@ -372,16 +281,16 @@ class _Searcher:
             loss = self._losses[best][0] if measured else None
             points.append(Point(best, self.predicted(best), loss))
         return Search(
-            source=self._source.label,
-            plan=Plan(plan.num_layers, plan.groups, self._source.name),
+            source=source.label,
+            plan=Plan(plan.num_layers, plan.groups, source.name),
             loss=self._losses[plan][0],
             check=self._losses[plan][1],
             max_loss=max_loss,
             frontier=points,
             scores=list(self._scores.values()),
             plans_measured=len(self._losses),
-            forward_passes=self._passes,
-            seconds=time.monotonic() - self._start,
-            stopped=self._stopped,
+            forward_passes=self._scorer.forward_passes,
+            seconds=self._budget.seconds,
+            stopped=self._budget.spent,
             calibrated=self._calibrate,
         )

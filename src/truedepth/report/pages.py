@@ -11,12 +11,12 @@ from rich.columns import Columns
 from rich.filesize import decimal
 from rich.panel import Panel
 
-from truedepth.checkpoint.records import calibration_words
+from truedepth.checkpoint.records import Loss
 from truedepth.conversion import Conversion
 from truedepth.demo import Demo
 from truedepth.depth_study.run import Study
 from truedepth.engines.gguf.export import Export
-from truedepth.evaluation.loss import Loss, perplexity_of
+from truedepth.evaluation.loss import perplexity_of
 from truedepth.healing.run import Healed
 from truedepth.inspection import Info
 from truedepth.plan.plan import Plan
@@ -46,12 +46,12 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         ("KV cache", f"{decimal(cache)} a token in {name}"),
     ]
     if info.converted:
-        print_rows([*rows, *_plan_rows(plan, info.run), *_branch_rows(info)])
+        print_rows([*rows, *_plan_rows(plan, info.executed_plan), *_side_by_side_rows(info)])
         return
     paired = f"all layers, 0 to {plan.num_layers - 1}, in groups of any size, exactly"
-    print_rows([*rows, ("can be paired", paired), *_branch_rows(info)])
+    print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info)])
     print("\nWhat pairing would save (weights and KV cache stay the same):\n")
-    full = plan.all_reduces_per_token(2)
+    full = plan.all_reduces
     print_rows(
         [
             (
@@ -137,7 +137,7 @@ def print_conversion(done: Conversion, found: Search | None = None) -> None:
         [
             ("model", f"{done.source} ({done.origin})"),
             *([("dequantized", f"once, from {done.quantization}")] if done.quantization else []),
-            *_plan_rows(done.plan, done.run),
+            *_plan_rows(done.plan, done.executed_plan),
             *([("search", _search_rows(found)[-1][1])] if found else []),
             *_calibration_rows(done),
             ("written", f"{done.path} ({decimal(done.size)} of weights)"),
@@ -160,9 +160,8 @@ def print_export(done: Export) -> None:
 def _calibration_rows(done: Conversion) -> list[tuple[str, str]]:
     if done.calibration is None:
         return []
-    rows = [("calibrated", f"on {calibration_words(done.calibration)}")]
-    if check := done.calibration["check"]:
-        loss = Loss(**check)
+    rows = [("calibrated", f"on {done.calibration}")]
+    if loss := done.calibration.check:
         rows.append(
             ("held-out check", f"{_excess(loss)} nats a token on {loss.tokens:,} other tokens")
         )
@@ -177,12 +176,12 @@ def print_healing(done: Healed) -> None:
         if repeats > 1.01
         else ""
     )
-    before, after = (done.record["validation"][when] for when in ("before", "after"))
+    before, after = done.record.validation.before, done.record.validation.after
     print_rows(
         [
             ("checkpoint", done.source),
             ("original", done.original),
-            ("text", ", ".join(f"{name} ({n:,})" for name, n in done.record["text"].items())),
+            ("text", ", ".join(f"{name} ({n:,})" for name, n in done.record.text.items())),
             ("trained on", trained),
             ("time", f"{done.seconds / 60:.1f} min"),
             ("written", str(done.path)),
@@ -209,7 +208,7 @@ def print_demo(demo: Demo) -> None:
     print_rows(
         [
             ("model", f"{done.source} ({done.origin})"),
-            *_plan_rows(plan, done.run),
+            *_plan_rows(plan, done.executed_plan),
             *_calibration_rows(done),
             ("weights", decimal(done.size) + (f", kept in {done.path}" if demo.kept else "")),
         ]
@@ -221,8 +220,8 @@ def print_demo(demo: Demo) -> None:
             ("effective depth", str(plan.num_layers), str(plan.effective_depth)),
             (
                 "all-reduces a token, tensor parallel",
-                str(plan.unpaired.all_reduces_per_token(2)),
-                str(done.run.all_reduces_per_token(2)),
+                str(plan.unpaired.all_reduces),
+                str(done.executed_plan.all_reduces),
             ),
             ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
             ("excess loss, nats a token", "", excess_text(measured)),
@@ -302,16 +301,18 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
     print("\nWritten: " + ", ".join(map(str, written)))
 
 
-def _branch_rows(info: Info) -> list[tuple[str, str]]:
+def _side_by_side_rows(info: Info) -> list[tuple[str, str]]:
     """Which groups are no wide layers, and which engines run the model."""
     rows = []
-    if info.branches:
-        begin = ", ".join(map(str, info.branches[:4])) + (", …" if len(info.branches) > 4 else "")
+    if info.side_by_side:
+        begin = ", ".join(map(str, info.side_by_side[:4])) + (
+            ", …" if len(info.side_by_side) > 4 else ""
+        )
         which = f"those that begin with layer {begin}"
-        if len(info.branches) == info.plan.num_layers - 1:
+        if len(info.side_by_side) == info.plan.num_layers - 1:
             which = "all"
-        said = f"{which}: {info.branch_reason}" if info.branch_reason else which
-        rows = [("branch groups", said), ("", "exact too, but they save no all-reduces")]
+        said = f"{which}: {info.side_by_side_reason}" if info.side_by_side_reason else which
+        rows = [("side by side", said), ("", "exact too, but they save no all-reduces")]
     engines = (name if not why else f"{name}: no, {why}" for name, why in info.engines.items())
     return [*rows, ("engines", "; ".join(engines))]
 
@@ -320,9 +321,9 @@ def _correlation(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:+.2f}"
 
 
-def _plan_rows(plan: Plan, run: Plan | None = None) -> list[tuple[str, str]]:
+def _plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]]:
     depths = f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})"
-    before, after = plan.unpaired.all_reduces_per_token(2), (run or plan).all_reduces_per_token(2)
+    before, after = plan.unpaired.all_reduces, (executed or plan).all_reduces
     return [
         ("plan", str(plan)),
         ("effective depth", depths),

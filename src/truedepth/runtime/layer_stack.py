@@ -1,9 +1,7 @@
 """A decoder whose layers come into memory one at a time.
 
 Embedding, final norm and output head are loaded when they are used; layers are built where they are
-asked for, from lazy tensors, and are gone with the last reference. How the model calls its layers
-(masks, rotary embeddings, positions) is recorded from a forward pass in which the layers do
-nothing, so nothing of a family's model code is repeated here. The residual stream is float32,
+asked for, from lazy tensors, and are gone with the last reference. The residual stream is float32,
 whatever layers compute in.
 """
 
@@ -11,76 +9,67 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from truedepth.families.family import sublayers
-from truedepth.modeling import run_sublayer
+from truedepth import modeling
+from truedepth.errors import TruedepthError
+from truedepth.families.family import head_dim
+from truedepth.runtime import calls as recorded
+from truedepth.runtime.calls import Calls
 from truedepth.runtime.empty import empty_model
 from truedepth.runtime.output_head import OutputHead
+from truedepth.runtime.stage import LoadedSublayer, stages_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 
-Calls = list[dict[str, Any]]
-"""What the attention of every layer is called with, but for the hidden states."""
-
 
 class LayerStack:
-    """The layers of one model, original or converted, and what is around them."""
+    """The layers of an original, wide layers in their places, and what is around them."""
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        config: Mapping[str, Any] | None = None,
-        tensors: Mapping[str, LazyTensor] | None = None,
-        places: Sequence[Sequence[int]] | None = None,
-    ) -> None:
+    def __init__(self, source: Source, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Build the model without its weights.
 
         Args:
             source: The model, of a supported family.
             device: Where layers compute.
-            dtype: In which.
-            config: Of a conversion of that model; by default its own.
-            tensors: Likewise.
-            places: Of its groups, as `places_of_groups` gives them.
+            dtype: In which dtype they do.
         """
-        self._family = source.family
-        self._tensors = source.tensors if tensors is None else tensors
+        self._source, self._family = source, source.family
         self.device, self._dtype = torch.device(device), dtype
-        self._model: Any = empty_model(config or source.config, source.path, dtype)
+        self._model: Any = empty_model(source.config, source.path, dtype)
         for name, buffer in self._model.named_buffers():
             set_module_tensor_to_device(self._model, name, self.device, buffer)
-        self._empty = list(self._model.base_model.layers)
-        self.places = places or [(index,) for index in range(len(self._empty))]
-        self._sublayers = sublayers(self._family, self._model.config)
+        # A wide layer's does not follow from its number of heads.
+        self.config.head_dim = head_dim(self.config.to_dict())
+        self._form = modeling.LayerForm(**self._family.layer_form(self.config))
         self._head = OutputHead(self._model)
-        self._calls: Calls = []
-        self._model.base_model.layers = nn.ModuleList(map(self._hollow, self._empty))
-
-        self._size = sum(
-            math.prod(tensor.shape)
-            for name, tensor in source.tensors.items()
-            if self._family.split(name)[0] is not None
-        )
         self._evaluated = 0
 
     @cached_property
     def _whole(self) -> Any:
-        """The model with what is outside the layers: of a conversion nobody asks for it."""
+        """The model with what is outside the layers."""
+        tensors = self._source.tensors
         for name in [name for name, _ in self._model.named_parameters()]:
-            if self._family.split(name)[0] is None and name in self._tensors:
-                self._put(self._model, name, self._tensors[name])
+            if self._family.split(name)[0] is None and name in tensors:
+                self._put(self._model, name, tensors[name])
         self._model.tie_weights()
         return self._model
+
+    @cached_property
+    def _size(self) -> int:
+        """Elements of all layers."""
+        return sum(
+            math.prod(tensor.shape)
+            for name, tensor in self._source.tensors.items()
+            if self._family.split(name)[0] is not None
+        )
 
     @property
     def token_passes(self) -> float:
@@ -93,12 +82,8 @@ class LayerStack:
     @property
     def hidden_size(self) -> int:
         """Elements of a hidden state."""
-        size: int = self._model.config.hidden_size
+        size: int = self.config.hidden_size
         return size
-
-    def is_wide(self, group: int) -> bool:
-        """Whether a group is one layer here."""
-        return len(self.places[group]) == 1
 
     @property
     def config(self) -> Any:
@@ -108,43 +93,53 @@ class LayerStack:
     @property
     def parallel(self) -> bool:
         """Whether attention and FFN read the same state."""
-        return bool(self._sublayers["parallel"])
+        return self._form.parallel
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """The weights of a layer by name within it, in float32."""
-        prefix = self._family.layer.format(index)
-        return {
-            name: self._tensors[prefix + name].read().float()
-            for name, _ in self._empty[index].named_parameters()
-        }
+    def layer(self, index: int) -> nn.Module:
+        """A layer with its weights."""
+        prefix, tensors = self._family.layer.format(index), self._source.tensors
+        layer = copy.deepcopy(self._model.base_model.layers[index])
+        names = [name for name, _ in layer.named_parameters()]
+        return self._filled(layer, {name: tensors[prefix + name] for name in names})
 
-    def _hollow(self, layer: nn.Module) -> nn.Module:
-        """The layer's own code around an attention that only records what it is called with."""
-        hollow = copy.deepcopy(layer)
-        attention, ffn = self._family.sublayers
-        for name in (attention.norm, attention.post_norm, ffn.norm, ffn.post_norm):
-            if name is not None:
-                hollow.set_submodule(name, nn.Identity())
-        hollow.set_submodule(ffn.module, _Nothing())
-        hollow.set_submodule(attention.module, _Recorder(self._calls))
-        return hollow
+    def wide_layer(self, group: tuple[int, ...], tensors: Mapping[str, LazyTensor]) -> nn.Module:
+        """The wide layer that stands for a group, with these weights.
+
+        Args:
+            group: Consecutive layers of the original.
+            tensors: Its weights by name within it.
+
+        Raises:
+            TruedepthError: A weight is missing, or is not one of the layer's.
+        """
+        first = self._model.base_model.layers[group[0]]
+        with init_empty_weights(include_buffers=False):
+            layer = modeling.wide_layer(first, self.config, len(group), group[0])
+        return self._filled(layer.eval(), tensors)
+
+    def _filled(self, layer: nn.Module, tensors: Mapping[str, LazyTensor]) -> nn.Module:
+        if odd := {name for name, _ in layer.named_parameters()} ^ tensors.keys():
+            raise TruedepthError(
+                f"The weights of a layer of {self._source.path} do not fit it: {min(odd)!r} is"
+                f" {'unknown' if min(odd) in tensors else 'missing'}.",
+                1,
+            )
+        for name, tensor in tensors.items():
+            self._put(layer, name, tensor)
+        return layer
 
     def _put(self, module: nn.Module, name: str, tensor: LazyTensor) -> None:
         set_module_tensor_to_device(module, name, self.device, tensor.read(), dtype=self._dtype)
 
-    def layer(self, index: int) -> nn.Module:
-        """A layer with its weights."""
-        layer: nn.Module = copy.deepcopy(self._empty[index])
-        prefix = self._family.layer.format(index)
-        for name, _ in list(layer.named_parameters()):
-            self._put(layer, name, self._tensors[prefix + name])
-        return layer
+    def stages(self, layers: Mapping[int, nn.Module]) -> list[list[LoadedSublayer]]:
+        """The stages of layers side by side, by the original layer whose call each takes."""
+        return stages_of(layers, self._form, self._count)
 
-    def layers(self, group: int) -> list[nn.Module]:
-        """The layers that run side by side for a group: one wide layer, or its branches."""
-        return [self.layer(index) for index in self.places[group]]
+    def _count(self, sublayer: LoadedSublayer, x: Tensor) -> None:
+        body = sublayer.layer.get_submodule(getattr(self._family, sublayer.kind).module)
+        size = sum(parameter.numel() for parameter in body.parameters())
+        self._evaluated += size * x.shape[0] * x.shape[1]
 
-    @torch.inference_mode()
     def start(self, ids: Tensor) -> tuple[Tensor, Calls]:
         """What enters the first layer, and how every layer is called.
 
@@ -152,62 +147,12 @@ class LayerStack:
             ids: `[windows, length]` int64.
 
         Returns:
-            `[windows, length, hidden]` float32, and one call a layer.
+            `[windows, length, hidden]` float32, and one call per layer.
         """
-        self._calls.clear()
-        self._whole.base_model(ids.to(self.device), use_cache=False)
-        calls = [dict(call) for call in self._calls]
-        states = [call.pop("hidden_states") for call in calls]
-        return states[0].float(), calls
+        return recorded.record(self._whole, self._family, ids.to(self.device))
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Of the last layer's output, `[positions, hidden]` to `[positions, vocabulary]`."""
         norm = self._whole.get_submodule(self._family.outside[1])
         return self._head(norm(x.to(self.device, self._dtype)))
-
-    def branch(self, layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """`run_branch` of a layer of this stack."""
-        body = self._family.sublayers[number].module
-        size = sum(parameter.numel() for parameter in layer.get_submodule(body).parameters())
-        self._evaluated += size * x.shape[0] * x.shape[1]
-        return run_branch(self._sublayers, layer, number, x, call)
-
-
-def run_branch(
-    sublayers: dict[str, Any], layer: nn.Module, number: int, x: Tensor, call: Mapping[str, Any]
-) -> Tensor:
-    """`A(N x)` (number 0) or `F(N' x)` (number 1) of one layer.
-
-    Args:
-        sublayers: What the layers of its model compute.
-        layer: With its weights.
-        number: Of the branch.
-        x: `[windows, length, hidden]`, the residual stream.
-        call: What the attention is called with, but for the hidden states.
-
-    Returns:
-        `[windows, length, hidden]` float32, whatever the layer computes in.
-    """
-    which, options = ("ffn", {}) if number else ("attention", call)
-    x = x.to(next(layer.parameters()).dtype)
-    return run_sublayer(layer, sublayers, which, x, **options).float()
-
-
-class _Recorder(nn.Module):
-    """In an attention's place: keeps what it was called with, and adds nothing."""
-
-    def __init__(self, calls: Calls) -> None:
-        super().__init__()
-        self._calls = calls
-
-    def forward(self, hidden_states: Tensor, **call: Any) -> tuple[Tensor, None]:
-        self._calls.append({"hidden_states": hidden_states, **call})
-        return torch.zeros_like(hidden_states), None
-
-
-class _Nothing(nn.Module):
-    """In an FFN's place: adds nothing."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)

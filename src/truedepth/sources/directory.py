@@ -23,14 +23,14 @@ from truedepth.tensors import LazyTensor, Stored
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_NAME_BYTES = 255  # of a file, on every common file system
-MAX_HEADER_BYTES = 16 << 20  # of a safetensors file; 100,000 tensors take 10 MB
+MAX_NAME_BYTES = 255  # per file name, on every common file system
+MAX_HEADER_BYTES = 16 << 20  # per safetensors file; 100,000 tensors take 10 MB
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 
-# What goes along unread: tokenizers of every kind, chat templates, generation config, licence.
+# Files that are copied unread: tokenizers, chat templates, generation config, licence.
 COMPANIONS = (
     "tokenizer*",
     "tokenization_*.py",
@@ -60,13 +60,13 @@ def open_directory(
 
     Args:
         path: The directory.
-        name: Of the model, by default the directory's.
-        origin: Where it was found, for the reader.
-        allow_pickle: Read pickled weights where there are no safetensors.
-        trust_remote_code: Run the tokenizer's own code where it has some.
+        name: The model's name; by default the directory's.
+        origin: Where the model was found, for the reader.
+        allow_pickle: Read pickled weights if there are no safetensors.
+        trust_remote_code: Run the tokenizer's own code if it has some.
 
     Raises:
-        TruedepthError: It is not a model directory, or a file of it is broken.
+        TruedepthError: `path` is not a model directory, or one of its files is broken.
     """
     stamps = Stamps()
     for file in (path / "config.json", *_companions(path)):
@@ -112,12 +112,12 @@ def _tokenizer(
     for file in _companions(path):
         if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise TruedepthError(
-                f"{file} is too large for a tokenizer's file: {file.stat().st_size} bytes, more"
+                f"{file} is too large for a tokenizer file: {file.stat().st_size} bytes, more"
                 f" than {MAX_TOKENIZER_BYTES}."
             )
     register()
     try:
-        # With the config given none is looked for, so that a config's own code has no part in it.
+        # Given the config, transformers does not look for one, nor for a config's own code.
         return AutoTokenizer.from_pretrained(
             path, config=AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
         )
@@ -126,20 +126,22 @@ def _tokenizer(
         if trust_remote_code or not settings.exists() or "auto_map" not in read_json(settings):
             raise
         raise TruedepthError(
-            f"The tokenizer of {path} needs its own code, which is not run unless"
-            " --trust-remote-code says so (trust_remote_code=True in Python); read it first."
+            f"The tokenizer of {path} needs its own code, which runs only with"
+            " --trust-remote-code (trust_remote_code=True in Python); read that code first."
         ) from error
 
 
 def _check_link(file: Path) -> None:
-    """A link leads to a file of its own name, or into the hub's cache, which is made of links.
+    """Refuse links but those to a file of the same name or into the hub's cache, made of links.
 
-    A licence that is a link to somebody's keys would else be copied into what they publish.
+    Otherwise a licence that is a link to somebody's keys would be copied into what they publish.
     """
     for each in (file, *(file.rglob("*") if file.is_dir() else ())):
         target = each.resolve()
         if each.is_symlink() and target.name != each.name and target.parent.name != "blobs":
-            raise TruedepthError(f"{each} is a link to {target}, which is not copied; remove it.")
+            raise TruedepthError(
+                f"{each} is a link to {target}, which is not copied; remove the link."
+            )
 
 
 def read_tensors(
@@ -149,12 +151,11 @@ def read_tensors(
 
     Args:
         path: The directory.
-        stamps: Gets those of the files of weights, which are watched from then on.
-        allow_pickle: Read pickled weights where there are no safetensors.
+        stamps: Receives the stamps of the weight files, which are watched from then on.
+        allow_pickle: Read pickled weights if there are no safetensors.
 
     Raises:
-        TruedepthError: Weights are missing, pickled without that being allowed, or a file of them
-            is broken.
+        TruedepthError: Weights are missing, are pickled without `allow_pickle`, or are broken.
     """
     tensors: dict[str, LazyTensor] = {}
     for index in (INDEX, pickled.INDEX):
@@ -164,19 +165,19 @@ def read_tensors(
         held = _open_file(file) if file.suffix == SUFFIX else open_pickle(file)
         if lost := expected - set(held):
             raise TruedepthError(
-                f"{path} places {min(lost)!r} in {file.name}, which does not hold it."
+                f"The index of {path} places {min(lost)!r} in {file.name}, which does not hold it."
             )
         tensors |= {name: stamps.watched(file, tensor) for name, tensor in held.items()}
     return tensors
 
 
 def has_safetensors(path: Path) -> bool:
-    """Whether a model directory's weights are read from safetensors."""
+    """Whether a model directory has weights as safetensors."""
     return any((path / name).exists() for name in (INDEX, SINGLE_FILE))
 
 
 def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
-    """The weight files of a model and the tensors that the index, if any, places in each."""
+    """The weight files of a model, each with the tensors that an index, if any, places in it."""
     index, suffixes = INDEX, [SUFFIX]
     single: str | None = SINGLE_FILE
     if not has_safetensors(path):
@@ -184,9 +185,9 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
             raise TruedepthError(f"{path} has no weights: neither {SINGLE_FILE} nor {INDEX}.")
         if not allow_pickle:
             raise TruedepthError(
-                f"{path} has pickled weights only, which can run code when they are read; take"
-                " safetensors, or, if you trust who made them, write them as such with truedepth"
-                " convert MODEL OUT --pairs 0 --allow-pickle."
+                f"{path} has pickled weights only, which can run code when they are read; get"
+                " safetensors or, if you trust their author, convert them with truedepth convert"
+                " MODEL OUT --pairs 0 --allow-pickle."
             )
         index, suffixes, single = pickled.INDEX, pickled.SUFFIXES, pickled.only_file(path)
     files: dict[str, set[str]] = {}
@@ -195,8 +196,8 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise TruedepthError(f"{path / index} has no weight_map.")
         for tensor, name in weight_map.items():
-            # A name only: a path could leave the directory. Links are followed, for the hub's cache
-            # is made of them.
+            # Only a bare name: a path could leave the directory. Links are followed, because the
+            # hub's cache is made of them.
             if (
                 not isinstance(name, str)
                 or Path(name).name != name
@@ -205,13 +206,14 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
                 or Path(name).suffix not in suffixes
             ):
                 raise TruedepthError(
-                    f"{path / index} names {reprlib.repr(name)}, which is no file beside it."
+                    f"{path / index} names {reprlib.repr(name)}, which is not a plain name of a"
+                    " weight file in this directory."
                 )
             files.setdefault(name, set()).add(tensor)
     elif single is not None:
         files[single] = set()
     else:
-        raise TruedepthError(f"{path} has several files of pickled weights and no {index}.")
+        raise TruedepthError(f"{path} has several files of pickled weights but no {index}.")
     for name in files:
         if not (path / name).is_file():
             raise TruedepthError(f"The shard {path / name} is missing.")
@@ -219,12 +221,12 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
 
 
 def _open_file(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file. They share its memory map, so that reading makes no copy."""
+    """The tensors of one file. They share its memory map, so reading copies nothing."""
     try:
         with file.open("rb") as opened:
             header = int.from_bytes(opened.read(8), "little")
         if header > MAX_HEADER_BYTES:
-            raise ValueError(f"its header is said to have {header} bytes")
+            raise ValueError(f"its header claims {header} bytes, more than {MAX_HEADER_BYTES}")
         with safe_open(file, framework="pt") as handle:
             stored = _places(file)
             names = handle.keys()
@@ -234,7 +236,7 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
 
 
 def _places(file: Path) -> dict[str, Stored]:
-    """Where the tensors of a safetensors file, checked before, lie in it."""
+    """Where the tensors of a safetensors file that was checked before lie in it."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))

@@ -1,7 +1,7 @@
-"""What a model's files may say: bounds that every real model keeps by far.
+"""Bounds on what a model's files may say; every real model stays far below them.
 
 A file from elsewhere may hold any number, and a list or a model as large as a false number says
-fills memory. So sizes are looked at before anything is made of them.
+fills memory. So sizes are checked before anything of that size is made.
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ MAX_SIZES = {
 }
 
 HUB_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels")
-"""Keys of config.json by which transformers fetches compiled code from the hub and runs it."""
+"""Keys of config.json that make transformers fetch compiled code from the hub and run it."""
 
 
 def read_json(path: Path, missing: str = "There is no", most: int = MAX_INDEX_BYTES) -> Any:
-    """A JSON object from a file of at most so many bytes, as a dict.
+    """The JSON object in a file of at most `most` bytes, as a dict.
 
     Raises:
-        TruedepthError: The file is missing (`missing` begins the sentence), too large or no object.
+        TruedepthError: The file is missing (`missing` begins the sentence), too large, or does not
+            hold a JSON object.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a link to /dev/zero has no size and no end
-            raise TruedepthError(f"{path} is no file.")
+            raise TruedepthError(f"{path} is not a file.")
         if found.st_size > most:
-            raise TruedepthError(
-                f"{path} is too large for such a file: {found.st_size} bytes, more than {most}."
-            )
+            raise TruedepthError(f"{path} is too large: {found.st_size} bytes, more than {most}.")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TruedepthError(f"{missing} {path.name}.") from error
@@ -63,10 +62,11 @@ def read_json(path: Path, missing: str = "There is no", most: int = MAX_INDEX_BY
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
-    """Sizes in a config.json are whole numbers within bounds, and it asks for no code of the hub.
+    """Refuse a config.json with sizes out of bounds, or one that asks for code from the hub.
 
     Raises:
-        TruedepthError: It is otherwise.
+        TruedepthError: A size is missing, not a whole number, or out of bounds, or a key asks for
+            code from the hub.
     """
     for key, most in MAX_SIZES.items():
         value = config.get(key)
@@ -81,11 +81,11 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
         if value > most:
             raise TruedepthError(
                 f"The config of {where} gives {key} as {reprlib.repr(value)}, more than the {most}"
-                " that any model has."
+                " that are allowed."
             )
     for key in HUB_CODE:
         if key in config and (key == "use_kernels" or "/" in str(config[key])):
             raise TruedepthError(
                 f"The config of {where} asks for code from the hub under {key!r}"
-                f" ({reprlib.repr(config[key])}), which is never run; take the key out."
+                f" ({reprlib.repr(config[key])}), which is never run; remove the key."
             )

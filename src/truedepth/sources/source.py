@@ -1,4 +1,4 @@
-"""What every opener gives."""
+"""What every opener returns."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Source:
     """A model that can be read: config, tensors, tokenizer.
 
-    Openers give the last three fields as functions; read them through the properties, which call
-    each at most once.
+    Openers pass tensors and tokenizer as functions; read them through the properties, which call
+    each function at most once.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Source:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase] = field(repr=False)
 
     save_companions: Callable[[Path], None] = field(repr=False)
-    """Writes everything but config and weights (tokenizer, generation config) to a directory."""
+    """Writes what is neither config nor weights (tokenizer, generation config) to a directory."""
 
     stamps: Stamps = field(default_factory=Stamps, repr=False, compare=False)
-    """Of the files that were opened."""
+    """Stamps of the files that were opened."""
 
     quantization: str | None = None
-    """How the weights were quantized, if they were: they are dequantized when they are read."""
+    """The quantization types of the weights, if any: they are dequantized when read."""
 
     def __post_init__(self) -> None:
         check_config(self.config, self.path)
@@ -65,14 +65,14 @@ class Source:
 
     @cached_property
     def family(self) -> Family:
-        """The model's family; raises TruedepthError where it is not supported."""
+        """The model's family; raises TruedepthError if it is not supported."""
         return family_of(self.config, str(self.path))
 
     @cached_property
     def tensors(self) -> Mapping[str, LazyTensor]:
-        """Every tensor by the name that transformers gives it, in the order of the file.
+        """Every tensor by the name that transformers gives it, in the file's order.
 
-        A hub model's weights are downloaded now. Raises TruedepthError where a file is broken.
+        A hub model's weights are downloaded now. Raises TruedepthError if a file is broken.
         """
         tensors = self.read_tensors()
         if family := known_family(self.config):
@@ -80,17 +80,17 @@ class Source:
         return tensors
 
     def check_unchanged(self) -> None:
-        """Raise TruedepthError where a file has changed since it was opened."""
+        """Raise TruedepthError if a file has changed since it was opened."""
         self.stamps.check()
 
     @property
     def label(self) -> str:
-        """Its name and where it was found, for the reader."""
+        """The model's name and where it was found, for the reader."""
         return f"{self.name} ({self.origin})"
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the config and of every tensor, 16 hex digits. Reads all weights."""
+        """A hash of the config and all tensors: 16 hex digits. Reads all weights."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
@@ -100,7 +100,7 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; raises TruedepthError where there is none that can be loaded."""
+        """The tokenizer; raises TruedepthError if there is none that can be loaded."""
         try:
             return self.load_tokenizer()
         except TruedepthError:

@@ -1,9 +1,9 @@
 """Whether the files of a source are still those that were opened.
 
-Tensors are read from a file's memory map while they are written, or trained, which can take hours.
-A file that is overwritten meanwhile would give a mixture of two models, and one that is cut short
-would end the process (SIGBUS). Size and time of every file are therefore recorded when it is
-opened, compared before every block that is read, and once more before a result is kept.
+Tensors are read from a file's memory map during writing or training, which can take hours. A file
+that is overwritten meanwhile would give a mixture of two models, and one that is cut short would
+end the process (SIGBUS). So the size and modification time of every file are recorded when it is
+opened, and compared before every block that is read and once more before a result is kept.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from truedepth.tensors import LazyTensor
 
 
 class Stamps:
-    """Size and time (`mtime_ns`) of files when they were first opened."""
+    """Sizes (bytes) and modification times (ns) of files when they were first opened."""
 
     def __init__(self) -> None:
         self._found: dict[Path, tuple[int, int] | None] = {}
 
     def add(self, file: Path) -> None:
-        """Record a file that is about to be opened, unless it is already."""
+        """Record a file that is about to be opened, unless it is recorded already."""
         if file not in self._found:
             self._found[file] = _stamp(file)
 
     def check(self, *files: Path) -> None:
-        """Raise TruedepthError where one of these files, or any, has changed since."""
+        """Raise TruedepthError if one of these files (by default, of all) has changed since."""
         for file in files or self._found:
             if _stamp(file) != self._found[file]:
                 raise TruedepthError(
@@ -39,7 +39,7 @@ class Stamps:
                 )
 
     def watched(self, file: Path, tensor: LazyTensor) -> LazyTensor:
-        """A tensor of that file which looks at it before every block."""
+        """The tensor, which now checks its file before every block."""
 
         def rows(start: int, stop: int) -> torch.Tensor:
             self.check(file)
@@ -49,7 +49,7 @@ class Stamps:
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
-    """None of a file that is not there (any more)."""
+    """None for a file that does not exist, or no longer does."""
     try:
         found = file.stat()
     except OSError:

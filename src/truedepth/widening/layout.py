@@ -1,9 +1,15 @@
-"""A model under a plan, not yet written: its tensors, computed when read, and its config."""
+"""A model under a plan: what of it is which layer, computed once and carried.
+
+`Layout(source, plan)` is a conversion that is not written yet; `Layout.of(checkpoint)` reads the
+same from one that is. A group of a plan becomes one wide layer where its layers can be one. Where
+they cannot, they keep their places and run side by side.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,147 +17,214 @@ import torch
 
 from truedepth import modeling
 from truedepth.errors import TruedepthError
-from truedepth.families.family import KEY_VALUE, head_dim, sublayers
+from truedepth.families.family import KEY_VALUE, head_dim
 from truedepth.families.lookup import CONVERTED
-from truedepth.plan.config import places_of, plan_of
+from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_of
 from truedepth.plan.plan import Plan
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, dtype_name
-from truedepth.widening.widen import widen
-
-Places = tuple[tuple[int, ...], ...]
-"""For each group its layers in the converted model: one wide layer, or the branches of a group."""
+from truedepth.widening.widen import Layer, widen
 
 
-def places_of_groups(source: Source, groups: Sequence[Sequence[int]]) -> Places:
-    """Where the groups go: into one wide layer each where their layers can be one."""
-    original = transformers_config(source.config, source.path)
-    places, depth = [], 0
-    for group in groups:
-        size = len(group) if source.family.why_branches(original, group) else 1
-        places.append(tuple(range(depth, depth + size)))
-        depth += size
-    return tuple(places)
+class Layout:
+    """A source under a plan. Nothing is read before it is asked for, and once."""
 
+    def __init__(self, source: Source, plan: Plan, dtype: torch.dtype | None = None) -> None:
+        """Of an original that is not converted yet.
 
-def as_run(source: Source, plan: Plan) -> Plan:
-    """The plan with the layers of branch groups by themselves, as engines run them.
+        Args:
+            source: The original.
+            plan: Which of its layers run together.
+            dtype: Of the tensors; by default as in the source.
 
-    Args:
-        source: The original, or what was made of it under this plan.
-        plan: Of the original's layers.
-    """
-    if plan_of(source.config) is None:
-        places: Sequence[Sequence[int]] = places_of_groups(source, plan.groups)
-    elif plan_of(source.config) == plan:
-        places = places_of(source.config)
-    else:
-        return plan
-    wide = [g for g, p in zip(plan.groups, places, strict=True) if len(p) < len(g)]
-    return Plan(plan.num_layers, wide)
-
-
-def converted_tensors(
-    source: Source, groups: Sequence[Sequence[int]], dtype: torch.dtype | None = None
-) -> dict[str, LazyTensor]:
-    """The tensors of the converted model by name.
-
-    Args:
-        source: The original.
-        groups: Of consecutive layers. A group of one is that layer as it is, renumbered, and so are
-            the layers of a branch group; any other is one wide layer. A layer may be in several
-            groups, as in the model of all candidates that a search looks at.
-        dtype: Of the tensors; by default as in the source.
-
-    Raises:
-        TruedepthError: A layer has tensors that cannot be widened exactly.
-    """
-    layers: list[dict[str, LazyTensor]] = [{} for _ in range(source.num_layers)]
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in source.tensors.items():
-        layer, rest = source.family.split(name)
-        if layer is None:
-            tensors[name] = tensor
-        elif layer >= source.num_layers:
+        Raises:
+            TruedepthError: The plan is for another number of layers.
+        """
+        if plan.num_layers != source.num_layers:
             raise TruedepthError(
-                f"{source.path} has the tensor {name!r}, but its config says {source.num_layers}"
-                " layers."
+                f"The plan is for {plan.num_layers} layers, but {source.name} has"
+                f" {source.num_layers}."
             )
-        elif rest not in source.family.obsolete:
-            layers[layer][rest] = tensor
-    if missing := [layer for layer, held in enumerate(layers) if not held]:
-        raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}.")
-    if _tied(source):  # the embedding again; transformers ties it on loading
-        tensors.pop(source.family.tied[0], None)
+        self.source, self.plan, self._dtype = source, plan, dtype
 
-    sizes = transformers_config(source.config, source.path).to_dict()
-    for group, place in zip(groups, places_of_groups(source, groups), strict=True):
-        members = [layers[layer] for layer in group]
-        if len(place) < len(group):
-            try:
-                members = [widen(source.family, members, dtype, sizes)]
-            except TruedepthError as error:
-                raise TruedepthError(f"Layers {list(group)} cannot be joined: {error}") from error
-        for index, member in zip(place, members, strict=True):
-            tensors |= {source.family.layer.format(index) + name: t for name, t in member.items()}
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return tensors
+    @classmethod
+    def of(cls, checkpoint: Source) -> Layout:
+        """Of a checkpoint that is converted, by its config.json; of an original, as it is."""
+        return _Written(checkpoint)
+
+    @cached_property
+    def layers(self) -> GroupLayers:
+        """For each group its layers in the converted model."""
+        found, depth = [], 0
+        for group in self.plan.groups:
+            size = 1 if self.is_wide(group) else len(group)
+            found.append(tuple(range(depth, depth + size)))
+            depth += size
+        return tuple(found)
+
+    def why_not_wide(self, group: Sequence[int]) -> str:
+        """Why a group does not become one wide layer, as the end of a sentence; "" if it does."""
+        return self.source.family.why_not_wide(self._original, group)
+
+    def is_wide(self, group: Sequence[int]) -> bool:
+        """Whether a group of two layers or more becomes one wide layer."""
+        return len(group) > 1 and not self.why_not_wide(group)
+
+    @property
+    def executed_plan(self) -> Plan:
+        """The plan as engines run it: layers that run side by side are by themselves."""
+        pairs = zip(self.plan.groups, self.layers, strict=True)
+        return Plan(self.plan.num_layers, [g for g, layers in pairs if len(layers) < len(g)])
+
+    @property
+    def all_reduces(self) -> int:
+        """All-reduces per token in the layers over several tensor-parallel ranks."""
+        return self.executed_plan.all_reduces
+
+    @property
+    def paired_layers(self) -> set[int]:
+        """The converted model's layers that stand for, or are in, groups of two or more."""
+        pairs = zip(self.plan.groups, self.layers, strict=True)
+        return {layer for group, layers in pairs if len(group) > 1 for layer in layers}
+
+    @property
+    def kept_layers(self) -> dict[int, int]:
+        """Layers that are the original's own, by their number there: where they are now."""
+        return {
+            member: layer
+            for group, layers in zip(self.plan.groups, self.layers, strict=True)
+            if len(group) == len(layers)
+            for member, layer in zip(group, layers, strict=True)
+        }
+
+    @cached_property
+    def _original(self) -> Any:
+        """The original's config, transformers' own."""
+        return transformers_config(self.source.config, self.source.path)
+
+    @cached_property
+    def _tied(self) -> bool:
+        """Whether the output projection is the embedding.
+
+        A config may say so while the file holds another projection; transformers then takes the
+        file's.
+        """
+        if not self._original.tie_word_embeddings:
+            return False
+        head, embedding = (self.source.tensors.get(name) for name in self.source.family.tied)
+        if head is None or embedding is None:
+            return True
+        return (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+            map(torch.equal, head.blocks(1 << 20), embedding.blocks(1 << 20))
+        )
+
+    @cached_property
+    def _members(self) -> tuple[list[dict[str, LazyTensor]], dict[str, LazyTensor]]:
+        """The tensors of every original layer by name within it, and those of no layer."""
+        source = self.source
+        layers: list[dict[str, LazyTensor]] = [{} for _ in range(source.num_layers)]
+        outside: dict[str, LazyTensor] = {}
+        for name, tensor in source.tensors.items():
+            layer, rest = source.family.split(name)
+            if layer is None:
+                outside[name] = tensor
+            elif layer >= source.num_layers:
+                raise TruedepthError(
+                    f"{source.path} has the tensor {name!r}, but its config says"
+                    f" {source.num_layers} layers."
+                )
+            elif rest not in source.family.obsolete:
+                layers[layer][rest] = tensor
+        if missing := [layer for layer, held in enumerate(layers) if not held]:
+            raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}.")
+        if self._tied:  # the embedding again; transformers ties it on loading
+            outside.pop(source.family.tied[0], None)
+        return layers, outside
+
+    def wide_layer(self, group: Sequence[int], dtype: torch.dtype | None = None) -> Layer:
+        """The tensors of the wide layer that a group becomes, by name within it.
+
+        Args:
+            group: Layers of the original, whether or not the plan groups them so.
+            dtype: Of the tensors; by default as in the source.
+
+        Raises:
+            TruedepthError: The layers cannot be widened exactly.
+        """
+        layers, _ = self._members
+        members, sizes = [layers[layer] for layer in group], self._original.to_dict()
+        try:
+            return widen(self.source.family, members, dtype, sizes)
+        except TruedepthError as error:
+            raise TruedepthError(f"Layers {list(group)} cannot be joined: {error}") from error
+
+    @cached_property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """The tensors of the converted model by name, computed when they are read.
+
+        A group of one is that layer as it is, renumbered, and so are layers side by side.
+
+        Raises:
+            TruedepthError: A layer has tensors that cannot be widened exactly.
+        """
+        layers, tensors = self._members[0], dict(self._members[1])
+        for group, places in zip(self.plan.groups, self.layers, strict=True):
+            members: list[Layer] = [layers[layer] for layer in group]
+            if len(places) < len(group):
+                members = [self.wide_layer(group, self._dtype)]
+            for index, member in zip(places, members, strict=True):
+                prefix = self.source.family.layer.format(index)
+                tensors |= {prefix + name: tensor for name, tensor in member.items()}
+        if self._dtype is None:
+            return tensors
+        return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json of the converted model."""
+        family, original = self.source.family, self._original
+        config = {key: value for key, value in self.source.config.items() if key != "torch_dtype"}
+        bytes_by_dtype: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            bytes_by_dtype[tensor.dtype] += tensor.nbytes
+        config["dtype"] = dtype_name(bytes_by_dtype.most_common(1)[0][0])
+        config["model_type"] = f"{CONVERTED}{family.model_type}"
+        config["architectures"] = [f"{modeling.PREFIX}{family.classes[-1]}"]
+        config["auto_map"] = modeling.auto_map(family.classes)
+        config["tie_word_embeddings"] = self._tied
+        pairs = list(zip(self.plan.groups, self.layers, strict=True))
+        config |= plan_entries((len(group), len(layers)) for group, layers in pairs)
+        if "side_by_side" in config:
+            config["sublayers"] = family.layer_form(original)
+        # Of a wide layer these do not follow from the number of heads.
+        config["head_dim"] = head_dim(original.to_dict())
+        if key_value := getattr(original, KEY_VALUE, None):
+            config[KEY_VALUE] = key_value
+        for key in family.per_layer:
+            if entries := getattr(original, key, None):
+                config[key] = [entries[m] for group, at in pairs for m in group[: len(at)]]
+        return config
 
 
-def converted_config(
-    source: Source, groups: Sequence[Sequence[int]], tensors: Mapping[str, LazyTensor]
-) -> dict[str, Any]:
-    """config.json of the model that `converted_tensors` gives these `tensors` of."""
-    family = source.family
-    original = transformers_config(source.config, source.path)
-    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    bytes_by_dtype: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        bytes_by_dtype[tensor.dtype] += tensor.nbytes
-    config["dtype"] = dtype_name(bytes_by_dtype.most_common(1)[0][0])
-    config["model_type"] = f"{CONVERTED}{family.model_type}"
-    config["architectures"] = [f"{modeling.PREFIX}{family.classes[-1]}"]
-    config["auto_map"] = modeling.auto_map(family.classes)
-    config["tie_word_embeddings"] = _tied(source)
-    places = places_of_groups(source, groups)
-    config["num_hidden_layers"] = sum(map(len, places))
-    config["layer_widths"] = [
-        width
-        for group, place in zip(groups, places, strict=True)
-        for width in ([len(group)] if len(place) == 1 else [1] * len(place))
-    ]
-    if branches := [list(place) for place in places if len(place) > 1]:
-        config["side_by_side"] = branches
-        config["sublayers"] = sublayers(family, original)
-    # Of a wide layer these do not follow from the number of heads.
-    config["head_dim"] = head_dim(original.to_dict())
-    if key_value := getattr(original, KEY_VALUE, None):
-        config[KEY_VALUE] = key_value
-    for key in family.per_layer:
-        if entries := getattr(original, key, None):
-            config[key] = [
-                entries[layer]
-                for group, place in zip(groups, places, strict=True)
-                for layer in group[: len(place)]
-            ]
-    return config
+class _Written(Layout):
+    """A checkpoint as it is."""
 
+    def __init__(self, checkpoint: Source) -> None:
+        self.source = checkpoint
+        self.plan = plan_of(checkpoint.config) or Plan(checkpoint.num_layers)
 
-def _tied(source: Source) -> bool:
-    """Whether the output projection is the embedding.
+    @cached_property
+    def layers(self) -> GroupLayers:
+        return group_layers(self.source.config)
 
-    A config may say so while the file holds another projection; transformers then takes the file's.
-    """
-    if not transformers_config(source.config, source.path).tie_word_embeddings:
-        return False
-    head, embedding = (source.tensors.get(name) for name in source.family.tied)
-    if head is None or embedding is None:
-        return True
-    return (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
-        map(torch.equal, head.blocks(1 << 20), embedding.blocks(1 << 20))
-    )
+    @property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        return self.source.tensors
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.source.config
 
 
 def check_loadable(
@@ -170,7 +243,9 @@ def check_loadable(
         if name not in tensors:
             raise TruedepthError(f"{source} has no tensor for {name!r}.")
         if name not in expected:
-            raise TruedepthError(f"{source} gives the tensor {name!r}, which its model has not.")
+            raise TruedepthError(
+                f"{source} contains the tensor {name!r}, which its config does not describe."
+            )
         if expected[name] != tensors[name].shape:
             raise TruedepthError(
                 f"{source} gives {name!r} the shape {list(tensors[name].shape)}, but its config"

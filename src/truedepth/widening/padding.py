@@ -1,9 +1,9 @@
-"""Heads of zeros, so that head counts divide by a number of ranks.
+"""Adds heads of zeros, so that head counts become divisible by a number of ranks.
 
-A head whose query, key, value and output weights are zero adds nothing. KV heads are padded to the
-next multiple of the ranks, each with as many query heads as the others have, behind the heads of
-every original layer: a wide layer over as many ranks as it holds layers still puts whole layers on
-ranks.
+A head with zero query, key, value and output weights adds nothing to the output. KV heads are
+padded to the next multiple of the ranks, and each new one gets as many query heads as the others
+have. Padding comes after the heads of every original layer, so that a wide layer sharded over as
+many ranks as it holds layers still puts one whole layer on each rank.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from truedepth.tensors import LazyTensor, stack_rows, zeros
 
 
 def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
-    """What of a config changes so that its head counts divide by a number of ranks.
+    """The config values that make a model's head counts divisible by a number of ranks.
 
     Args:
-        config: Of a model, config.json's.
+        config: The model's config.json.
         ranks: At least 1.
 
     Returns:
-        `num_attention_heads`, `num_key_value_heads`, `head_dim`; nothing where they divide already.
+        `num_attention_heads`, `num_key_value_heads` and `head_dim`; empty if they are divisible
+        already.
 
     Raises:
-        TruedepthError: The FFN's width does not divide by the ranks.
+        TruedepthError: The FFN's width is not divisible by the ranks, the config lacks a count, or
+            heads of this family cannot be padded.
     """
     if ranks < 1:
         raise TruedepthError(f"Heads are padded for at least 1 rank, not {ranks}.")
     if missing := {QUERY, "intermediate_size"} - config.keys():
-        raise TruedepthError(f"The config gives no {min(missing)} to divide by {ranks} ranks.")
+        raise TruedepthError(
+            f"The config lacks {min(missing)}, which must be divisible by {ranks} ranks."
+        )
     if (width := config["intermediate_size"]) % ranks:
-        raise TruedepthError(f"The FFN's width {width} does not divide by {ranks} ranks.")
+        raise TruedepthError(f"The FFN's width {width} is not divisible by {ranks} ranks.")
     query = config[QUERY]
     key_value = config.get(KEY_VALUE) or query
     if key_value % ranks == 0:
@@ -47,8 +51,8 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     family = original_family(config, "The model")
     if not family.heads:
         raise TruedepthError(
-            f"{query} heads and {key_value} KV heads do not divide by {ranks} ranks, and heads of"
-            f" the family {family.model_type} cannot be padded."
+            f"{query} heads and {key_value} KV heads are not divisible by {ranks} ranks, and heads"
+            f" of the family {family.model_type} cannot be padded."
         )
     padded = -(-key_value // ranks) * ranks
     return {
@@ -59,17 +63,17 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
 
 
 def check_heads(source: Source, ranks: int) -> None:
-    """Over ranks a model's heads and FFN width must divide.
+    """Refuse a model whose heads or FFN width are not divisible by a number of ranks.
 
     Raises:
-        TruedepthError: They do not.
+        TruedepthError: They are not.
     """
     if ranks > 1 and head_padding(source.config, ranks):
         heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
         raise TruedepthError(
-            f"{source.path} has {heads} heads and {kv_heads or heads} KV heads, which do not divide"
-            f" by {ranks} ranks; convert it with --pad-heads {ranks} (--pairs 0 for the original as"
-            " it is)."
+            f"{source.path} has {heads} heads and {kv_heads or heads} KV heads, which are not"
+            f" divisible by {ranks} ranks; convert it with --pad-heads {ranks} (and --pairs 0 to"
+            " pair no layers)."
         )
 
 
@@ -82,10 +86,10 @@ def padded_tensors(
     """The tensors of the padded model.
 
     Args:
-        family: Which maps have heads.
-        tensors: Of a converted model, by name.
-        widths: Original layers in each of its layers.
-        padding: What `head_padding` says of the original.
+        family: Says which maps have heads.
+        tensors: The tensors of a converted model by name.
+        widths: The number of original layers in each of its layers.
+        padding: What `head_padding` returns for the original.
     """
 
     def padded(name: str, tensor: LazyTensor) -> LazyTensor:
@@ -104,7 +108,7 @@ def padded_tensors(
 
 
 def _pad_rows(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
-    """Each of so many equal parts with rows of zeros behind it, `size` rows together."""
+    """Pad each of `parts` equal parts with rows of zeros at its end, to `size` rows."""
     before = tensor.shape[0] // parts
     pad = zeros((size - before, *tensor.shape[1:]), tensor.dtype)
     pieces = []
@@ -114,7 +118,7 @@ def _pad_rows(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
 
 
 def _pad_columns(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
-    """Each of so many equal parts with columns of zeros behind it, `size` columns together."""
+    """Pad each of `parts` equal parts with columns of zeros at its end, to `size` columns."""
     before = tensor.shape[1] // parts
 
     def rows(start: int, stop: int) -> Tensor:

@@ -12,13 +12,13 @@ Layer Parallelism (arXiv 2502.02790) runs the layers i of a group G on the same 
     maps that write to it                 columns [W_1, W_2, …],                    biases summed
     norms                                 gain 1
 
-LayerNorm has biases too, `N_i x = x̂ ⊙ g_i + b_i`: `W_i b_i` goes to the biases of the maps, and
-the norm's bias is 0. Maps that are several in one (q, k and v) are taken apart, so that the parts
-of all layers lie next to each other. Norms of single heads have the gains of each layer's heads.
+LayerNorm also has biases, `N_i x = x̂ ⊙ g_i + b_i`: `W_i b_i` is added to the biases of the maps,
+and the wide norm's bias is 0. Maps that pack several (q, k and v in one) are taken apart, so that
+the same part of all layers lies together. Norms over single heads keep each layer's gains.
 
-Heads, KV heads and FFN width are multiplied by the size of the group. Head dimension, RoPE and
+Heads, KV heads and FFN width are multiplied by the size n of the group. Head dimension, RoPE and
 query heads per KV head stay, and the heads of one layer stay next to each other, so grouped-query
-attention keeps its mapping. Sharding the wide layer over n ranks puts whole layers on ranks.
+attention keeps its mapping. Sharding the wide layer over n ranks gives each rank one whole layer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from truedepth.tensors import (
 )
 
 Layer = Mapping[str, LazyTensor]
-"""The tensors of one layer by name within it, such as `mlp.up_proj.weight`."""
+"""The tensors of one layer by their names within it, such as `mlp.up_proj.weight`."""
 
 
 def widen(
@@ -57,18 +57,20 @@ def widen(
     """The wide layer that computes what the layers of `group` compute side by side.
 
     Args:
-        family: Where the layers' norms and linear maps are.
-        group: The layers, first to last; all of one shape.
-        dtype: Of the result; by default every tensor keeps that of the tensors it is made from.
-            Folding is done in float32 and rounded to this dtype once.
-        config: Of the original: numbers of heads, for families with packed maps or norms of heads.
+        family: Names the layers' norms and linear maps.
+        group: The layers, first to last, with tensors of the same shapes.
+        dtype: Dtype of the result. By default every tensor keeps that of the tensors it is made
+            from. Folding is done in float32 and rounded to this dtype once.
+        config: The original's config, for the numbers of heads that families with packed maps or
+            norms over single heads need.
 
     Returns:
-        The tensors of the wide layer, in the order norms, reading maps, norms of heads, writing
-        maps.
+        The tensors of the wide layer, in this order: norms, maps that read, norms over single
+        heads, maps that write.
 
     Raises:
-        TruedepthError: A layer has a tensor that the family does not know, or lacks one.
+        TruedepthError: A layer has a tensor that the family does not know, or lacks one, or the
+            layers differ in their tensors' shapes.
     """
     _check(family, group)
     gains = {f"{norm}.{part}" for norm in family.norms for part in ("weight", "bias")}
@@ -106,7 +108,7 @@ def widen(
 
 
 def _folded(family: Family, layer: Layer, name: str, dtype: torch.dtype) -> LazyTensor:
-    """`W diag(g)`; where no norm is before it W."""
+    """`W diag(g)`; W where no norm comes before the map."""
     norm, weight = family.norm_before(name), layer[f"{name}.weight"]
     if norm is None:
         return weight
@@ -114,7 +116,7 @@ def _folded(family: Family, layer: Layer, name: str, dtype: torch.dtype) -> Lazy
 
 
 def _bias(family: Family, layer: Layer, name: str) -> LazyTensor:
-    """The map's bias and, where its norm has a bias b, `W b`."""
+    """The map's bias, plus `W b` where the norm before it has a bias b; float32 if summed."""
     bias, shift = layer[f"{name}.bias"], layer.get(f"{family.norm_before(name)}.bias")
     if shift is None:
         return bias
@@ -127,13 +129,13 @@ def _bias(family: Family, layer: Layer, name: str) -> LazyTensor:
 
 
 def packed_sizes(family: Family, name: str, config: Mapping[str, Any], rows: int) -> list[int]:
-    """The rows of each of the maps that a map of so many rows packs."""
+    """The number of rows of each map that the map `name`, of `rows` rows, packs."""
     counts = [config[key] for key in family.packed.get(name, ())] or [1]
     return [rows * count // sum(counts) for count in counts]
 
 
 def _stack(layers: Sequence[LazyTensor], sizes: Sequence[int]) -> LazyTensor:
-    """Rows of all layers under each other, one packed map after another."""
+    """The rows of all layers one under another, for one packed map after another."""
     parts, start = [], 0
     for size in sizes:
         parts += [layer.row_range(start, start + size) for layer in layers]
@@ -142,12 +144,12 @@ def _stack(layers: Sequence[LazyTensor], sizes: Sequence[int]) -> LazyTensor:
 
 
 def _of_each_head(gains: LazyTensor, heads: int) -> LazyTensor:
-    """`[heads, head_dim]` from that or from the `[head_dim]` that all heads share."""
+    """`[heads, head_dim]`, from the same or from the `[head_dim]` that all heads share."""
     return gains if len(gains.shape) > 1 else from_tensor(gains.read().expand(heads, -1))
 
 
 def _check(family: Family, group: Sequence[Layer]) -> None:
-    """Every tensor of every layer must have its place in the wide layer."""
+    """Raise TruedepthError unless every tensor of every layer has its place in the wide layer."""
     for layer in group:
         for name in sorted(set(layer) - family.layer_tensors):
             raise TruedepthError(
@@ -162,7 +164,7 @@ def _check(family: Family, group: Sequence[Layer]) -> None:
         for name in family.reads:
             if f"{family.norm_before(name)}.bias" in layer and f"{name}.bias" not in layer:
                 raise TruedepthError(
-                    f"A layer has a norm with a bias before {name}, which has none to take it up."
+                    f"A layer has a norm with a bias before {name}, which has no bias to absorb it."
                 )
         for name, tensor in layer.items():
             if tensor.shape != group[0][name].shape:

@@ -28,7 +28,7 @@ def layer_config(whole: Any, prefix: str) -> Any:
     Of the same class as the model's, which layers of vLLM's ask for.
     """
     if whole.side_by_side:
-        raise ValueError("vLLM runs no branch groups: layers side by side that are not one")
+        raise ValueError("vLLM runs wide layers only, and this checkpoint has layers side by side")
     width = whole.layer_widths[extract_layer_index(prefix)]
     if width == 1:
         return whole

@@ -1,4 +1,4 @@
-"""Where truedepth and llama.cpp keep the same things in a GGUF file."""
+"""Names and row order that truedepth and llama.cpp use in GGUF files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "deci": gguf.MODEL_ARCH.DECI}
-"""The second only as truedepth writes it: a layer-parallel checkpoint."""
+"""Supported architectures; `deci` only as truedepth exports it: a layer-parallel checkpoint."""
 
 
 CONFIG, GENERATION_CONFIG = "truedepth.config", "truedepth.generation_config"
-"""Metadata of such a file: the checkpoint's config.json and generation_config.json."""
+"""Metadata keys of an export: the checkpoint's config.json and generation_config.json."""
 
 
 def to_llama_cpp(rows: int, heads: int) -> np.ndarray:
-    """`[rows]`: the row of transformers' queries or keys in each place of llama.cpp's.
+    """`[rows]`: for each row of llama.cpp's q or k map, the index of transformers' row.
 
-    llama.cpp rotates neighbouring rows, transformers the two halves of a head.
+    RoPE pairs neighbouring rows in llama.cpp, and the two halves of a head in transformers.
     """
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def from_llama_cpp(rows: int, heads: int) -> np.ndarray:
-    """`[rows]`: the other way round."""
+    """`[rows]`: for each row of transformers' q or k map, the index of llama.cpp's row."""
     return np.argsort(to_llama_cpp(rows, heads))

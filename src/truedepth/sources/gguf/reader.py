@@ -1,9 +1,9 @@
-"""gguf's reader for files from elsewhere.
+"""gguf's reader, made safe for files from elsewhere.
 
-That reader (0.19) believes every count: one of 2^60 elements keeps it busy for ever, and its memory
-grows meanwhile. So a header is looked through first, and no count is believed that the file's own
-size contradicts. And it makes objects of 600 bytes of every element of an array, where a slice of
-the file does.
+That reader (gguf 0.19) believes every count: an array of 2^60 elements keeps it busy for ever while
+its memory grows. So the header is checked first, and counts that the file's own size contradicts
+are refused. It also makes an object of 600 bytes for every element of an array, where a slice of
+the file is enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-MAX_STRINGS = 2_000_000  # in arrays; a vocabulary of 200,000 has 650,000, with its merges
+MAX_STRINGS = 2_000_000  # in arrays; a vocabulary of 200,000 tokens has 650,000 with its merges
 MAX_FIELDS = 100_000
 MAX_TENSORS = 100_000
 MAX_KEY_BYTES = 1 << 16
@@ -30,14 +30,14 @@ SCALARS = {
     **dict.fromkeys((Kind.UINT32, Kind.INT32, Kind.FLOAT32), 4),
     **dict.fromkeys((Kind.UINT64, Kind.INT64, Kind.FLOAT64), 8),
 }
-"""Bytes of each."""
+"""Bytes per value."""
 
 
 def checked_reader(path: Path) -> gguf.GGUFReader:
-    """The reader of a file whose header counts and points to what lies within it.
+    """The reader of a file, after its header's counts and offsets are checked against its size.
 
     Raises:
-        Exception: Of many kinds, for a file that is not whole or not of this kind.
+        Exception: The file is not a whole GGUF file; the types of exception are many.
     """
     with path.open("rb") as file:
         _Header(file, path.stat().st_size).check()
@@ -45,7 +45,7 @@ def checked_reader(path: Path) -> gguf.GGUFReader:
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """Of arrays in one piece."""
+    """Reads each array as one slice of the file."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
         if raw_type != Kind.ARRAY:
@@ -70,7 +70,7 @@ class _Header:
 
     def check(self) -> None:
         magic, version = self.number("<I"), self.number("<I")
-        if magic != gguf.GGUF_MAGIC or version not in (2, 3):  # big-endian files neither
+        if magic != gguf.GGUF_MAGIC or version not in (2, 3):  # nor big-endian files
             raise ValueError("not a GGUF file of a known version")
         tensors, fields = self.number("<Q"), self.number("<Q")
         if tensors > MAX_TENSORS or fields > MAX_FIELDS:
@@ -84,7 +84,7 @@ class _Header:
                 self.value(kind)
         ends = [self.tensor() for _ in range(tensors)]
         if alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"alignment to {alignment}")
+            raise ValueError(f"an alignment of {alignment} bytes")
         start = -(-self.file.tell() // alignment) * alignment
         if ends and start + max(ends) > self.size:
             raise ValueError("tensors end beyond the file")
@@ -125,7 +125,7 @@ class _Header:
                 self.skip(count * SCALARS[of])
 
     def tensor(self) -> int:
-        """Where its data end, from where all data begin."""
+        """Offset of the end of a tensor's data, from the beginning of all data."""
         self.text()
         dimensions = self.number("<I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:

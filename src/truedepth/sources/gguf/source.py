@@ -1,8 +1,8 @@
-"""A GGUF file as a source: tensors dequantized as they are read, under transformers' names.
+"""A GGUF file as a source: tensors under transformers' names, dequantized as they are read.
 
-The tokenizer is rebuilt by transformers, but for the split of digits, which it passes over in 5.23.
-Config and tensors are read here: transformers fills what a file does not say with its own defaults,
-drops Llama 3's RoPE scaling, and reads all tensors at once.
+transformers rebuilds the tokenizer, except for the split of digits, which it ignores (5.23). Config
+and tensors are read here, because transformers fills what a file does not say with its own
+defaults, drops Llama 3's RoPE scaling, and reads all tensors at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# llama.cpp's pre-tokenizers that take digits one by one before GPT-2's own split (llama-vocab.cpp).
+# llama.cpp's pre-tokenizers that split off single digits before GPT-2's split (llama-vocab.cpp).
 SINGLE_DIGITS = (
     "smollm",
     "starcoder",
@@ -55,25 +55,24 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
     """Open a GGUF file of the llama architecture, or one that truedepth exported.
 
     Raises:
-        TruedepthError: It is not a whole GGUF file, or of an architecture that is not supported.
+        TruedepthError: It is not a whole GGUF file, or not of a supported architecture or type.
     """
     stamps = Stamps()
     stamps.add(path)
     try:
         reader = checked_reader(path)
         architecture = str(reader.fields["general.architecture"].contents())
-    except Exception as error:  # the reader raises whatever a bad offset leads to
+    except Exception as error:  # the reader raises whatever a bad offset causes
         raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
     if (parts := _value(reader, "split.count", 1)) not in (0, 1):
         raise TruedepthError(
-            f"{path} is one of {reprlib.repr(parts)} parts of a model; merge them with"
+            f"{path} is one of {reprlib.repr(parts)} parts of a model; merge the parts with"
             " llama-gguf-split --merge."
         )
     if architecture not in ARCHITECTURES:
         raise TruedepthError(
-            f"{path} is of the GGUF architecture {reprlib.repr(architecture)}, which is not"
-            " supported;"
-            f" supported: {', '.join(sorted(ARCHITECTURES))}."
+            f"{path} has the GGUF architecture {reprlib.repr(architecture)}, which is not"
+            f" supported; supported: {', '.join(sorted(ARCHITECTURES))}."
         )
     config = _exported_config(path, reader) if architecture == "deci" else _config(path, reader)
 
@@ -126,21 +125,21 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
 
 
 def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """What the metadata hold under a key.
+    """The value of a metadata key, or `default` if the file lacks it.
 
     Raises:
-        TruedepthError: What they hold is no text where it says so.
+        TruedepthError: The value is malformed, for example text that is not UTF-8.
     """
     if key not in reader.fields:
         return default
     try:
         return reader.fields[key].contents()
     except (ValueError, IndexError) as error:
-        raise TruedepthError(f"The GGUF metadata {key!r} are broken: {error}.") from error
+        raise TruedepthError(f"The GGUF metadata {key!r} is malformed: {error}.") from error
 
 
 def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
-    """config.json of a file of the llama architecture."""
+    """The config.json that a file of the llama architecture amounts to."""
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
 
     def value(key: str, default: Any = None) -> Any:
@@ -149,16 +148,16 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
             raise TruedepthError(f"{path} lacks the metadata 'llama.{key}'.")
         if type(found) not in (int, float) or not 0 < found < math.inf:
             raise TruedepthError(
-                f"{path} has {reprlib.repr(found)} as 'llama.{key}' instead of a number above 0."
+                f"{path} gives 'llama.{key}' as {reprlib.repr(found)}; it must be a number above 0."
             )
         return found
 
     if len(shapes.get("token_embd.weight", ())) != 2:
-        raise TruedepthError(f"{path} has no matrix 'token_embd.weight'.")
+        raise TruedepthError(f"{path} lacks the matrix 'token_embd.weight'.")
     heads = value("attention.head_count")
     head_dim = value("attention.key_length", value("embedding_length") // heads)
     if value("rope.dimension_count", head_dim) != head_dim:
-        raise TruedepthError(f"{path} rotates a part of every head only, which is not supported.")
+        raise TruedepthError(f"{path} applies RoPE to a part of each head, which is not supported.")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -188,7 +187,7 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
         raise TruedepthError(
             f"{path} scales RoPE by {reprlib.repr(scaling)}, which is not supported."
         )
-    check_config(config, path)  # before anything is made that is as large as it says
+    check_config(config, path)  # before anything as large as it says is made
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":
             config["rope_parameters"] |= _llama3_scaling(path, tensor.data, config)
@@ -196,24 +195,27 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
 
 
 def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
-    """config.json of the checkpoint that truedepth exported."""
+    """The config.json of the checkpoint that truedepth exported to the file."""
     try:
         config: dict[str, Any] = json.loads(_value(reader, CONFIG, "{}"))
         plan = plan_of(config)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise TruedepthError(f"{path} has no config.json under {CONFIG!r}.") from error
+        raise TruedepthError(f"{path} has no valid config.json as metadata {CONFIG!r}.") from error
     if plan is None:
         raise TruedepthError(
-            f"{path} is of the GGUF architecture 'deci' and was not exported by truedepth, which"
-            " is not supported."
+            f"{path} has the GGUF architecture 'deci' but was not exported by truedepth; such"
+            " files are not supported."
         )
     if len(plan.groups) != config.get("num_hidden_layers"):
-        raise TruedepthError(f"{path} gives {len(plan.groups)} widths for other layers.")
+        raise TruedepthError(
+            f"{path} gives a plan of {len(plan.groups)} groups, but its num_hidden_layers is"
+            f" {reprlib.repr(config.get('num_hidden_layers'))}."
+        )
     return config
 
 
 def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
-    """The tokenizer.json that the file carries, with what llama.cpp knows of special tokens."""
+    """The tokenizer.json in the file, with the special tokens that llama.cpp's metadata name."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -222,7 +224,7 @@ def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
         f"{name}_token": _value(reader, f"tokenizer.ggml.{key}_token_id")
         for name, key in (
             *(("bos", "bos"), ("eos", "eos"), ("unk", "unknown")),
-            *(("pad", "padding"), ("sep", "seperator")),  # spelt so by llama.cpp
+            *(("pad", "padding"), ("sep", "seperator")),  # llama.cpp's spelling
         )
     }
     template = _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE)
@@ -240,9 +242,9 @@ def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
 
 
 def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3's RoPE parameters whose frequency factors are `factors` (`[head_dim / 2]`).
+    """The Llama 3 RoPE parameters that give the frequency factors `factors` `[head_dim / 2]`.
 
-    Llama 3.1 and later use these constants with a factor of 8 or 32; any other model is refused.
+    Llama 3.1 and later use these constants with a factor of 8 or 32. Other factors are refused.
     """
     theta, dim = config["rope_parameters"]["rope_theta"], config["head_dim"]
     scaling = {
@@ -256,7 +258,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> 
     blend = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
     expected = 1 / ((1 - blend) / scaling["factor"] + blend)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise TruedepthError(f"{path} scales RoPE in a way that transformers' config cannot say.")
+        raise TruedepthError(f"{path} scales RoPE in a way that transformers' config cannot state.")
     return scaling
 
 
@@ -267,11 +269,12 @@ def _tensors(
     names = _transformers_names(family, config["num_hidden_layers"], reader)
     tensors = {}
     for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":  # in the config, see _llama3_scaling
+        if tensor.name == "rope_freqs.weight":  # part of the config, see _llama3_scaling
             continue
         if tensor.name not in names:
             raise TruedepthError(
-                f"{path} has the tensor {reprlib.repr(tensor.name)}, which has no known place."
+                f"{path} has the tensor {reprlib.repr(tensor.name)}, which the family"
+                f" {family.model_type} does not know."
             )
         name = names[tensor.name]
         layer, rest = family.split(name)
@@ -281,15 +284,15 @@ def _tensors(
             heads = (config.get(key) or 0) * (widths[layer] if widths else 1)
             if not heads or tensor.shape[-1] % (2 * heads):
                 raise TruedepthError(
-                    f"{path} has {tensor.shape[-1]} rows in {tensor.name!r}, which are no {heads}"
-                    f" heads ({key})."
+                    f"{path} has {tensor.shape[-1]} rows in {tensor.name!r}, which cannot be"
+                    f" {heads} heads ({key})."
                 )
         tensors[name] = _lazy(tensor, heads)
     return tensors
 
 
 def _transformers_names(family: Family, num_layers: int, reader: gguf.GGUFReader) -> dict[str, str]:
-    """GGUF name -> transformers name of every tensor that a model of the family may have."""
+    """GGUF name -> transformers' name, for every tensor that a model of the family may have."""
     architecture = ARCHITECTURES[_value(reader, "general.architecture")]
     to_gguf = gguf.get_tensor_name_map(architecture, num_layers)
     modules = list(family.outside) + [
@@ -305,14 +308,15 @@ def _transformers_names(family: Family, num_layers: int, reader: gguf.GGUFReader
 
 
 def _lazy(tensor: gguf.ReaderTensor, heads: int | None) -> LazyTensor:
-    """A tensor dequantized row by row; with `heads` those of queries or keys.
+    """A tensor, dequantized row by row.
 
-    Quantization blocks lie within rows, so rows can be picked before they are dequantized.
+    With `heads`, the rows of this q or k map are put in transformers' order. Quantization blocks
+    lie within rows, so rows can be picked before they are dequantized.
     """
     shape = tuple(int(size) for size in reversed(tensor.shape))
     kind = tensor.tensor_type
     dtype = PLAIN.get(kind, torch.float32)
-    data = tensor.data.reshape(shape[0], -1)  # of bfloat16 and quantized tensors the bytes
+    data = tensor.data.reshape(shape[0], -1)  # for bfloat16 and quantized tensors, bytes
     order = np.arange(shape[0]) if heads is None else from_llama_cpp(shape[0], heads)
 
     def rows(start: int, stop: int) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""A stage: sub-layers that read one state.
+
+    y = x + Σ_s s(N_s x)
+
+s is an attention or an FFN, N_s the norm before it. A layer is two stages, `[A] [F]`, and so is a
+group of layers side by side, `[A A …] [F F …]`; where attention and FFN read the same state, either
+is one, `[A … F …]`. This sum stands here and, for checkpoints that are loaded without this package,
+in `modeling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from torch import Tensor, nn
+
+from truedepth.modeling import LayerForm, run_sublayer
+from truedepth.runtime.calls import Calls
+
+Kind = Literal["attention", "ffn"]
+KINDS: tuple[Kind, Kind] = ("attention", "ffn")
+
+C = TypeVar("C")
+Member = Callable[[Tensor, C], Tensor]
+"""`s(N_s x)` from x `[windows, length, hidden]` and how the model calls its attentions."""
+
+
+def run_stage(x: Tensor, members: Iterable[Member[C]], calls: C) -> Tensor:
+    """The state behind a stage, `[windows, length, hidden]`.
+
+    Args:
+        x: The state that all members read, `[windows, length, hidden]`.
+        members: What each adds to it.
+        calls: Given to the members.
+    """
+    return sum((member(x, calls) for member in members), start=x)
+
+
+@dataclass(frozen=True)
+class LoadedSublayer:
+    """A sub-layer with its weights, as a member of a stage."""
+
+    kind: Kind
+    index: int
+    """The original layer whose call the attention takes."""
+
+    layer: nn.Module
+    form: LayerForm
+    on_run: Callable[[LoadedSublayer, Tensor], object] = lambda sublayer, x: None
+    """Called before every run."""
+
+    def __call__(self, x: Tensor, calls: Calls) -> Tensor:
+        """`s(N_s x)` float32, whatever the layer computes in."""
+        self.on_run(self, x)
+        call = calls[self.index] if self.kind == "attention" else {}
+        x = x.to(next(self.layer.parameters()).dtype)
+        return run_sublayer(self.layer, self.form, self.kind, x, **call).float()
+
+
+def stages_of(
+    layers: Mapping[int, nn.Module],
+    form: LayerForm,
+    on_run: Callable[[LoadedSublayer, Tensor], object] = lambda sublayer, x: None,
+) -> list[list[LoadedSublayer]]:
+    """The stages of layers side by side.
+
+    Args:
+        layers: By the original layer whose call each takes.
+        form: What they compute.
+        on_run: Called before every run of a sub-layer.
+    """
+    stages = [
+        [LoadedSublayer(kind, index, layer, form, on_run) for index, layer in layers.items()]
+        for kind in KINDS
+    ]
+    return [stages[0] + stages[1]] if form.parallel else stages

@@ -27,11 +27,11 @@ from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.speed.collectives import watched
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import Case, Collectives, Row, Task, interleaved
-from truedepth.speed.transformers import TransformersRunner
+from truedepth.speed.transformers import TimedTransformersModel
 
 
-class SlowRunner(TransformersRunner):
-    """A runner whose collectives take longer."""
+class SlowModel(TimedTransformersModel):
+    """Over a wire that takes longer."""
 
     delay = 0.0
 
@@ -50,7 +50,7 @@ def measure(
         "device_map": None,
         "dtype": dtype,
     }
-    ours, theirs = (SlowRunner(td.load(name, **sharded).model, False) for name in (model, base))
+    ours, theirs = (SlowModel(td.load(name, **sharded).model, False) for name in (model, base))
     rows = []
     for delay in delays:
         ours.delay = theirs.delay = delay

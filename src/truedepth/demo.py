@@ -1,4 +1,4 @@
-"""The default model at the paper's dose: a searched plan, calibrated and measured."""
+"""The default model with the paper's reduction of depth: a searched plan, calibrated, measured."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from truedepth.runtime.generation import answer
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
 from truedepth.speed.timing import Case, Row, Task, interleaved
-from truedepth.speed.transformers import TransformersRunner
+from truedepth.speed.transformers import TimedTransformersModel
 
-# 30 -> 23 layers, the paper's -22 % of depth; made by
-# truedepth plan default -o demo_plan.yaml --depth 23 (minutes; docs/results.md has the options)
+# 30 -> 23 layers, close to the paper's -22 % of depth. Made in minutes by
+# truedepth plan default -o demo_plan.yaml --depth 23 (all options are in docs/results.md)
 PLAN = Path(__file__).with_name("demo_plan.yaml")
-TOKENS = 1 << 14  # to calibrate on, all the model's own: the text that is measured on stays unseen
+TOKENS = 1 << 14  # for calibration; sampled from the model, so that the measured text stays unseen
 WINDOWS = 16
 DECODING = Case(Task.decode, length=32)
 PROMPT = "Why is the sky blue? Answer in two sentences."
@@ -33,7 +33,7 @@ PROMPT = "Why is the sky blue? Answer in two sentences."
 
 @dataclass(frozen=True)
 class Demo:
-    """What `truedepth demo` prints."""
+    """What `run_demo` measured."""
 
     conversion: Conversion
     perplexity: Perplexity
@@ -43,10 +43,10 @@ class Demo:
     answer_after: str
     device: str
     kept: bool
-    """Whether the converted checkpoint is still there."""
+    """Whether the converted checkpoint was kept."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """All results as JSON-compatible data."""
         return asdict(self) | {
             "conversion": self.conversion.to_dict(),
             "perplexity": self.perplexity.to_dict(),
@@ -61,13 +61,16 @@ def run_demo(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Demo:
-    """Convert the default model by a plan searched before, calibrate it, and compare the two.
+    """Convert the default model by a stored plan, calibrate it, and compare it with the original.
 
     Args:
-        out: Where the checkpoint is kept; by default it is thrown away.
+        out: Directory for the checkpoint; default: it is deleted afterwards.
         force: Replace `out` if it exists.
-        device: To run on.
-        dtype: To run in.
+        device: Device of both models; default: the first GPU, else the CPU.
+        dtype: Dtype of both models when they are measured; default: as in `load`.
+
+    Raises:
+        TruedepthError: `out` exists without `force`, or a step fails.
     """
     with contextlib.ExitStack() as stack:
         directory = out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "converted"
@@ -80,7 +83,7 @@ def run_demo(
             after = load(directory, device=device, dtype=dtype)
         measured = perplexity(after, against=before, windows=WINDOWS)
         with working("Decoding"):
-            ours, theirs = (TransformersRunner(each.model) for each in (after, before))
+            ours, theirs = (TimedTransformersModel(each.model) for each in (after, before))
             (speed,) = interleaved(ours, theirs, [DECODING], repetitions=11)
             answers = [answer(each, PROMPT, max_new_tokens=64).text for each in (before, after)]
         return Demo(

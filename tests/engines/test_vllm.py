@@ -228,7 +228,7 @@ def test_versions_that_were_not_tested(monkeypatch):
 
     monkeypatch.delenv("TRUEDEPTH_ANY_VLLM", raising=False)
     check_version("0.32.0")
-    with pytest.raises(td.TruedepthError, match=r"This is vLLM 9\.1\.0; .* tested with 0\.32"):
+    with pytest.raises(td.TruedepthError, match=r"This is vLLM 9\.1\.0, .* tested with 0\.32"):
         check_version("9.1.0")
     monkeypatch.setenv("TRUEDEPTH_ANY_VLLM", "1")
     check_version("9.1.0")

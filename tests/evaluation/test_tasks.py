@@ -259,9 +259,9 @@ def break_line(path, number, **changes):
         ({"gold": None}, ["piqa.jsonl", "line 3", "'gold'"]),
         ({"gold": 4}, ["line 3", "0 to 3", "not 4"]),
         ({"gold": "1"}, ["line 3", "'1'"]),
-        ({"choices": "abc"}, ["line 3", "list of texts"]),
+        ({"choices": "abc"}, ["line 3", "list of strings"]),
         ({"choices": []}, ["line 3", "0 choices", "at least 2"]),
-        ({"query": 5}, ["line 3", "'query' must be a text"]),
+        ({"query": 5}, ["line 3", "'query' must be a non-empty string"]),
     ],
 )
 def test_malformed_items(tmp_path, task_dir, change, words):
@@ -281,7 +281,7 @@ def test_winogrande_needs_two_contexts(tmp_path, task_dir):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("", "empty"), ("{\n", "line 1: not valid"), ("[1]\n", "not a JSON")]
+    ("content", "words"), [("", "no items"), ("{\n", "line 1: not valid"), ("[1]\n", "not a JSON")]
 )
 def test_malformed_files(tmp_path, content, words):
     (tmp_path / "piqa.jsonl").write_text(content)
@@ -292,7 +292,9 @@ def test_malformed_files(tmp_path, content, words):
 def test_what_is_not_there(tmp_path, pair):
     with pytest.raises(td.TruedepthError, match=r"Cannot read the task file .*piqa\.jsonl"):
         local_tasks(tmp_path, ["piqa"])
-    with pytest.raises(td.TruedepthError, match="'chess' is not a local task; there are arc_easy"):
+    with pytest.raises(
+        td.TruedepthError, match="'chess' is not a local task; choose from arc_easy"
+    ):
         local_tasks(tmp_path, ["chess"])
     with pytest.raises(td.TruedepthError, match="no directory of tasks"):
         local_tasks(tmp_path / "none", ["piqa"])

@@ -14,7 +14,7 @@ from truedepth.calibration.windows import calibration_windows
 from truedepth.cli import app as cli
 from truedepth.cli.plan import parse_loss
 from truedepth.planning.scoring import MEASURED_WINDOWS, Scorer
-from truedepth.report.pages import _groups
+from truedepth.report.search import spans_text
 
 SIZE = {"window": 32, "dtype": torch.float32, "check": 6}
 
@@ -169,7 +169,7 @@ def test_losses_in_words():
 
 
 def test_plans_in_a_table():
-    assert _groups(td.Plan(20, [[2, 3], [4, 5], [7, 8], [9, 10, 11], [12, 13, 14]])) == (
+    assert spans_text(td.Plan(20, [[2, 3], [4, 5], [7, 8], [9, 10, 11], [12, 13, 14]])) == (
         "2-5, 7-8, 9-14 by 3"
     )
 

@@ -128,6 +128,22 @@ def test_an_error_or_a_request_of_the_page_would_be_noticed(directory, tmp_path_
     assert "http://127.0.0.1:9" in browse(asking, profiles[1])[1]
 
 
+@in_browser
+def test_columns_of_tables_are_aligned_by_their_type(directory, tmp_path):
+    """Words to the left, also those that begin with a digit; numbers and titles to the right."""
+    dom, _ = browse(directory / "report.html", tmp_path)
+    assert "<td>2-parallel</td>" in dom
+    for name, words in (("medians", 1), ("best", 0), ("correlation", 1)):
+        (table,) = re.findall(rf'<table id="{name}">(.*?)</table>', dom)
+        rows = re.findall(r"<tr>(.*?)</tr>", table)
+        assert len(rows) > 2
+        for row in rows:
+            cells = re.findall(r"<t[hd]([^>]*)>", row)
+            right = [' class="number"' in cell for cell in cells]
+            assert right == [False] * words + [True] * (len(cells) - words), row
+    assert "number" not in re.search(r'<table id="settings">(.*?)</table>', dom)[1]
+
+
 def test_the_page_names_no_other_address(directory):
     page = (directory / "report.html").read_text()
     assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}

@@ -96,7 +96,7 @@ def test_checked_tokens_are_the_originals_on_twenty_prompts(loaded, make_model, 
 def test_a_draft_with_other_tokens_is_refused(loaded, make_model):
     draft = td.load(make_model())
     draft.tokenizer.add_tokens("brouhaha")
-    with pytest.raises(td.TruedepthError, match=r"was not made from .*: their tokens differ"):
+    with pytest.raises(td.TruedepthError, match=r"cannot draft for .*: their vocabularies differ"):
         generation.answer(loaded, "the cat", draft=draft)
 
 

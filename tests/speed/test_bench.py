@@ -14,7 +14,7 @@ import truedepth as td
 from truedepth.speed import transformers
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import DECODED, Case, Task, interleaved
-from truedepth.speed.transformers import TransformersRunner
+from truedepth.speed.transformers import TimedTransformersModel
 
 CASES = [Case(task, length=12, batch=2) for task in Task]
 PLAN = td.Plan(6, [[1, 2], [3, 4]])
@@ -81,8 +81,8 @@ def test_two_ranks(make_model, tmp_path):
 
 def test_a_decoded_token_is_a_share_of_a_run(make_model, monkeypatch):
     monkeypatch.setattr(transformers, "stopwatch", lambda steps, device: (steps(), 8.0)[1])
-    runner = transformers.TransformersRunner(td.load(make_model()).model)
-    times = {task: runner.seconds(Case(task, 4)) for task in Task}
+    timed = transformers.TimedTransformersModel(td.load(make_model()).model)
+    times = {task: timed.seconds(Case(task, 4)) for task in Task}
     assert times == {Task.prefill: 8.0, Task.generate: 8.0, Task.decode: 8.0 / DECODED}
 
 
@@ -93,13 +93,13 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(make_model, tmp_path):
     fed = []
     for compiled in (False, True):
         tokens = []
-        runner = TransformersRunner(model, compiled)
-        step = runner._step
-        runner._step = lambda token, step=step, tokens=tokens, **options: (
+        timed = TimedTransformersModel(model, compiled)
+        step = timed._step
+        timed._step = lambda token, step=step, tokens=tokens, **options: (
             tokens.append(token.clone()) or step(token, **options)
         )
         for case in [CASES[1], CASES[2], CASES[2], CASES[1]]:
-            runner.seconds(case)
+            timed.seconds(case)
         fed.append(torch.cat(tokens, 1))
     assert torch.equal(*fed)
 

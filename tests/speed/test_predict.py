@@ -84,9 +84,7 @@ def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
     found = td.predict(make_model(), PLAN, device="cpu")
     assert not found.pays
     print_prediction(found)
-    assert "95% of a token is reading the weights of layers" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "95% of the time is reading layer weights" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_share_has_one_rank_s_parameters(make_model):
@@ -123,7 +121,7 @@ def test_layers_are_timed(make_model, ranks):
 def test_times_of_layers_are_differences_of_stacks(monkeypatch):
     """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5."""
 
-    class Runner:
+    class TimedStack:
         def __init__(self, widths):
             self.widths = widths
 
@@ -140,7 +138,9 @@ def test_times_of_layers_are_differences_of_stacks(monkeypatch):
             super().__init__(8, 8)
             self.widths = widths
 
-    monkeypatch.setattr(layer_timing, "TransformersRunner", lambda model: Runner(model.widths))
+    monkeypatch.setattr(
+        layer_timing, "TimedTransformersModel", lambda model: TimedStack(model.widths)
+    )
     stacks = [(1, 6), (1, 3), (2, 3), (3, 2)]
     models = {(width, layers): Stack([width] * layers) for width, layers in stacks}
     found = layer_timing._measure(models, *stacks[:2], Case(Task.decode, 4), "cpu", 8, 4096)
@@ -161,12 +161,12 @@ def test_links():
 
 @pytest.mark.parametrize("text", ["usb", "30", "-1,5", "5,0", "a,b"])
 def test_links_that_are_none(text):
-    with pytest.raises(td.TruedepthError, match=r"A link is one of nvlink, .* as 30,12.5"):
+    with pytest.raises(td.TruedepthError, match=r"A link is one of nvlink, .* such as 30,12.5"):
         parse_link(text)
 
 
 def test_errors(make_model):
-    with pytest.raises(td.TruedepthError, match="not converted yet: say what to pair"):
+    with pytest.raises(td.TruedepthError, match="not converted yet, so it has no plan"):
         td.predict(make_model())
     with pytest.raises(td.TruedepthError, match=r"plan is for 7 layers; .* has 6"):
         td.predict(make_model(), td.Plan(7))

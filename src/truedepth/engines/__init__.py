@@ -1,4 +1,4 @@
-"""Files and plugins of other engines.
+"""Files and plugins for other engines.
 
 GGUF files for llama.cpp, the plugin for vLLM, and which engine runs which model.
 

@@ -1,25 +1,25 @@
-"""Serving engines that run truedepth checkpoints."""
+"""Which serving engines run which truedepth checkpoints."""
 
 from __future__ import annotations
 
 VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "cohere")
-"""Whose classes of vLLM's the plugin gives layers of other widths."""
+"""Families for which the plugin gives vLLM's model classes layers of different widths."""
 
 LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
-"""Whose layers llama.cpp's architecture `deci` computes."""
+"""Families whose layers llama.cpp's architecture `deci` computes."""
 
 
 def refused_by(family: str, side_by_side: bool) -> dict[str, str]:
-    """By engine, why it does not run a model; an engine that does has an empty reason.
+    """Say for every engine why it does not run a model; the reason is empty if it does.
 
     Args:
         family: `model_type` of the original.
-        side_by_side: Whether some of its groups are not wide layers.
+        side_by_side: Whether some groups of the model are not wide layers.
     """
     reasons = {"transformers": ""}
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):
-        reason = "" if family in families else "not this family"
+        reason = "" if family in families else "not for this family"
         if side_by_side and not reason:
-            reason = "no layers side by side, only wide layers"
+            reason = "not with layers side by side"
         reasons[engine] = reason
     return reasons

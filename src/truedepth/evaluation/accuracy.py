@@ -1,4 +1,4 @@
-"""Accuracy on benchmarks through lm-evaluation-harness, of a model and of its original."""
+"""Accuracy of a model and its original on benchmarks, through lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -23,71 +23,71 @@ from truedepth.version import __version__
 CPU_BATCH_SIZE = 8
 
 FEWSHOT_SEED = 1234
-"""The harness's own, so that figures compare."""
+"""The harness's default, so that scores are comparable with published ones."""
 
 Scores = dict[tuple[str, int], float]
-"""Of single items, by subtask and number."""
+"""Scores of single items, by subtask and item number."""
 
 Results = dict[tuple[str, str], Scores]
-"""By task and metric."""
+"""Item scores by task and metric."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A model's score on one task by one metric, and with an original the difference to it."""
+    """A model's score on one task by one metric, and its difference from the original's score."""
 
     task: str
     metric: str
     items: int
     value: float
-    """Mean over items."""
+    """Mean over the items."""
 
     stderr: float | None
-    """Of the mean; None for a single item."""
+    """Standard error of the mean; None for a single item."""
 
     against: float | None = None
-    """The original's score on the same items."""
+    """The original's score on the same items; None without an original."""
 
     difference: float | None = None
     """`value - against`."""
 
     difference_stderr: float | None = None
-    """Paired over items: both models answer the same ones."""
+    """Standard error of the difference, paired over items: both models answer the same ones."""
 
     @property
     def kept(self) -> float | None:
-        """Share of the original's score that is kept."""
+        """Share of the original's score that the model keeps: `value / against`."""
         return self.value / self.against if self.against else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The score as JSON-compatible data."""
         return asdict(self) | {"kept": self.kept}
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Scores on benchmarks, and what they were measured with."""
+    """Scores on benchmarks, and the settings they were measured with."""
 
     model: str
     """The model's name and where it was found."""
 
     against: str | None
-    """The original's."""
+    """The original's name and where it was found."""
 
     scores: list[TaskScore]
     num_fewshot: int | None
-    """Examples a question; None for each task's own number."""
+    """Examples per question; None for each task's own number."""
 
     limit: int | None
-    """Items a task, or a subtask, at most."""
+    """Most items per task or subtask; None for all."""
 
     seed: int
     dtype: str
     versions: dict[str, str]
-    """Of the packages that the figures depend on."""
+    """Versions of the packages that the scores depend on."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """All scores and settings as JSON-compatible data."""
         return asdict(self) | {"scores": [score.to_dict() for score in self.scores]}
 
 
@@ -110,20 +110,21 @@ def task_scores(
     Both are opened before anything is scored; only one at a time is in memory.
 
     Args:
-        model: What to score; anything that `load` takes, or what it gave.
-        tasks: Names of local tasks where `task_dir` is given, else of the harness's own, whose data
-            come from the hub.
-        against: The original.
+        model: The model to score: anything that `load` takes, or a `Loaded`.
+        tasks: With `task_dir`, names of local tasks; else names of the harness's own tasks, whose
+            data come from the hub.
+        against: The original; default: the model is scored alone.
         task_dir: Directory of JSONL files.
         num_fewshot: Examples before every question; default: each task's own number.
         limit: Most items per task, or per subtask if a task has several; default: all.
-        batch_size: A number, or `auto`: the largest that fits on a GPU, 8 on a CPU.
-        device: For models that are not loaded yet.
-        dtype: Likewise.
-        seed: Of the choice of examples.
+        batch_size: A number, or `auto`: 8 on a CPU, the largest that fits on a GPU.
+        device: Device of the models, unless they are loaded already.
+        dtype: Dtype of the models, unless they are loaded already.
+        seed: Random seed for choosing examples.
 
     Raises:
-        TruedepthError: A task is unknown or its file malformed, or lm-eval is not installed.
+        TruedepthError: A task is unknown, its file is malformed, lm-eval is not installed, or it
+            fails.
     """
     try:
         import lm_eval
@@ -140,8 +141,8 @@ def task_scores(
     else:
         if unknown := sorted(set(tasks) - set(manager.all_tasks)):
             raise TruedepthError(
-                f"{unknown[0]!r} is not a task of lm-evaluation-harness; give --task-dir for tasks"
-                " of your own files."
+                f"{unknown[0]!r} is not a task of lm-evaluation-harness; for tasks in your own"
+                " files give --task-dir."
             )
         configs = {name: [name] for name in tasks}
     run = _Run(configs, manager, num_fewshot, limit, batch_size, seed)
@@ -152,7 +153,7 @@ def task_scores(
         loaded = load(each, device=device, dtype=dtype)
         dtypes.append(dtype_name(loaded.model.dtype))
         results.append(run.scores(loaded))
-        del loaded  # before the next one is loaded
+        del loaded  # frees its memory before the next one is loaded
     theirs: Results = results[1] if len(results) > 1 else {}
     return Accuracy(
         model=names[0],
@@ -176,10 +177,10 @@ def task_scores(
 
 @dataclass(frozen=True)
 class _Run:
-    """One way of asking the harness, for each of the models."""
+    """Settings for running the harness, the same for each model."""
 
     configs: Mapping[str, Sequence[Any]]
-    """By task its harness config or name, or those of its subtasks."""
+    """For each task the harness config or name, or those of its subtasks."""
 
     manager: Any
     num_fewshot: int | None
@@ -188,7 +189,7 @@ class _Run:
     seed: int
 
     def scores(self, loaded: Loaded) -> Results:
-        """The scores of all items, by task and metric."""
+        """Score all items of a model, by task and metric."""
         results = self._ask(loaded)
         subtasks = results.get("group_subtasks", {})
         found: Results = {}
@@ -205,7 +206,8 @@ class _Run:
                     }
         if not found:
             raise TruedepthError(
-                f"{', '.join(self.configs)} gave no scores of single items; name tasks, not tags."
+                f"{', '.join(self.configs)} gave no scores of single items; give names of tasks,"
+                " not of tags."
             )
         return found
 
@@ -215,7 +217,7 @@ class _Run:
 
         batch_size = self.batch_size
         if batch_size == "auto" and loaded.model.device.type == "cpu":
-            batch_size = CPU_BATCH_SIZE  # the harness would try 64 of the longest request
+            batch_size = CPU_BATCH_SIZE  # the harness would first try 64 of the longest length
         tasks = [config for configs in self.configs.values() for config in configs]
         try:
             with quiet():
@@ -245,7 +247,7 @@ class _Run:
 
 
 def _item_scores(results: Mapping[str, Any], task: str) -> dict[str, dict[int, float]]:
-    """By metric the scores of a task's items, where the harness's figure is their plain mean."""
+    """A task's item scores by metric, for metrics that the harness reports as their plain mean."""
     by_metric: dict[tuple[str, str], dict[int, float]] = {}
     for item in results["samples"].get(task, ()):
         for metric in item["metrics"]:
@@ -263,7 +265,7 @@ def _item_scores(results: Mapping[str, Any], task: str) -> dict[str, dict[int, f
 
 
 def _leaves(names: Sequence[str], subtasks: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Tasks without subtasks, in the place of groups such as the harness's own mmlu."""
+    """Replace groups of tasks, such as the harness's own mmlu, by the tasks that they contain."""
     for name in names:
         if subtasks.get(name):
             yield from _leaves(subtasks[name], subtasks)

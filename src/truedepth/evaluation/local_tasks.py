@@ -1,7 +1,7 @@
 """The paper's benchmarks from plain JSONL files, as tasks of lm-evaluation-harness.
 
-`tasks.yaml` says what each task is; this reads its items and checks them, so that a malformed file
-is named with its line and key instead of failing within the harness.
+`tasks.yaml` describes each task. This module reads and checks its items, so that an error names the
+malformed file, line and key instead of coming from within the harness.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Item = dict[str, Any]
 
 
 def known_tasks() -> dict[str, dict[str, Any]]:
-    """Every local task's description, by name."""
+    """Read the descriptions of all local tasks, by name."""
     text = files("truedepth.evaluation").joinpath("tasks.yaml").read_text(encoding="utf-8")
     tasks: dict[str, dict[str, Any]] = yaml.safe_load(text)["tasks"]
     return tasks
@@ -29,19 +29,19 @@ def known_tasks() -> dict[str, dict[str, Any]]:
 def local_tasks(
     directory: str | Path, names: Sequence[str], num_fewshot: int | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tasks of a directory as configs of lm-evaluation-harness.
+    """Read tasks from a directory, as configs of lm-evaluation-harness.
 
     Args:
-        directory: Where the JSONL files are.
-        names: Which tasks.
-        num_fewshot: Examples a question, which there must be; by default the task's own number.
+        directory: Directory of the JSONL files.
+        names: Names of the tasks.
+        num_fewshot: Examples per question; default: each task's own number.
 
     Returns:
-        By name the task's config, or several where it is made of subtasks.
+        For each name the configs of the task: one, or one for each subtask.
 
     Raises:
-        TruedepthError: A name is unknown, a file missing or malformed (with line and key), or there
-            are too few examples.
+        TruedepthError: A name is unknown, a file is missing or malformed (the error names line and
+            key), or there are fewer examples than `num_fewshot`.
     """
     directory, known = Path(directory).expanduser(), known_tasks()
     if not directory.is_dir():
@@ -49,7 +49,7 @@ def local_tasks(
     found = {}
     for name in names:
         if name not in known:
-            raise TruedepthError(f"{name!r} is not a local task; there are {', '.join(known)}.")
+            raise TruedepthError(f"{name!r} is not a local task; choose from {', '.join(known)}.")
         task = known[name]
         splits = {
             split: _read(directory / file, task["keys"], task.get("options"))
@@ -82,18 +82,18 @@ def _configs(
 
 
 def _check_examples(config: dict[str, Any], splits: dict[str, list[Item]]) -> None:
-    """A question is never among its own examples."""
+    """Check that there are enough examples; a question is never among its own."""
     split, shots = config["fewshot_split"], config.get("num_fewshot", 0)
     there = len(splits[split]) - (split == config["test_split"])
     if there < shots:
         raise TruedepthError(
-            f"{config['task']} has {there} examples for a question, fewer than the {shots} asked"
-            " for; give a smaller --num-fewshot."
+            f"{config['task']} has {there} examples per question, fewer than the {shots} needed;"
+            " lower --num-fewshot."
         )
 
 
 def _dataset(splits: dict[str, list[Item]]) -> Callable[..., Any]:
-    """What the harness calls for the data of a task."""
+    """Make the function that the harness calls to get a task's data."""
 
     def make(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
@@ -109,14 +109,14 @@ def _read(path: Path, keys: Sequence[str], exactly: int | None) -> list[Item]:
     except OSError as error:
         raise TruedepthError(f"Cannot read the task file {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise TruedepthError(f"{path} is not UTF-8 text.") from error
+        raise TruedepthError(f"{path} is not UTF-8 text; convert it to UTF-8.") from error
     items = [
         _item(line, path, number, keys, exactly)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not items:
-        raise TruedepthError(f"{path} is empty.")
+        raise TruedepthError(f"{path} contains no items; write one JSON object per line.")
     return items
 
 
@@ -132,11 +132,11 @@ def _item(line: str, path: Path, number: int, keys: Sequence[str], exactly: int 
             raise TruedepthError(f"{path}, line {number}: lacks the key {key!r}.")
     for key in set(keys) - {"choices", "contexts", "gold"}:
         if not isinstance(item[key], str) or not item[key].strip():
-            raise TruedepthError(f"{path}, line {number}: {key!r} must be a text.")
+            raise TruedepthError(f"{path}, line {number}: {key!r} must be a non-empty string.")
     options = item.get("choices", item.get("contexts"))
     if "gold" in keys:
         if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
-            raise TruedepthError(f"{path}, line {number}: the choices must be a list of texts.")
+            raise TruedepthError(f"{path}, line {number}: the choices must be a list of strings.")
         if len(options) < 2 or exactly not in (None, len(options)):
             raise TruedepthError(
                 f"{path}, line {number}: {len(options)} choices, where"
@@ -144,7 +144,7 @@ def _item(line: str, path: Path, number: int, keys: Sequence[str], exactly: int 
             )
         if type(item["gold"]) is not int or not 0 <= item["gold"] < len(options):
             raise TruedepthError(
-                f"{path}, line {number}: gold must be a number from 0 to {len(options) - 1},"
+                f"{path}, line {number}: 'gold' must be an integer from 0 to {len(options) - 1},"
                 f" not {item['gold']!r}."
             )
     return {key: item[key] for key in keys}

@@ -1,4 +1,4 @@
-"""What a model loses: perplexity, and the distance from its original on the same tokens."""
+"""Perplexity of a model, and its distance from its original on the same tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of one model on one text, or of a model against its original on the same tokens."""
+    """What `perplexity` measured: one model on a text, or a model and its original on one text."""
 
     model: str
     """The model's name and where it was found."""
@@ -30,31 +30,31 @@ class Perplexity:
     text: str
     windows: int
     window: int
-    """Tokens in a window; all but the first are predicted."""
+    """Tokens per window; all but the first are predicted."""
 
     tokens: int
-    """Tokens predicted."""
+    """Number of tokens predicted."""
 
     nll: float
-    """Mean negative log-likelihood, nats a token."""
+    """Mean negative log-likelihood, in nats per token."""
 
     against: str | None = None
     """The original's name and where it was found."""
 
     against_nll: float | None = None
-    """NLL of the original."""
+    """NLL of the original, in nats per token."""
 
     excess: float | None = None
-    """Excess loss `nll - against_nll`, nats a token."""
+    """Excess loss `nll - against_nll`, in nats per token."""
 
     excess_stderr: float | None = None
-    """Standard error of the excess over windows; None for a single window."""
+    """Standard error of the excess loss, over windows; None for a single window."""
 
     kl: float | None = None
-    """Mean KL(original ‖ model), nats a token."""
+    """Mean KL(original ‖ model), in nats per token."""
 
     top1_agreement: float | None = None
-    """Share of tokens at which both models' most likely next token is the same."""
+    """Share of positions at which both models have the same most likely next token."""
 
     @property
     def perplexity(self) -> float:
@@ -63,11 +63,11 @@ class Perplexity:
 
     @property
     def against_perplexity(self) -> float | None:
-        """That of the original."""
+        """exp(against_nll); None without an original."""
         return None if self.against_nll is None else perplexity_of(self.against_nll)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, perplexities included."""
+        """All fields and both perplexities as JSON-compatible data."""
         return asdict(self) | {
             "perplexity": self.perplexity,
             "against_perplexity": self.against_perplexity,
@@ -89,26 +89,27 @@ def perplexity(
     """Measure a model's perplexity, and with `against` its distance from the original.
 
     Args:
-        model: What to measure; anything that `load` takes, or what it gave.
-        against: The original, run on the same tokens.
+        model: The model to measure: anything that `load` takes, or a `Loaded`.
+        against: The original, run on the same tokens; default: the model is measured alone.
         text: A `.txt` or `.jsonl` file; default: the documentation that comes with Python.
         window: Tokens per window.
-        windows: Use at most the first so many windows of the text; None for all.
-        batch_size: Windows a forward pass.
-        device: For models that are not loaded yet.
-        dtype: Likewise.
+        windows: Use at most this many windows, from the beginning of the text; None for all.
+        batch_size: Windows per forward pass.
+        device: Device of the models, unless they are loaded already.
+        dtype: Dtype of the models, unless they are loaded already.
 
     Raises:
-        TruedepthError: The text is too short, the tokenizers differ, or a model gives no numbers.
+        TruedepthError: The text is shorter than one window, the window is longer than the model's
+            context, the tokenizers or vocabularies differ, or a model's logits are not finite.
     """
     content = default_text() if text is None else read_text(text)
-    # Texts and tokenizers first: what is wrong with them should not take the loading of a model.
+    # Texts and tokenizers come first: a fault in them is reported before any model is loaded.
     models = [opened(each) for each in (model, against) if each is not None]
     sources = [source_of(each) for each in models]
     ids, *others = [token_windows(each.tokenizer, content, window, windows) for each in sources]
     if any(not torch.equal(ids, other) for other in others):
         raise TruedepthError(
-            f"{' and '.join(each.label for each in sources)} cut the text into different tokens;"
+            f"{' and '.join(each.label for each in sources)} split the text into different tokens;"
             " only models with the same tokenizer can be compared."
         )
     for each in sources:
@@ -140,7 +141,7 @@ def _check_vocabularies(loaded: Sequence[Loaded]) -> None:
 
 @torch.inference_mode()
 def _measure(ours: Loaded, theirs: Loaded | None, ids: Tensor) -> Tensor:
-    """`[batch, 4]` float64 means over a window: NLL, original's NLL, KL, top-1 agreement."""
+    """`[batch, 4]` float64 means over each window: NLL, original's NLL, KL, top-1 agreement."""
     logits = _logits(ours, ids)
     other = _logits(theirs, ids) if theirs else None
     rows = []
@@ -151,7 +152,7 @@ def _measure(ours: Loaded, theirs: Loaded | None, ids: Tensor) -> Tensor:
 
 
 def _logits(loaded: Loaded, ids: Tensor) -> Tensor:
-    """`[batch, window - 1, vocabulary]`: the predictions of every token but the first."""
+    """Logits `[batch, window - 1, vocabulary]` that predict every token but the first."""
     logits: Tensor = loaded.model(ids.to(loaded.model.device), use_cache=False).logits
     return logits[:, :-1]
 
@@ -160,7 +161,7 @@ def _summary(rows: Tensor, window: int, names: Sequence[str], text: str) -> Perp
     nll, against_nll, kl, top1 = rows.mean(0).tolist()
     if not math.isfinite(nll) or not math.isfinite(against_nll):
         raise TruedepthError(
-            "A model gives logits that are not finite numbers; try --dtype float32.", exit_code=1
+            "A model's logits are not finite numbers; try --dtype float32.", exit_code=1
         )
     count = len(rows)
     plain = Perplexity(

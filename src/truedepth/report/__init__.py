@@ -1,4 +1,4 @@
-"""What the commands print, draw and write for people.
+"""What the commands print, draw and write for people to read.
 
 Pages and tables for the terminal, plots, the study's HTML page.
 

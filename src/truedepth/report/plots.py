@@ -1,4 +1,4 @@
-"""Pictures: the frontier of a search, and speed-ups."""
+"""Plots: the frontier of a search, and speed-ups."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Before the work, not after it.
+    """Check that a plot can be drawn, so that a run fails before its work rather than after.
 
     Raises:
-        TruedepthError: There is no such format, or no matplotlib.
+        TruedepthError: The file's suffix is not one of `FORMATS`, or matplotlib is missing.
     """
     if path.suffix not in FORMATS:
-        raise TruedepthError(f"{path} is not a picture; end it in {', '.join(FORMATS)}.")
+        raise TruedepthError(f"The plot {path} must end in one of {', '.join(FORMATS)}.")
     try:
         import matplotlib as mpl  # noqa: F401
     except ImportError:
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot_frontier(found: Search, path: Path) -> None:
-    """Measured losses with their standard errors, sums of the groups' losses where none was."""
+    """Draw measured losses with standard errors, and for all plans the sum of groups' losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -44,17 +44,17 @@ def plot_frontier(found: Search, path: Path) -> None:
         [loss.stderr or 0.0 for _, loss in known],
         fmt="o",
         capsize=3,
-        label="measured" + (", refitted" if found.calibrated else ", as they are"),
+        label="measured" + (", refitted" if found.calibrated else ", not refitted"),
     )
     axes.plot(
         found.plan.effective_depth, found.check.excess, "x", color="tab:red", label="held-out text"
     )
     if found.max_loss is not None:
-        axes.axhline(found.max_loss, color="tab:green", linewidth=1, label="most loss allowed")
+        axes.axhline(found.max_loss, color="tab:green", linewidth=1, label="limit")
     axes.set(
         title=f"{found.plan.model}: {found.plan.num_layers} layers",
         xlabel="effective depth",
-        ylabel="excess loss, nats a token",
+        ylabel="excess loss, nats per token",
     )
     axes.set_yscale("symlog", linthresh=TICKS[2])
     lowest, highest = axes.get_ylim()
@@ -68,8 +68,9 @@ def plot_frontier(found: Search, path: Path) -> None:
 
 
 def plot_benchmark(found: Benchmark, path: Path) -> None:
-    """Speed-ups over length, a line for each task and batch; bars from the least to the most of
-    neighbouring runs.
+    """Draw speed-up against length, one line for each task and batch size.
+
+    Error bars reach from the smallest to the largest speed-up of neighbouring runs.
     """
     from matplotlib.figure import Figure
 

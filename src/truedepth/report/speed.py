@@ -14,7 +14,7 @@ from truedepth.tensors import dtype_name
 
 
 def print_benchmark(found: Benchmark) -> None:
-    """Times, ratios, and what the ranks sent."""
+    """Print times, speed-ups and the collectives of one rank."""
     setup = found.setup
     ranks = f", {setup.ranks} tensor-parallel ranks" if setup.ranks > 1 else ""
     dtype = f", {dtype_name(setup.dtype)}" if setup.dtype else ""
@@ -31,7 +31,7 @@ def print_benchmark(found: Benchmark) -> None:
             ("runs", f"{runs} of each" + (", in turn" if setup.against else "")),
         ]
     )
-    print("\nMedian (range) in ms; of decode, a token's:\n")
+    print("\nMedian (range) in ms; for decode, per token:\n")
     both = setup.against is not None
     print_rows(
         [
@@ -51,7 +51,7 @@ def print_benchmark(found: Benchmark) -> None:
     sent = [row for row in found.rows if row.model.collectives]
     if not sent:
         return
-    print("\nCollectives of one rank; of decode, a token's:\n")
+    print("\nCollectives of one rank; for decode, per token:\n")
     print_rows(
         [
             (*_case(row.case), name, *_collectives(timing.collectives))
@@ -59,16 +59,16 @@ def print_benchmark(found: Benchmark) -> None:
             for name, timing in (("against", row.base), ("model", row.model))
             if timing and timing.collectives
         ],
-        header=("task", "tokens", "batch", "", "calls", "given to them", "share of time"),
-        words=[3],
+        header=("task", "tokens", "batch", "", "calls", "data", "share of time"),
+        words=(0, 3),
     )
 
 
 def print_prediction(found: Prediction) -> None:
-    """Where a token's time goes before and after, and whether pairing pays."""
+    """Print what the time per token consists of, before and after, and whether pairing pays."""
     before, after, plan = found.before, found.after, found.plan
     one = found.ranks == 1
-    link = "measured here" if found.link is None else f"{found.link.name} ({found.link.source})"
+    link = "measured" if found.link is None else f"over {found.link.name} ({found.link.source})"
     print_rows(
         [
             ("model", found.model),
@@ -77,19 +77,19 @@ def print_prediction(found: Prediction) -> None:
             (
                 "measured on",
                 f"{found.device}, {found.dtype}, batch {found.batch}, {found.length} tokens in the"
-                f" KV cache; matrices are read at {found.measured.bandwidth / 1e9:.1f} GB/s",
+                f" KV cache; a large matrix is read at {found.measured.bandwidth / 1e9:.1f} GB/s",
             ),
-            *([] if one else [("ranks", f"{found.ranks}, {link}")]),
-            *([("heads", "padded with zeros until they divide")] if found.padded else []),
+            *([] if one else [("ranks", f"{found.ranks}; all-reduces {link}")]),
+            *([("heads", "padded with zeros to a multiple of the ranks")] if found.padded else []),
         ]
     )
-    print("\nA token, ms:\n")
+    print("\nTime per token in ms:\n")
     parts = [
-        ("reading the weights of layers", before.weights, after.weights),
-        ("else in layers", before.layers, after.layers),
+        ("reading layer weights", before.weights, after.weights),
+        ("rest of the layers", before.layers, after.layers),
         ("all-reduces", before.all_reduces, after.all_reduces),
         ("embedding and head", before.rest, after.rest),
-        ("together", before.total, after.total),
+        ("total", before.total, after.total),
     ]
     print_rows(
         [
@@ -103,9 +103,9 @@ def print_prediction(found: Prediction) -> None:
     if not found.pays:
         most = max(parts[:-1], key=lambda part: part[1])
         print(
-            f"Pairing will not pay here: {most[1] / before.total:.0%} of a token is"
-            f" {most[0]}, which it does not change."
-            if most[0] in ("reading the weights of layers", "embedding and head")
+            f"Pairing will not pay here: {most[1] / before.total:.0%} of the time is {most[0]},"
+            " which it does not change."
+            if most[0] in ("reading layer weights", "embedding and head")
             else "Pairing will not pay here."
         )
 
@@ -115,7 +115,7 @@ def _case(case: Case) -> tuple[str, str, str]:
 
 
 def _ms(timing: Timing) -> str:
-    """With its range, three digits of each."""
+    """The median and range of a timing in ms, with three digits each."""
     median, low, high = (
         f"{1000 * each:.{max(0, 2 - floor(log10(1000 * each)))}f}"
         for each in (timing.median, min(timing.seconds), max(timing.seconds))

@@ -1,4 +1,4 @@
-"""A study as files: study.json, report.html that opens offline, and the same figures as PNG."""
+"""Writes a study as study.json, as report.html that opens offline, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-MOST_EXCESS = 3.0  # nats a token, at which the common colour scale ends
+MOST_EXCESS = 3.0  # nats per token; end of the common colour scale
 
 
 def write_study(study: Study, directory: Path, command: str) -> list[Path]:
-    """Write the report of a study into its directory.
+    """Write the report of a study into a directory.
 
-    PNG figures need matplotlib, which the extra `report` brings; without it they are left out.
+    PNG figures need matplotlib (the extra `report`); without it they are left out.
 
     Args:
-        study: What to report.
-        directory: Where to; existing files of the same names are replaced.
-        command: What made it, for the reader.
+        study: The study.
+        directory: Output directory; existing files of the same names are replaced.
+        command: The command that made the study, shown on the page.
 
     Returns:
-        The files written.
+        Paths of the files written.
     """
     data = study.to_dict() | {"command": command}
     texts = {
@@ -53,16 +53,18 @@ def write_study(study: Study, directory: Path, command: str) -> list[Path]:
 
 
 def report_html(data: dict[str, Any]) -> str:
-    """The page of a study's data: one file without any request to elsewhere."""
+    """Make the HTML page of a study's data: one file that requests nothing from elsewhere."""
     template = files("truedepth.report").joinpath("study.html").read_text(encoding="utf-8")
     descriptions = {name: each.description for name, each in TRANSFORMATIONS.items()}
     data = data | {"descriptions": descriptions | MEASURES}
-    text = json.dumps(_plain(data)).replace("<", "\\u003c")  # no text may end the script element
+    text = json.dumps(_plain(data)).replace(
+        "<", "\\u003c"
+    )  # so that no text can end the script element
     return template.replace("{{DATA}}", text)
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN: what is not a number was not measured."""
+    """Replace numbers that are not finite, which JSON lacks, by None: they were not measured."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -94,7 +96,7 @@ def _spans_figure(study: Study) -> Figure:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
         image = _heat_map(axis, name, study.transformed[name], study.nll, (0, most))
-    figure.colorbar(image, ax=axes, label="excess loss, nats a token (original: 0)", shrink=0.6)
+    figure.colorbar(image, ax=axes, label="excess loss, nats per token (original: 0)", shrink=0.6)
     return figure
 
 
@@ -118,7 +120,7 @@ def _sweep_figure(study: Study) -> Figure:
 
 
 def _drawn(nll: float, study: Study) -> float:
-    """The perplexity, where the plot does not end before it."""
+    """The perplexity to draw: at most that at which the plot's axis ends."""
     return perplexity_of(min(nll, study.nll + MOST_EXCESS))
 
 

@@ -1,4 +1,4 @@
-"""Where a model runs, and in which dtype."""
+"""The device that a model runs on, and its dtype."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from truedepth.tensors import common_dtype
 
 
 def default_device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
+    """`cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fast_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """On a CPU bfloat16 where that is several times faster than float32, else float32; on a GPU the
-    checkpoint's.
+    """The dtype in which a model computes fast.
+
+    On a CPU: bfloat16 if the processor has instructions for it, which are several times faster
+    than float32, else float32. On a GPU: the dtype of the checkpoint's matrices.
     """
     if device.type == "cpu":
         can = torch.cpu.get_capabilities()
@@ -26,15 +28,15 @@ def fast_dtype(source: Source, device: torch.device) -> torch.dtype:
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
-    """The device of that name, by default the first GPU or else the CPU.
+    """Resolve a device's name; default: the first GPU, else the CPU.
 
     Raises:
-        TruedepthError: There is no such device.
+        TruedepthError: This machine has no such device.
     """
     name = name or default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise TruedepthError(f"There is no device {str(name)!r} on this machine.") from error
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise TruedepthError(f"This machine has no device {str(name)!r}.") from error
     return device

@@ -1,4 +1,4 @@
-"""A config.json -> the model that transformers builds from it, without its weights."""
+"""Builds the transformers model that a config.json describes, without its weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from truedepth.tensors import LazyTensor
 
 
 def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
-    """A config.json as transformers' own class.
+    """Turn the data of a config.json into an instance of transformers' config class.
+
+    Args:
+        config: The contents of config.json.
+        where: The model's path, for error messages.
 
     Raises:
-        TruedepthError: transformers does not know it or refuses a value.
+        TruedepthError: transformers does not know the model type or refuses a value.
     """
     try:
         return AutoConfig.for_model(**config)
-    except Exception as error:  # config classes raise errors of every kind
+    except Exception as error:  # config classes raise exceptions of any type
         reason = first_line(error)
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
 
@@ -36,10 +40,15 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
 def empty_model(
     config: Mapping[str, Any], where: Path, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model that a config.json describes, without memory for its weights.
+    """Build the model that a config.json describes, with its parameters on the meta device.
+
+    Args:
+        config: The contents of config.json.
+        where: The model's path, for error messages.
+        dtype: Dtype of the parameters; default: the config's.
 
     Raises:
-        TruedepthError: transformers cannot build it.
+        TruedepthError: transformers cannot build the model.
     """
     try:
         with init_empty_weights(include_buffers=False):
@@ -56,14 +65,14 @@ def empty_model(
 def filled_model(
     source: Source, parameter: Callable[[str, LazyTensor], nn.Parameter]
 ) -> PreTrainedModel:
-    """A model whose parameters are the caller's.
+    """Build a model and fill it with parameters that the caller makes.
 
     Args:
-        source: The model.
-        parameter: From a parameter's name and its tensor in the source.
+        source: The model's config and tensors.
+        parameter: Makes a parameter from its name and its tensor in the source.
 
     Raises:
-        TruedepthError: transformers cannot build it, or it lacks weights.
+        TruedepthError: transformers cannot build the model, or the source lacks a weight.
     """
     model = empty_model(source.config, source.path)
     missing = {name for name, _ in model.named_parameters()} - source.tensors.keys()
@@ -72,6 +81,6 @@ def filled_model(
     for name in [name for name, _ in model.named_parameters() if name not in missing]:
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, parameter(name, source.tensors[name]))
-    if missing:  # transformers, too, keeps apart what a file holds twice
+    if missing:  # as in transformers, weights that a file stores twice stay untied
         model.tie_weights()
     return model

@@ -1,4 +1,4 @@
-"""What a model writes: an answer to a prompt, or text of its own."""
+"""Text that a model generates: an answer to a prompt, or samples without a prompt."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from truedepth.progress import progress_bar
 from truedepth.runtime.loading import Loaded
 from truedepth.text import beginning
 
-OWN_TEXT_BATCH = 64  # windows written at a time
+OWN_TEXT_BATCH = 64  # windows generated in one batch
 DRAFT_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written."""
+    """The generated text, and what it took to generate it."""
 
     text: str
-    """Without the prompt."""
+    """The text without the prompt."""
 
     ids: tuple[int, ...]
-    """Its tokens, special ones included."""
+    """Its token ids, including special tokens."""
 
     seconds: float
+    """Wall-clock time of the generation, including the prompt."""
 
     passes: int
-    """Forward passes of the model whose text it is, that over the prompt included."""
+    """Forward passes of the model itself (not the draft), including the one over the prompt."""
 
     drafted: int = 0
-    """Tokens that a draft model proposed."""
+    """Tokens that the draft model proposed."""
 
     @property
     def tokens(self) -> int:
-        """How many were written."""
+        """Number of tokens generated."""
         return len(self.ids)
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that stand: every pass adds one token more than it accepts."""
+        """Drafted tokens that were accepted: every pass adds one token besides these."""
         return self.tokens - self.passes if self.drafted else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The answer as JSON-compatible data."""
         return {**asdict(self), "tokens": self.tokens, "accepted": self.accepted}
 
 
@@ -68,22 +69,23 @@ def answer(
     raw: bool = False,
     stream: bool = False,
 ) -> Answer:
-    """The model's answer to a prompt.
+    """Generate the model's answer to a prompt.
 
     Args:
         loaded: The model.
-        prompt: A user's message where the tokenizer has a chat template, else text to continue.
-        draft: A faster model that proposes tokens, which the model checks several at a time
-            (speculative decoding). Greedy text is the model's own all the same, up to rounding;
-            sampled text is drawn from its distribution.
+        prompt: A user's message if the tokenizer has a chat template, else text to continue.
+        draft: A faster model that proposes tokens, several of which the model checks in one pass
+            (speculative decoding). Greedy text is still the model's own, up to rounding; sampled
+            text is still drawn from the model's distribution.
         draft_tokens: Largest number of tokens that the draft proposes at a time.
         max_new_tokens: Largest length of the answer, in tokens.
         temperature: 0 always takes the most likely token; above 0, tokens are sampled.
         raw: Continue the prompt as it is, even if the tokenizer has a chat template.
-        stream: Print the answer as it comes.
+        stream: Print the answer while it is generated.
 
     Raises:
-        TruedepthError: The prompt is empty, or the draft knows other tokens or runs in llama.cpp.
+        TruedepthError: The prompt is empty, the draft has another vocabulary, or a draft is used
+            and one of the two models runs in llama.cpp.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     if not prompt.strip():
@@ -91,8 +93,8 @@ def answer(
     for each in (loaded, draft) if draft is not None else ():
         if each.model._is_stateful:
             raise TruedepthError(
-                f"{each.source.name} runs in llama.cpp and cannot be checked here; give the"
-                " checkpoint that it was exported from."
+                f"{each.source.name} runs in llama.cpp, which cannot draft or check tokens here;"
+                " give the checkpoint that it was exported from."
             )
     if raw or not tokenizer.chat_template:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -111,7 +113,8 @@ def answer(
     if draft is not None:
         if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise TruedepthError(
-                f"{draft.source.name} was not made from {loaded.source.name}: their tokens differ."
+                f"{draft.source.name} cannot draft for {loaded.source.name}: their vocabularies"
+                " differ. Give a draft with the same tokenizer."
             )
         draft.model.generation_config.update(
             num_assistant_tokens=draft_tokens,
@@ -139,7 +142,7 @@ def answer(
 
 @contextmanager
 def _counted(model: nn.Module) -> Iterator[list[int]]:
-    """Its forward passes meanwhile, in a list of one number."""
+    """Count a model's forward passes, in a list of one number."""
     count = [0]
 
     def add(*_: object) -> None:
@@ -154,20 +157,20 @@ def _counted(model: nn.Module) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor:
-    """Text that the model writes by itself, which is text like it was trained on.
+    """Sample text from the model without a prompt; it resembles the text it was trained on.
 
-    Every window begins with a token drawn from the whole vocabulary and goes on by sampling from
-    the model's own distribution; special tokens are left out. The same seed gives the same text on
-    the same machine.
+    Every window starts with a token drawn uniformly from the vocabulary and continues with samples
+    from the model's own distribution (temperature 1, no top-k or top-p). Special tokens are never
+    sampled. The same seed gives the same text on the same machine.
 
     Args:
         loaded: The model.
-        windows: How many.
-        window: Tokens a window.
-        seed: Of the sampling.
+        windows: Number of windows.
+        window: Tokens per window.
+        seed: Random seed of the sampling.
 
     Returns:
-        `[windows, window]` int64 token ids, with the BOS token before them where the tokenizer
+        `[windows, window]` int64 token ids; each window starts with the BOS token if the tokenizer
         begins texts with one.
     """
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp, by its C interface, as models that transformers' own code can drive."""
+"""Runs GGUF files in llama.cpp, through its C interface, as models that transformers can drive."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from truedepth.sources.gguf.layout import GENERATION_CONFIG
 from truedepth.sources.source import Source
 
 BATCH = 512
-"""Tokens that llama.cpp takes at a time."""
+"""Most tokens in one call of llama.cpp."""
 
 ERROR = 4
-"""Of llama.cpp's levels of messages."""
+"""llama.cpp's log level for errors."""
 
 
 def library() -> Any:
-    """The package `llama_cpp`, silenced.
+    """Import the package `llama_cpp` and silence its log.
 
     Raises:
-        TruedepthError: It is not installed, or does not load.
+        TruedepthError: The package is not installed, or its library does not load.
     """
     try:
         import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # the last where its library is broken
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: its library is broken
         raise TruedepthError(
-            "This needs llama.cpp: pip install 'truedepth[gguf]' (it is built on the way, which"
-            f" takes a C++ compiler and minutes). {error}."
+            "This needs llama.cpp: pip install 'truedepth[gguf]' (this compiles it, which needs a"
+            f" C++ compiler and takes minutes). {error}."
         ) from error
     llama_cpp.llama_log_set(_listen(llama_cpp), ctypes.c_void_p(0))
     return llama_cpp
@@ -49,8 +49,8 @@ _listener: Any = None
 
 
 def _listen(llama_cpp: Any) -> Any:
-    """Keeps what llama.cpp calls an error; else it would print all it does."""
-    global _listener  # C holds no reference to it
+    """Make a log callback that keeps errors only; llama.cpp would print every message."""
+    global _listener  # C code keeps no reference to it
     if _listener is None:
 
         def heard(level: int, text: bytes, _: object) -> None:
@@ -67,15 +67,15 @@ def _failed(what: str) -> TruedepthError:
 
 
 def quantize(whole: Path, out: Path, kind: str) -> None:
-    """A GGUF file -> one of another type, by llama.cpp's quantizer.
+    """Quantize a GGUF file with llama.cpp's quantizer.
 
     Args:
-        whole: Of float32, float16 or bfloat16.
-        out: Written.
-        kind: `q4_k_m` and its like.
+        whole: A GGUF file with float32, float16 or bfloat16 tensors.
+        out: The GGUF file to write.
+        kind: A type that llama.cpp names, such as `q4_k_m`.
 
     Raises:
-        TruedepthError: The quantizer is missing, or fails.
+        TruedepthError: llama.cpp is not installed, or the quantizer fails.
     """
     llama_cpp = library()
     _messages.clear()
@@ -87,19 +87,19 @@ def quantize(whole: Path, out: Path, kind: str) -> None:
 
 
 class Context:
-    """A GGUF file in llama.cpp, with a KV cache."""
+    """A GGUF file loaded in llama.cpp, with a KV cache."""
 
     def __init__(self, path: Path, *, device: str = "cpu", exact: bool = True) -> None:
-        """Load it.
+        """Load the file.
 
         Args:
-            path: The file.
-            device: `cpu`, or `cuda` for what of llama.cpp was built for GPUs.
-            exact: The KV cache in float32 and no flash attention, which would round keys and values
-                to float16; else both as llama.cpp has them by default.
+            path: The GGUF file.
+            device: `cpu`, or `cuda` to put all layers on GPUs if llama.cpp was built for them.
+            exact: Keep the KV cache in float32 and turn off flash attention, which would round
+                keys and values to float16. False: llama.cpp's defaults for both.
 
         Raises:
-            TruedepthError: llama.cpp is not there, or cannot load the file.
+            TruedepthError: llama.cpp is not installed, or cannot load the file.
         """
         self._lib, self._exact = library(), exact
         self._context: Any = None
@@ -117,15 +117,18 @@ class Context:
         weakref.finalize(self, self._lib.llama_batch_free, self._batch)
         self._capacity = 0
         self.held: list[int] = []
-        """Tokens in the KV cache."""
+        """Token ids in the KV cache."""
 
     def run(self, tokens: Sequence[int], kept: int) -> Tensor:
-        """`[kept, vocabulary]` float32 logits of the last tokens of a text.
+        """Compute the logits of the last `kept` tokens of a text.
 
-        What the KV cache holds of its beginning is not computed again.
+        The beginning that the text shares with the KV cache is not computed again.
+
+        Returns:
+            `[kept, vocabulary]` float32.
 
         Raises:
-            TruedepthError: llama.cpp fails, for lack of memory.
+            TruedepthError: llama.cpp fails, for example for lack of memory.
         """
         self.room(len(tokens))
         first = len(tokens) - kept
@@ -142,23 +145,27 @@ class Context:
         return torch.cat(found)
 
     def logits(self, outputs: int) -> Tensor:
-        """`[outputs, vocabulary]` float32, of so many tokens, all that `decode` made some for."""
+        """All logits of the last `decode`, `[outputs, vocabulary]` float32.
+
+        Args:
+            outputs: Number of tokens that `decode` computed logits for.
+        """
         held = self._lib.llama_get_logits(self._context)
         whole = ctypes.POINTER(ctypes.c_float * (outputs * self.vocabulary))
         found = torch.frombuffer(ctypes.cast(held, whole).contents, dtype=torch.float32)
         return found.view(outputs, self.vocabulary).clone()
 
     def forget(self, kept: int = 0) -> None:
-        """Keep only so many of the tokens that are held."""
+        """Drop all but the first `kept` tokens from the KV cache."""
         self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, kept, -1)
         del self.held[kept:]
 
     def decode(self, tokens: Sequence[int], quiet: int = 0) -> None:
-        """Put at most `BATCH` tokens behind those held.
+        """Run at most `BATCH` tokens and append them to the KV cache, which must have room.
 
         Args:
-            tokens: There must be room for them.
-            quiet: So many of the first give no logits.
+            tokens: The token ids.
+            quiet: Number of tokens at the start for which no logits are computed.
 
         Raises:
             TruedepthError: llama.cpp fails.
@@ -177,7 +184,7 @@ class Context:
         self.held += tokens
 
     def metadata(self, key: str) -> str | None:
-        """Of the file; what is text in it."""
+        """A metadata value of the file, as text; None if the file lacks the key."""
         size = self._lib.llama_model_meta_val_str(self._model, key.encode(), None, 0)
         if size < 0:
             return None
@@ -186,7 +193,11 @@ class Context:
         return buffer.value.decode()
 
     def room(self, tokens: int) -> None:
-        """Make room for so many tokens, if it is not there; then nothing is held."""
+        """Make room for `tokens` tokens. If the KV cache has to grow, its contents are lost.
+
+        Raises:
+            TruedepthError: There is not enough memory.
+        """
         if tokens <= self._capacity:
             return
         self._free()
@@ -204,7 +215,7 @@ class Context:
         if not self._context:
             self._free = lambda: None
             raise _failed(f"has no memory for {capacity} tokens")
-        # Made after the model's, and so called before it.
+        # Registered after the model's finalizer, and so called before it.
         self._free = weakref.finalize(self, self._lib.llama_free, self._context)
         self._capacity = capacity
 
@@ -212,26 +223,26 @@ class Context:
 class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A GGUF file in llama.cpp, called like a model of transformers. It cannot be trained.
 
-    It keeps llama.cpp's own KV cache, so that a text that goes on from the last one is not read
-    again, and takes none of transformers'.
+    It keeps llama.cpp's own KV cache, so that a text that continues the last one is not computed
+    again from its start, and takes no cache of transformers.
     """
 
     main_input_name = "input_ids"
-    _is_stateful = True  # transformers' word for models whose cache it cannot wind back
+    _is_stateful = True  # tells transformers that it cannot rewind this model's cache
 
     def __init__(self, config: Any, context: Context) -> None:
-        """Of a file in llama.cpp, and what transformers calls its config."""
+        """Wrap a file in llama.cpp; `config` is transformers' config of the same model."""
         super().__init__(config)
         self.context = context
 
     @property
     def device(self) -> torch.device:
-        """Where logits are."""
+        """The device of the logits: the CPU."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits."""
+        """The dtype of the logits."""
         return torch.float32
 
     def forward(
@@ -241,15 +252,15 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutput:
-        """Logits of the last `logits_to_keep` tokens of every text, or of all.
+        """Compute the logits of the last `logits_to_keep` tokens of every text.
 
         Args:
             input_ids: `[batch, length]` int64.
-            attention_mask: `[batch, length]`, 0 for padding, at either end.
-            logits_to_keep: 0 for all.
+            attention_mask: `[batch, length]`; 0 marks padding, at either end.
+            logits_to_keep: Number of positions; 0 for all.
 
         Returns:
-            `[batch, kept, vocabulary]` float32, zeros for padding.
+            Logits `[batch, positions, vocabulary]` float32; zeros at padding.
         """
         batch, length = input_ids.shape
         kept = logits_to_keep or length
@@ -271,7 +282,7 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int = 0,
         **_: Any,
     ) -> dict[str, Any]:
-        """The whole text every time."""
+        """Pass the whole text at every step; `Context.run` skips what its cache holds."""
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -280,10 +291,10 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
 
 def load_llama_cpp(source: Source, device: torch.device) -> LlamaCppForCausalLM:
-    """A GGUF file in llama.cpp, with its KV cache in float32.
+    """Load a GGUF file in llama.cpp, with a KV cache in float32.
 
     Raises:
-        TruedepthError: llama.cpp is not there, or cannot load it.
+        TruedepthError: llama.cpp is not installed, or cannot load the file.
     """
     config = transformers_config(source.config, source.path)
     model = LlamaCppForCausalLM(config, Context(source.path, device=device.type))

@@ -1,4 +1,4 @@
-"""Any model that can be opened -> a transformers model that runs."""
+"""Opens any supported model and loads it as a transformers model that runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ register()
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, and where it came from."""
+    """A model ready to run, and the source that it was loaded from."""
 
     model: PreTrainedModel
     source: Source
@@ -49,15 +49,16 @@ def load(
     """Load a model, original or converted, for inference.
 
     Args:
-        model: A directory, `.gguf` file, hub id, `default`, or an open source. What is loaded
-            already is given back as it is. A file that truedepth exported runs in llama.cpp.
-        device: By default the first GPU, else the CPU.
-        dtype: By default float32 on a CPU and the checkpoint's own elsewhere. Not for llama.cpp,
-            which computes with the types that the file has.
-        options: For transformers' `from_pretrained`, such as `attn_implementation`.
+        model: A directory, `.gguf` file, hub id, `default`, or an open source. A `Loaded` is
+            returned unchanged. A GGUF file that truedepth exported runs in llama.cpp.
+        device: Default: the first GPU, else the CPU.
+        dtype: Dtype of the weights; default: float32 on a CPU, the checkpoint's own dtype on other
+            devices. Ignored for llama.cpp, which computes with the types stored in the file.
+        options: Passed to transformers' `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        TruedepthError: There is no such model, transformers cannot load it, or it lacks weights.
+        TruedepthError: The model does not exist, transformers cannot load it, or weights are
+            missing or of another shape.
     """
     if isinstance(model, Loaded):
         return model
@@ -70,7 +71,7 @@ def load(
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     options = {"dtype": dtype or "auto", "device_map": device, **options}
-    tensors = source.tensors  # opened here so that a broken file is named
+    tensors = source.tensors  # opened here, so that the error names a broken file
     try:
         config = transformers_config(source.config, source.path)
         if source.path.is_dir() and has_safetensors(source.path):
@@ -83,7 +84,8 @@ def load(
                 **options,
             )
         else:
-            # One reader of GGUF and pickles for loading and converting: both see the same weights.
+            # Loading and converting read GGUF files and pickles through the same code, so both see
+            # the same weights.
             loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
@@ -93,23 +95,23 @@ def load(
             )
     except TruedepthError:
         raise
-    except Exception as error:  # what a config's odd value leads to
+    except Exception as error:  # an unusual config value can raise anything
         reason = first_line(error)
         raise TruedepthError(f"transformers cannot load {source.path}: {reason}") from error
-    for kind in ("missing_keys", "mismatched_keys"):  # transformers would fill them at random
+    for kind in ("missing_keys", "mismatched_keys"):  # transformers would fill these at random
         if names := report[kind]:
             raise TruedepthError(
-                f"{source.path} does not hold the weights that its config.json describes:"
-                f" {kind.replace('_', ' ')}, among them {min(map(str, names))!r}."
+                f"{source.path} does not contain the weights that its config.json describes:"
+                f" {len(names)} {kind.replace('_', ' ')}, for example {min(map(str, names))!r}."
             )
     return Loaded(loaded.eval(), source)
 
 
 def opened(model: str | Path | Source | Loaded) -> Source | Loaded:
-    """What `load` takes, opened but not loaded: errors of its place and config come at once."""
+    """Open what `load` takes without loading it: a wrong path or config is reported at once."""
     return model if isinstance(model, Loaded) else open_source(model)
 
 
 def source_of(model: Source | Loaded) -> Source:
-    """Where it came from."""
+    """The source of an open or loaded model."""
     return model.source if isinstance(model, Loaded) else model

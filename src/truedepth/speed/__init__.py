@@ -1,6 +1,6 @@
-"""What a plan buys.
+"""How much faster a plan makes a model.
 
-Models timed in turn on an engine, collectives counted, layers timed, a token's time predicted.
+Models timed in turn on an engine, collectives counted, layers timed, time per token predicted.
 
 May import: planning, conversion, inspection and above.
 """

@@ -1,4 +1,4 @@
-"""`truedepth bench`: how fast a model is on an engine, beside its base."""
+"""`truedepth bench`: how fast a model is on an engine, compared with its base."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from truedepth.widening.padding import check_heads
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `truedepth bench` prints."""
+    """What `bench` measured, and how."""
 
     setup: Setup
     engine: str
     version: str
-    """Of the engine."""
+    """Version of the engine."""
 
     rows: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The setup and all rows as JSON-compatible data."""
         return {
             **asdict(self.setup),
             "dtype": dtype_name(self.setup.dtype) if self.setup.dtype else None,
@@ -59,24 +59,27 @@ def bench(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Benchmark:
-    """Time a model, and its base in turn with it.
+    """Time a model and its base on an engine, in turn (A B A B …).
+
+    Every task is timed at every combination of length and batch size.
 
     Args:
         model: What `load` takes; for vLLM a directory or a hub id, for llama.cpp a GGUF file.
         against: The base, likewise; default: the model is timed alone.
-        tasks: What to time.
-        lengths: Tokens; every task at each.
-        batches: Sequences at a time; every length at each.
-        engine: What runs them.
+        tasks: Tasks to time.
+        lengths: Numbers of tokens; see `Task`.
+        batches: Numbers of sequences that run at a time.
+        engine: Engine that runs the models.
         ranks: Tensor-parallel size; this call starts the processes.
         eager: Compile nothing. Default: vLLM compiles, and so does transformers on a GPU.
         repetitions: Timed runs of each model and case.
-        device: As in `load`; vLLM has the one that it was built for.
-        dtype: Of both; by default bfloat16 on CPUs that are fast at it and float32 on others, on a
-            GPU that of the model's weights. Not for llama.cpp, where files have their own types.
+        device: As in `load`; for vLLM it must be the one that vLLM was built for.
+        dtype: Dtype of both models. Default: on a CPU bfloat16 if it is fast there, else float32;
+            on a GPU the dtype of the model's weights. Must be None for llama.cpp.
 
     Raises:
-        TruedepthError: An option makes no sense, or a model cannot be run so.
+        TruedepthError: A number is below 1, options contradict each other, or the engine cannot run
+            a model.
     """
     if not (tasks and lengths and batches):
         raise TruedepthError("Give at least one task, one length and one batch.")
@@ -85,7 +88,7 @@ def bench(
     in_llama_cpp = engine is Engine.llama_cpp
     if in_llama_cpp and (ranks > 1 or dtype):
         raise TruedepthError(
-            "llama.cpp runs files as they are, in one process: no --tp or --dtype."
+            "llama.cpp runs a file with its own types in one process; drop --tp and --dtype."
         )
     setup = Setup(
         model=str(model),
@@ -99,14 +102,14 @@ def bench(
         source = open_source(name)
         check_heads(source, ranks)
         if in_llama_cpp and source.path.is_dir():
-            raise TruedepthError(f"{name} is no GGUF file; write one with truedepth export.")
+            raise TruedepthError(f"{name} is not a GGUF file; write one with truedepth export.")
         if source.path.is_file() and (ranks > 1 or engine is Engine.vllm):
             raise TruedepthError(
-                f"{name} is a GGUF file, which {engine.value} cannot run here; convert it"
-                " (--pairs 0 as it is)."
+                f"{name} is a GGUF file, which {engine.value} cannot run here; convert it first"
+                " (--pairs 0 keeps the model as it is)."
             )
         if source.path.is_file() and plan_of(source.config) and not in_llama_cpp:
-            raise TruedepthError(f"{name} runs in llama.cpp: give --engine llama.cpp.")
+            raise TruedepthError(f"{name} runs only in llama.cpp; give --engine llama.cpp.")
     cases = [Case(task, n, batch) for task in tasks for n in lengths for batch in batches]
     measure, version = _engine(engine)
     with working(f"Timing {len(cases)} cases"):
@@ -115,7 +118,7 @@ def bench(
 
 
 def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:
-    """How it measures, and its version."""
+    """The engine's function `measure`, and its version."""
     if engine is Engine.transformers:
         import transformers
 
@@ -131,7 +134,7 @@ def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:
     try:
         import vllm
     except ImportError:
-        raise TruedepthError("There is no vLLM here: pip install 'truedepth[vllm]'.") from None
+        raise TruedepthError("vLLM is not installed: pip install 'truedepth[vllm]'.") from None
     from truedepth.speed.vllm import measure as measure_vllm
 
     return measure_vllm, vllm.__version__

@@ -1,7 +1,7 @@
-"""What tensor parallelism sends: its collectives counted, timed, delayed as by a longer wire.
+"""Counts, times and delays the collectives of tensor parallelism.
 
-Reaches the collectives that Python code asks for, as transformers' tensor parallelism does; not
-those of compiled graphs or of engines with kernels of their own.
+This covers collectives that Python code calls, as transformers' tensor parallelism does, but not
+those in compiled graphs or in engines with their own kernels.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
 IN_PLACE = ("all_reduce",)
-"""Of torch.distributed, the sent tensor first."""
+"""Functions of torch.distributed; their first argument is the tensor that is sent."""
 
 FUNCTIONAL = ("all_reduce", "all_gather_single", "reduce_scatter_single")
-"""Of its functional collectives, likewise."""
+"""Functions of its functional collectives; likewise the first argument is the tensor."""
 
 
 @dataclass
 class Traffic:
-    """Of one process."""
+    """The collectives of one process."""
 
     calls: Counter[str] = field(default_factory=Counter)
-    """By kind: `all_reduce`, `all_gather`, `reduce_scatter`."""
+    """Number of calls by kind: `all_reduce`, `all_gather`, `reduce_scatter`."""
 
     bytes: int = 0
-    """That this process gave to them."""
+    """Bytes that this process passed to them."""
 
     seconds: float = 0.0
-    """That it spent in them, waiting for the other processes included."""
+    """Seconds that this process spent in them, including waiting for other processes."""
 
 
 @contextmanager
 def watched(delay: float = 0.0) -> Iterator[Traffic]:
-    """Watch this process's collectives; each is waited for.
+    """Record this process's collectives; each call returns only when it has finished.
 
     Args:
-        delay: Seconds that every one of them takes longer.
+        delay: Seconds by which every call is prolonged, as a slower link would.
     """
     traffic = Traffic()
 
@@ -52,7 +52,7 @@ def watched(delay: float = 0.0) -> Iterator[Traffic]:
         kind = name.removesuffix("_single")
 
         def watching(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-            if tensor.is_cuda:  # what was asked for before is not its time
+            if tensor.is_cuda:  # earlier kernels must not count as its time
                 torch.cuda.synchronize(tensor.device)
             start = time.perf_counter()
             result = call(tensor, *arguments, **options)

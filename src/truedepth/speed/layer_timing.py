@@ -1,7 +1,7 @@
-"""What a layer takes on this machine, by width, with random weights.
+"""Times layers of different widths on this machine, with random weights.
 
-Stacks of layers are timed as `bench` times models, and their differences taken: a stack, half of
-it, stacks of wide layers.
+Stacks of layers are timed as `bench` times models: a full stack, one of half the height, and stacks
+of wide layers. The time of one layer follows from their differences.
 """
 
 from __future__ import annotations
@@ -26,43 +26,47 @@ from truedepth.families.lookup import CONVERTED, original_family, unconverted
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import Case, in_turn
-from truedepth.speed.transformers import TransformersRunner, stopwatch
+from truedepth.speed.transformers import TimedTransformersModel, stopwatch
 from truedepth.widening.padding import head_padding
 
-ENOUGH = 1 << 28
+ENOUGH = 1 << 28  # bytes of weights, more than caches hold
 REPETITIONS = 7
-PRODUCTS = 4  # at a time: a GPU begins one late
+PRODUCTS = 4  # timed together, as a GPU starts the first one late
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """One rank's, in seconds."""
+    """Times of one rank, for one token of every sequence in the batch."""
 
     layers: dict[int, float]
-    """Of a layer by width, without its all-reduces."""
+    """Seconds of one layer, without its all-reduces, by its width."""
 
     weights: float
-    """Of a layer of width 1, what reading its weights takes at the bandwidth of a large matrix."""
+    """Seconds to read the weights of a layer of width 1 at `bandwidth`."""
 
     rest: float
-    """Embedding, last norm and head."""
+    """Seconds of embedding, last norm and head."""
 
     all_reduce: float
-    """Of a token's hidden states, waiting for the other ranks included; 0 for one rank."""
+    """Seconds of one all-reduce, including waiting for other ranks; 0 for one rank."""
 
     bandwidth: float
-    """Of a large matrix, in bytes a second."""
+    """Bytes per second at which a large matrix is read in a matrix product."""
 
 
 Stack = tuple[int, int]
-"""The width of its layers, and how many."""
+"""Width and number of the layers of a stack."""
 
 
 def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """The config of the layers, all of width 1, with heads that divide by the ranks.
+    """The config of the model without pairs: all layers of width 1, heads padded for the ranks.
+
+    Args:
+        config: Contents of config.json, of an original or a converted model.
+        ranks: Tensor-parallel size; numbers of heads are made divisible by it.
 
     Raises:
-        TruedepthError: The FFN's width does not divide by the ranks.
+        TruedepthError: The FFN width is not divisible by `ranks`.
     """
     heads = config[QUERY]
     return dict(config) | {
@@ -79,7 +83,7 @@ def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
 
 
 def rank_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """Of an `unpaired_config`, what one rank has."""
+    """The config of one rank's share of the layers; `config` is an `unpaired_config`."""
     return dict(config) | {
         name: ceil(config[name] / ranks)
         for name in (QUERY, KEY_VALUE, "intermediate_size", "vocab_size")
@@ -96,17 +100,17 @@ def layer_times(
     ranks: int = 1,
     enough: int = ENOUGH,
 ) -> LayerTimes:
-    """Measure.
+    """Time stacks of layers, and compute the time of one layer of each width.
 
     Args:
-        config: An `unpaired_config`; for one rank of several `rank_config` of it.
-        where: The model, for error messages.
-        widths: To measure.
-        case: A decoding.
-        device: To run on.
-        dtype: Of weights.
-        ranks: Over which transformers shards the layers.
-        enough: Bytes of weights to time at most: more than caches hold.
+        config: An `unpaired_config`; to time one rank's share alone, its `rank_config`.
+        where: The model's path, for error messages.
+        widths: Widths of layers to time.
+        case: A case of the task `decode`.
+        device: Device to run on.
+        dtype: Dtype of the weights.
+        ranks: Number of processes over which transformers shards the layers.
+        enough: Most bytes of weights in a stack; more than caches hold.
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
@@ -132,7 +136,7 @@ def layer_times(
 
 
 def _measure_shares(paths: Mapping[Stack, Path], dtype: torch.dtype, *measure: Any) -> LayerTimes:
-    """In one rank."""
+    """Time the stacks in `paths`, sharded; every rank runs this."""
     sharded = DistributedConfig(tp_size=dist.get_world_size())
     models = {
         stack: AutoModelForCausalLM.from_pretrained(
@@ -152,14 +156,17 @@ def _measure(
     layer: int,
     matrix: int,
 ) -> LayerTimes:
-    """Of these stacks; a layer of width 1 has so many bytes, and a large matrix should."""
-    runners = {stack: TransformersRunner(model) for stack, model in models.items()}
-    runs = [partial(runner.seconds, case) for runner in runners.values()]
-    taken = dict(zip(runners, in_turn(runs, REPETITIONS), strict=True))
+    """Time these stacks.
+
+    `layer` is the bytes of weights of a layer of width 1, `matrix` those of the large matrix.
+    """
+    timed = {stack: TimedTransformersModel(model) for stack, model in models.items()}
+    runs = [partial(model.seconds, case) for model in timed.values()]
+    taken = dict(zip(timed, in_turn(runs, REPETITIONS), strict=True))
     layers, fewer = full[1], half[1]
     differences = [a - b for a, b in zip(taken[full], taken[half], strict=True)]
     rest = max(0.0, median(taken[half]) - fewer * median(differences) / (layers - fewer))
-    sent = runners[full].collectives(case)
+    sent = timed[full].collectives(case)
     all_reduce = sent.seconds / sum(sent.calls.values()) if sent else 0.0
     weights: Any = next(models[full].parameters())
     bandwidth = _bandwidth(matrix, weights.shape[-1], case.batch, device, weights.dtype)
@@ -177,7 +184,7 @@ def _measure(
 
 
 def _bandwidth(size: int, hidden: int, batch: int, device: str, dtype: torch.dtype) -> float:
-    """Bytes a second of a matrix that is multiplied with one vector a sequence."""
+    """Bytes per second of a matrix of `size` bytes, multiplied by one vector per sequence."""
     matrix = torch.zeros(size // dtype.itemsize // hidden, hidden, device=device, dtype=dtype)
     vectors = torch.zeros(batch, hidden, device=device, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""What an all-reduce takes on the wires of common machines, where it cannot be measured."""
+"""The time of an all-reduce on common links, for machines where it cannot be measured."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from truedepth.errors import TruedepthError
 
 @dataclass(frozen=True)
 class Link:
-    """A wire between ranks, in the terms of a ring: 2(N - 1) steps for N ranks."""
+    """A link between ranks; an all-reduce over N ranks is a ring of 2(N - 1) steps."""
 
     name: str
     base: float
-    """Seconds that an all-reduce takes however short it is."""
+    """Seconds of every all-reduce, whatever its size and the number of ranks."""
 
     step: float
-    """Seconds that every step of it adds."""
+    """Seconds that every step of the ring adds."""
 
     bandwidth: float
-    """Bytes a second in one direction."""
+    """Bytes per second in one direction."""
 
     source: str
-    """Of these figures."""
+    """Where these figures come from."""
 
     def all_reduce(self, size: int, ranks: int) -> float:
-        """Seconds for so many bytes over so many ranks."""
+        """Seconds of an all-reduce of `size` bytes over `ranks` ranks."""
         steps = 2 * (ranks - 1)
         return self.base + steps * (self.step + size / ranks / self.bandwidth)
 
@@ -36,7 +36,7 @@ _GLOO = "263 µs for small messages over 4 hosts by TCP, gloo's README"
 LINKS = {
     link.name: link
     for link in (
-        # Two H100 take 6 µs with CUDA graphs: github.com/NVIDIA/nccl/issues/1259
+        # Two H100s take 6 µs with CUDA graphs: github.com/NVIDIA/nccl/issues/1259
         Link("nvlink", 6.6e-6, 0.6e-6, 450e9, f"{_NCCL}; NVLink 4"),
         Link("pcie5", 6.6e-6, 1.0e-6, 63e9, f"{_NCCL}; PCIe 5.0 x16"),
         Link("pcie4", 6.6e-6, 1.0e-6, 31.5e9, f"{_NCCL}; PCIe 4.0 x16"),
@@ -54,10 +54,10 @@ LINKS = {
 
 
 def parse_link(text: str) -> Link:
-    """A name of `LINKS`, or microseconds and GB/s: `30,12.5`.
+    """Read a link: a name of `LINKS`, or microseconds and GB/s, such as `30,12.5`.
 
     Raises:
-        TruedepthError: It is neither.
+        TruedepthError: The text is neither.
     """
     if text in LINKS:
         return LINKS[text]
@@ -67,7 +67,7 @@ def parse_link(text: str) -> Link:
         latency = bandwidth = 0.0
     if not (latency >= 0 and bandwidth > 0):
         raise TruedepthError(
-            f"A link is one of {', '.join(LINKS)}, or an all-reduce's latency in microseconds and"
-            f" the bandwidth in GB/s as 30,12.5, not {text!r}."
+            f"A link is one of {', '.join(LINKS)}, or the latency of an all-reduce in microseconds"
+            f" and the bandwidth in GB/s, such as 30,12.5; not {text!r}."
         )
     return Link(text, latency * 1e-6, 0.0, bandwidth * 1e9, "given")

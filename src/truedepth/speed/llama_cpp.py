@@ -1,4 +1,4 @@
-"""Speed of GGUF files that llama.cpp runs."""
+"""Times GGUF files in llama.cpp."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from truedepth.runtime.llama_cpp import BATCH, Context
 from truedepth.speed.timing import DECODED, Case, Collectives, Row, Setup, Task, interleaved
 
 
-class LlamaCppRunner:
-    """A file in llama.cpp, with the KV cache that llama.cpp has by default."""
+class TimedLlamaCppModel:
+    """A GGUF file in llama.cpp, timed with llama.cpp's default KV cache."""
 
     def __init__(self, context: Context) -> None:
-        """Of a loaded file."""
+        """Time a loaded file; make the context with `exact=False`."""
         self._context = context
 
     def seconds(self, case: Case) -> float:
-        """One run; of decoding, a token's."""
+        """Seconds of one run; for `decode`, per token."""
         context = self._context
         context.room(case.length + DECODED)
         prompt = [index % context.vocabulary for index in range(case.length)]
@@ -39,7 +39,7 @@ class LlamaCppRunner:
         return (time.perf_counter() - start) / (DECODED if case.task is Task.decode else 1)
 
     def collectives(self, case: Case) -> Collectives | None:
-        """None: one process."""
+        """None: llama.cpp runs in one process."""
         return None
 
     def _read(self, prompt: list[int]) -> None:
@@ -47,25 +47,25 @@ class LlamaCppRunner:
             piece = prompt[start : start + BATCH]
             last = start + BATCH >= len(prompt)
             self._context.decode(piece, len(piece) - 1 if last else len(piece))
-        self._context.logits(1)  # waits until they are there
+        self._context.logits(1)  # waits until the logits are computed
 
 
 def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
-    """Time a file and its base, both loaded.
+    """Time a file and its base, both loaded at once.
 
     Args:
-        setup: The files, and where they run.
-        cases: What to time; of batch 1.
-        repetitions: Of each.
+        setup: The files, and the device.
+        cases: Cases to time; all of batch size 1.
+        repetitions: Timed runs of each file and case.
 
     Raises:
-        TruedepthError: A batch is larger, or llama.cpp is not there or fails.
+        TruedepthError: A batch is larger than 1, or llama.cpp is not installed or fails.
     """
     if any(case.batch > 1 for case in cases):
-        raise TruedepthError("llama.cpp is timed with one sequence at a time: --batch 1.")
+        raise TruedepthError("llama.cpp is timed with one sequence at a time; give --batch 1.")
 
-    def runner(name: str) -> LlamaCppRunner:
-        return LlamaCppRunner(Context(Path(name), device=setup.device, exact=False))
+    def timed(name: str) -> TimedLlamaCppModel:
+        return TimedLlamaCppModel(Context(Path(name), device=setup.device, exact=False))
 
-    against = runner(setup.against) if setup.against else None
-    return interleaved(runner(setup.model), against, cases, repetitions)
+    against = timed(setup.against) if setup.against else None
+    return interleaved(timed(setup.model), against, cases, repetitions)

@@ -1,8 +1,8 @@
-"""`truedepth predict`: a token's time before and after pairing, with nothing converted.
+"""`truedepth predict`: the time per token before and after pairing, without converting anything.
 
-What the layers of a plan take, measured on stacks of them with random weights, adds up. They are
-sharded over ranks of this machine; or one rank's share is measured, and what is known of a link
-added.
+The prediction adds up the times of a plan's layers, which are measured on stacks of layers with
+random weights. Either the layers are sharded over ranks of this machine, or one rank's share is
+measured and the all-reduces of a known link are added.
 """
 
 from __future__ import annotations
@@ -31,45 +31,47 @@ from truedepth.widening.layout import Layout
 from truedepth.widening.padding import head_padding
 
 PAYS = 1.05
-"""The least speed-up worth a changed model."""
+"""The smallest speed-up that is worth changing a model for."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """Where the time of a token goes, in seconds."""
+    """What the time of one token consists of, in seconds."""
 
     weights: float
-    """Reading the weights of layers at the measured bandwidth."""
+    """Reading the layers' weights at the measured bandwidth."""
 
     layers: float
-    """What the layers take beyond that: short kernels, their launches, attention."""
+    """The rest of the layers' time: short kernels, kernel launches, attention."""
 
     all_reduces: float
+    """The all-reduces of the layers."""
+
     rest: float
-    """Embedding, last norm and head, and their collectives."""
+    """Embedding, last norm and head, including their collectives."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The whole time, in seconds."""
         return self.weights + self.layers + self.all_reduces + self.rest
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `truedepth predict` prints."""
+    """What `predict` measured and predicts."""
 
     model: str
     plan: Plan
     ranks: int
     link: Link | None
-    """None is measured, or one rank."""
+    """The link; None if all-reduces were measured or there is one rank."""
 
     device: str
     dtype: str
     batch: int
     length: int
     padded: bool
-    """Heads do not divide by the ranks and were taken as padded."""
+    """Whether heads were counted as padded, as their number is not divisible by `ranks`."""
 
     measured: LayerTimes
     before: Token
@@ -77,16 +79,16 @@ class Prediction:
 
     @property
     def speedup(self) -> float:
-        """Of a token."""
+        """Time per token before pairing, divided by that after it."""
         return self.before.total / self.after.total
 
     @property
     def pays(self) -> bool:
-        """Whether that is worth a changed model."""
+        """Whether the speed-up is at least `PAYS`."""
         return self.speedup >= PAYS
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The prediction as JSON-compatible data."""
         return asdict(self) | {
             "plan": self.plan.to_dict(),
             "speedup": self.speedup,
@@ -107,23 +109,23 @@ def predict(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prediction:
-    """Time a token before and after pairing would take.
+    """Predict the time per token of a model before and after pairing.
 
     Args:
         model: What `open_source` takes; its weights are not read.
-        plan: Of its layers; of a converted model by default its own.
+        plan: The plan; default: a converted model's own.
         depth: Effective depth, instead of a plan; which layers are paired does not affect speed.
         ranks: Tensor-parallel size.
-        link: Between them; by default all-reduces are measured on this machine.
+        link: Link between the ranks; default: all-reduces are measured on this machine.
         batch: Number of sequences that run at a time.
         length: Tokens in the KV cache.
-        device: By default the first GPU, else the CPU.
-        dtype: Of weights; by default bfloat16 on CPUs that are fast at it and float32 on others,
-            on a GPU what the config says.
+        device: Default: the first GPU, else the CPU.
+        dtype: Dtype of the weights. Default: on a CPU bfloat16 if it is fast there, else float32;
+            on a GPU the config's dtype.
 
     Raises:
-        TruedepthError: There is no such model or device, its family is not supported, nothing says
-            what to pair, or there are not so many GPUs to measure on.
+        TruedepthError: The model or device does not exist, the family is not supported, neither
+            plan nor depth is given or they do not fit the model, or there are too few GPUs.
     """
     source = open_source(model)
     where = device_of(device)
@@ -149,7 +151,9 @@ def predict(
             ranks if link is None else 1,
         )
     each, rest = measured.all_reduce, measured.rest
-    if link is not None:  # the embedding is summed too, and the head gathered: half a ring's steps
+    if (
+        link is not None
+    ):  # also: an all-reduce after the embedding, an all-gather (half a ring) after the head
         each = link.all_reduce(size, ranks)
         logits = batch * source.config["vocab_size"] * dtype.itemsize
         rest += each + link.all_reduce(logits, ranks) / 2
@@ -181,7 +185,7 @@ def predict(
 
 
 def _plan(source: Source, plan: Plan | None, depth: int | None) -> Plan:
-    """What is predicted, of a model that can be paired or is."""
+    """The plan to predict, for a model that can be paired or is paired already."""
     own = plan_of(source.config)
     if own is None:
         family_of(source.config, str(source.path))
@@ -195,7 +199,9 @@ def _plan(source: Source, plan: Plan | None, depth: int | None) -> Plan:
         plan = Plan.late_pairs(num_layers, num_layers - depth)
     plan = plan or own
     if plan is None:
-        raise TruedepthError(f"{source.name} is not converted yet: say what to pair.")
+        raise TruedepthError(
+            f"{source.name} is not converted yet, so it has no plan; give --depth or --plan."
+        )
     if plan.num_layers != num_layers:
         raise TruedepthError(
             f"The plan is for {plan.num_layers} layers; {source.name} has {num_layers}."

@@ -1,4 +1,4 @@
-"""One function in several processes that talk to each other."""
+"""Runs one function in several processes that communicate with torch.distributed."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from truedepth.errors import TruedepthError
 
 
 def check_accelerator(ranks: int, device: torch.device) -> None:
-    """Several ranks run on the machine's GPUs where it has some, else on its CPU.
+    """Check the device of several ranks: they run on GPUs if the machine has any, else on the CPU.
 
     Raises:
-        TruedepthError: The device is another.
+        TruedepthError: There are several ranks, and `device` is of the other kind.
     """
     own = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks > 1 and device.type != own:
-        raise TruedepthError(f"Ranks run on {own} here, not on {device}.")
+        raise TruedepthError(
+            f"Several ranks run on {own} on this machine, not on {device}; give --device {own}."
+        )
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function(*arguments)` returns in the first of so many ranks.
+    """Run `function(*arguments)` in every rank, and return the first rank's result.
 
     Args:
-        ranks: Processes; each has its share of the processor's cores, or a GPU of its own.
-        function: Of a module, for it is sent by name.
-        arguments: Sent as pickles.
+        ranks: Number of processes; each gets its own GPU, or without GPUs its share of the cores.
+        function: A function at the top level of a module, as it is pickled by name.
+        arguments: Arguments that can be pickled.
 
     Raises:
-        TruedepthError: There are not so many GPUs; or one rank failed or was killed, the others are
-            ended, and this is what it said.
+        TruedepthError: There are fewer GPUs than ranks; or a rank failed or was killed. The other
+            ranks are then stopped, and the message is that of the rank that failed first.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         raise TruedepthError(
-            f"{ranks} ranks need a GPU each, and there are {torch.cuda.device_count()}."
+            f"{ranks} ranks need one GPU each, but this machine has {torch.cuda.device_count()};"
+            " lower --tp."
         )
     with tempfile.TemporaryDirectory() as directory:
         try:
@@ -50,8 +53,9 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
                 _rank, (ranks, Path(directory), function, arguments), nprocs=ranks
             )
         except ProcessException as error:
-            # The others fail too once one is gone, and may be noticed before it; one that was
-            # killed says nothing, and what they say then is not the cause.
+            # When one rank is gone, the others fail too, perhaps before its end is noticed: the
+            # earliest message is the cause. A killed rank leaves no message, so then those of the
+            # others are not the cause.
             said = sorted(Path(directory).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
             if not said or isinstance(error, ProcessExitedException):
                 raise TruedepthError(f"Rank {error.error_index}: {error}".strip(), 1) from error

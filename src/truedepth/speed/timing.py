@@ -1,6 +1,7 @@
-"""Speed, always as an interleaved comparison: these are ratios first and seconds after.
+"""Times models in turn (A B A B …), so that their ratio is reliable even on a noisy machine.
 
-The paper's three tasks: prefill, generation with a KV cache, and one token with a full cache.
+There are three tasks, as in the paper (arXiv 2502.02790): prefill, generation with a KV cache, and
+one token with a full cache.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ if TYPE_CHECKING:
 REPETITIONS, WARMUPS = 5, 2
 
 DECODED = 16
-"""Tokens of a decoding run: a single one is too short to time."""
+"""Tokens per run of `decode`: a single token is too short to time."""
 
 
 class Task(StrEnum):
-    """What is timed."""
+    """What is timed; `n` is the case's length."""
 
     prefill = "prefill"
-    """One pass over prompts of so many tokens."""
+    """One forward pass over a prompt of `n` tokens."""
 
     generate = "generate"
-    """So many tokens one after another, from prompts of one token."""
+    """`n` tokens generated one after another, from a prompt of one token."""
 
     decode = "decode"
-    """One token more, with so many in the KV cache."""
+    """One more token, with `n` tokens in the KV cache."""
 
 
 class Engine(StrEnum):
-    """What runs the models."""
+    """The engine that runs the models."""
 
     transformers = "transformers"
     vllm = "vllm"
@@ -44,57 +45,62 @@ class Engine(StrEnum):
 
 @dataclass(frozen=True)
 class Case:
-    """A task at a size."""
+    """A task with its size."""
 
     task: Task
     length: int
+    """Number of tokens; see `Task`."""
+
     batch: int = 1
+    """Number of sequences that run at a time."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Which models an engine runs, and how."""
+    """The models that an engine runs, and how it runs them."""
 
     model: str
-    """What `load` takes; for vLLM a directory or a hub id, for llama.cpp a file."""
+    """What `load` takes; for vLLM a directory or a hub id, for llama.cpp a GGUF file."""
 
     against: str | None
-    """The same: the base."""
+    """The base, likewise; None: the model is timed alone."""
 
     ranks: int
-    """Of tensor parallelism."""
+    """Tensor-parallel size."""
 
     device: str
     dtype: torch.dtype | None
-    """Of weights; None for llama.cpp, where files have their own types."""
+    """Dtype of the weights; None for llama.cpp, where files have their own types."""
 
     eager: bool
-    """Nothing is compiled. Otherwise vLLM compiles, and transformers on a GPU."""
+    """Whether nothing is compiled. If False, vLLM compiles, and so does transformers on a GPU."""
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """Of one run of a case, in one rank."""
+    """The collectives of one rank in one run of a case; for `decode`, per token."""
 
     calls: dict[str, int]
-    """By kind."""
+    """Number of calls by kind."""
 
     bytes: int
+    """Bytes that the rank passed to them."""
+
     seconds: float
-    """In them, waiting for the other ranks included."""
+    """Seconds spent in them, including waiting for other ranks."""
 
     share: float
-    """Of the time of the run that was watched."""
+    """Share of the time of the watched run that was spent in them."""
 
 
-class Runner(Protocol):
-    """A model on an engine."""
+class TimedModel(Protocol):
+    """A model loaded in an engine, ready to be timed."""
 
     def seconds(self, case: Case) -> float:
-        """One run; of decoding, a token's."""
+        """Seconds of one run; for `decode`, per token."""
 
     def collectives(self, case: Case) -> Collectives | None:
-        """One more run, watched; None where the engine does not let itself be."""
+        """The collectives of one more run; None if there are none or they cannot be watched."""
 
 
 @dataclass(frozen=True)
@@ -102,33 +108,33 @@ class Timing:
     """A model's runs of a case."""
 
     seconds: tuple[float, ...]
-    """Of every run, in order."""
+    """Seconds of every run, in order; for `decode`, per token."""
 
     collectives: Collectives | None = None
 
     @property
     def median(self) -> float:
-        """Of the runs."""
+        """Median of the runs, in seconds."""
         return median(self.seconds)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A case, measured."""
+    """The timings of one case."""
 
     case: Case
     model: Timing
     base: Timing | None
-    """Run i of it was next to run i of the model."""
+    """The base's runs; its run i came just before the model's run i. None without a base."""
 
     @property
     def speedup(self) -> float | None:
-        """The base's median over the model's."""
+        """The base's median divided by the model's; None without a base."""
         return self.base.median / self.model.median if self.base else None
 
     @property
     def speedups(self) -> tuple[float, ...]:
-        """Of neighbouring runs."""
+        """Speed-ups of neighbouring runs; empty without a base."""
         if self.base is None:
             return ()
         pairs = zip(self.base.seconds, self.model.seconds, strict=True)
@@ -136,14 +142,14 @@ class Row:
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """How far neighbouring runs go below the ratio of medians, and above it."""
+        """How far the speed-ups of neighbouring runs fall below and rise above `speedup`."""
         if self.speedup is None:
             return None
         low, high = min(self.speedups), max(self.speedups)
         return max(0.0, self.speedup - low), max(0.0, high - self.speedup)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The row as JSON-compatible data."""
         ratios = {name: getattr(self, name) for name in ("speedup", "speedups", "spread")}
         return asdict(self) | ratios
 
@@ -151,41 +157,47 @@ class Row:
 def in_turn(
     runs: Sequence[Callable[[], float]], repetitions: int = REPETITIONS, warmups: int = WARMUPS
 ) -> list[tuple[float, ...]]:
-    """What every one of them returns again and again, in turn (A B A B …).
+    """Call functions in turn (A B A B …), so that the machine's noise affects all of them alike.
 
     Args:
-        runs: The machine's noise falls on all of them alike.
-        repetitions: Kept, of each.
-        warmups: Runs before them that are not.
+        runs: Functions that do one run and return its seconds.
+        repetitions: Number of results of each function that are kept.
+        warmups: Number of calls of each function before these, whose results are dropped.
+
+    Returns:
+        For each function its results, in order.
     """
     rounds = [[run() for run in runs] for _ in range(warmups + repetitions)]
     return list(zip(*rounds[warmups:], strict=True))
 
 
 def interleaved(
-    model: Runner,
-    base: Runner | None,
+    model: TimedModel,
+    base: TimedModel | None,
     cases: Sequence[Case],
     repetitions: int = REPETITIONS,
     warmups: int = WARMUPS,
 ) -> list[Row]:
-    """Time both `in_turn`.
+    """Time a model and its base `in_turn`, one case after another.
 
     Args:
-        model: What is measured.
-        base: What it is compared with.
-        cases: One after another.
-        repetitions: Timed runs of each.
-        warmups: Runs before them that are not counted.
+        model: The model.
+        base: The model to compare with, or None.
+        cases: Cases to time.
+        repetitions: Timed runs of each model and case.
+        warmups: Runs before these that are not counted.
+
+    Returns:
+        One row per case.
     """
-    runners = [model] if base is None else [base, model]
+    models = [model] if base is None else [base, model]
     rows = []
     for case in cases:
-        runs = [partial(runner.seconds, case) for runner in runners]
+        runs = [partial(each.seconds, case) for each in models]
         taken = in_turn(runs, repetitions, warmups)
         *before, after = (
-            Timing(seconds, runner.collectives(case))
-            for runner, seconds in zip(runners, taken, strict=True)
+            Timing(seconds, each.collectives(case))
+            for each, seconds in zip(models, taken, strict=True)
         )
         rows.append(Row(case, after, before[0] if before else None))
     return rows

@@ -1,4 +1,4 @@
-"""Speed of models that transformers runs, in one process or over ranks."""
+"""Times models in transformers, in one process or tensor-parallel over several."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import DECODED, Case, Collectives, Row, Setup, Task, interleaved
 
 
-class TransformersRunner:
-    """A loaded model; under tensor parallelism all ranks call it with the same cases."""
+class TimedTransformersModel:
+    """A loaded model; under tensor parallelism, all ranks time the same cases in the same order."""
 
     def __init__(self, model: Any, compiled: bool | None = None) -> None:
-        """Of a model where it computes.
+        """Time a model on the device that it is on.
 
         Args:
-            model: transformers' own.
-            compiled: Single tokens through `torch.compile`, with CUDA graphs on a GPU, and a static
-                cache; by default on a GPU.
+            model: A model of transformers.
+            compiled: Run single tokens through `torch.compile`, with a static cache and, on a GPU,
+                CUDA graphs. Default: on a GPU only.
         """
         self._model = model
         self._compiled = model.device.type == "cuda" if compiled is None else compiled
@@ -39,13 +39,13 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def seconds(self, case: Case) -> float:
-        """One run; of decoding, a token's."""
+        """Seconds of one run; for `decode`, per token."""
         taken = stopwatch(self._prepare(case, self._step), self._model.device)
         return taken / DECODED if case.task is Task.decode else taken
 
     @torch.inference_mode()
     def collectives(self, case: Case) -> Collectives | None:
-        """One more run, watched and not compiled; of decoding, a token's."""
+        """The collectives of one more run, not compiled; for `decode`, per token."""
         if not dist.is_initialized():
             return None
         steps = self._prepare(case, self._model)
@@ -60,7 +60,7 @@ class TransformersRunner:
         )
 
     def _prepare(self, case: Case, step: Any) -> Callable[[], None]:
-        """What is timed."""
+        """Make the function to time, with its caches ready."""
         ids = self._tokens(case.batch, case.length)
         if case.task is Task.prefill:
             steps = partial(self._model, ids, use_cache=True, logits_to_keep=1)
@@ -77,17 +77,17 @@ class TransformersRunner:
             token = output.logits[:, -1:].argmax(-1)
 
     def _cache_of(self, case: Case, ids: Tensor) -> Cache:
-        """Empty to generate, full to decode."""
+        """A KV cache: for `generate` empty, for `decode` with the prompt in it."""
         cache = self._static_cache(case, ids) if self._compiled else DynamicCache()
         if case.task is Task.decode:
             self._fill(cache, ids)
         return cache
 
     def _static_cache(self, case: Case, ids: Tensor) -> StaticCache:
-        """Empty; for CUDA graphs in the memory of the case's last run."""
+        """An empty cache; CUDA graphs need it in the same memory in every run of a case."""
         if self._static is None or self._static[0] != case:
             self._static = case, StaticCache(self._model.config, case.length + DECODED)
-            self._fill(self._static[1], ids)  # takes its memory outside the compiled step
+            self._fill(self._static[1], ids)  # allocates its memory outside the compiled step
         cache = self._static[1]
         cache.reset()
         return cache
@@ -101,7 +101,7 @@ class TransformersRunner:
 
 
 def stopwatch(function: Callable[[], object], device: torch.device | str) -> float:
-    """Seconds that a function takes, on a GPU between events."""
+    """Seconds that a function takes; on a GPU measured between two CUDA events."""
     if torch.device(device).type != "cuda":
         start = time.perf_counter()
         function()
@@ -118,15 +118,15 @@ def stopwatch(function: Callable[[], object], device: torch.device | str) -> flo
 
 
 def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
-    """Time a model and its base, in this process or over ranks.
+    """Time a model and its base, in this process or over several ranks.
 
     Args:
         setup: The models, and how they run.
-        cases: What to time.
-        repetitions: Of each.
+        cases: Cases to time.
+        repetitions: Timed runs of each model and case.
 
     Raises:
-        TruedepthError: A model cannot be loaded.
+        TruedepthError: A model cannot be loaded, or a rank fails.
     """
     if setup.ranks == 1:
         return _measured(setup, cases, repetitions)
@@ -135,17 +135,17 @@ def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
 
 
 def _measured(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
-    """In this process."""
+    """Time both models in this process, which may be one of several ranks."""
     options: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype}
     if setup.ranks > 1:
         options["distributed_config"] = DistributedConfig(tp_size=setup.ranks)
         options["device_map"] = None
 
-    def runner(name: str) -> TransformersRunner:
-        return TransformersRunner(load(name, **options).model, False if setup.eager else None)
+    def timed(name: str) -> TimedTransformersModel:
+        return TimedTransformersModel(load(name, **options).model, False if setup.eager else None)
 
-    # Every case is compiled for itself; at a limit Dynamo would go on uncompiled without a word.
+    # Every case is compiled separately; at the default limit Dynamo would silently stop compiling.
     limit = {"recompile_limit": 4 * len(cases) + 8, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limit):
-        against = runner(setup.against) if setup.against else None
-        return interleaved(runner(setup.model), against, cases, repetitions)
+        against = timed(setup.against) if setup.against else None
+        return interleaved(timed(setup.model), against, cases, repetitions)

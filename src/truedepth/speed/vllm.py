@@ -1,4 +1,4 @@
-"""Speed of models that vLLM runs."""
+"""Times models in vLLM."""
 
 from __future__ import annotations
 
@@ -23,31 +23,35 @@ from truedepth.speed.timing import DECODED, Case, Collectives, Row, Setup, Task,
 from truedepth.tensors import dtype_name
 
 KINDS = re.compile(r"all_?reduce|all_?gather|reduce_?scatter|cross_device_reduce", re.IGNORECASE)
-"""Of operators on a CPU and kernels on a GPU that communicate."""
+"""Matches names of operators (on a CPU) and kernels (on a GPU) that communicate."""
 
-IDLE = 1.5  # seconds until the workers of a model that has nothing to do stop polling
+IDLE = 1.5  # seconds until the workers of an idle model stop polling
 
 
 class ProfiledWorker:
-    """Added to vLLM's workers: what they send, by torch's profiler.
+    """Methods added to vLLM's workers that record their collectives with torch's profiler.
 
-    It sees the operators of compiled graphs and the kernels of CUDA graphs, which no wrapper does.
+    Unlike wrappers, the profiler sees the operators in compiled graphs and the kernels in CUDA
+    graphs.
     """
 
     vllm_config: Any
 
     def watch_collectives(self) -> None:
-        """Begin."""
+        """Start recording."""
         self._profile = profile(record_shapes=True)
         self._profile.start()
 
     def watched_collectives(self) -> list[tuple[str, int, float]]:
-        """End; kind, bytes given to it (of kernels not known) and seconds of each, in order."""
+        """Stop recording; return kind, bytes and seconds of each collective, in order.
+
+        The bytes are those passed to it; 0 for GPU kernels, where they are not known.
+        """
         self._profile.stop()
         itemsize = self.vllm_config.model_config.dtype.itemsize
         device = "CUDA" if torch.cuda.is_available() else "CPU"
         profiler: Any = self._profile.profiler
-        # the profiler's own `events()` takes 20 times as long, and twice the memory
+        # the profiler's own `events()` takes 20 times as long and twice the memory
         events = profiler.kineto_results.events()
         found = []
         for event in sorted(events, key=lambda event: event.start_ns()):
@@ -59,28 +63,28 @@ class ProfiledWorker:
         return found
 
 
-class VllmRunner:
-    """A model that vLLM has loaded, tensor-parallel over processes of its own."""
+class TimedVllmModel:
+    """A model loaded in vLLM, which starts its own processes for tensor parallelism."""
 
     def __init__(self, llm: LLM) -> None:
-        """With `ProfiledWorker` in its workers, no cache of prefixes, and log_stats."""
+        """Time `llm`; it needs `ProfiledWorker` in its workers, log stats and no prefix caching."""
         self._llm = llm
 
     def seconds(self, case: Case) -> float:
-        """One run, by the engine's own clock; of decoding, a token's."""
+        """Seconds of one run, by the engine's own clock; for `decode`, per token."""
         scheduled, first, last = self._run(case, self._tokens(case))
         if case.task is Task.decode:
             return (last - first) / DECODED
         return (first if case.task is Task.prefill else last) - scheduled
 
     def collectives(self, case: Case) -> Collectives | None:
-        """Of one rank in one more run, profiled; of decoding, a token's."""
+        """The collectives of one rank in one more run, profiled; for `decode`, per token."""
         tokens = self._tokens(case)
         self._llm.collective_rpc("watch_collectives")
         scheduled, first, last = self._run(case, tokens)
         found = self._llm.collective_rpc("watched_collectives")[0]
         seconds, runs = last - scheduled, 1
-        if case.task is Task.decode:  # every pass has as many, and the first is the prompt's
+        if case.task is Task.decode:  # drop the prompt's pass, the first of equal ones
             found, seconds, runs = found[len(found) // tokens :], last - first, DECODED
         if not found:
             return None
@@ -92,11 +96,11 @@ class VllmRunner:
         )
 
     def _tokens(self, case: Case) -> int:
-        """That are generated."""
+        """Number of tokens that a run generates."""
         return {Task.prefill: 1, Task.generate: case.length, Task.decode: 1 + DECODED}[case.task]
 
     def _run(self, case: Case, tokens: int) -> tuple[float, float, float]:
-        """When the prompts were scheduled, had their first tokens and their last."""
+        """Times when the prompts were scheduled, had their first token and their last token."""
         length = 1 if case.task is Task.generate else case.length
         vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
         prompts = [
@@ -107,14 +111,16 @@ class VllmRunner:
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
         time.sleep(IDLE)
-        self._llm.sleep(level=0, mode="keep")  # until all are there, or the first goes alone
+        self._llm.sleep(
+            level=0, mode="keep"
+        )  # until all prompts are queued; else the first would run alone
         self._llm.enqueue(prompts, options, use_tqdm=False)
         self._llm.wake_up(tags=["scheduling"])
         times = [each.metrics for each in self._llm.wait_for_completion(use_tqdm=False)]
         if len({each.scheduled_ts for each in times}) > 1 or any(e.num_preemptions for e in times):
             raise TruedepthError(
-                f"vLLM has no room for {case.batch} sequences of {case.length} tokens at once; on a"
-                " CPU set VLLM_CPU_KVCACHE_SPACE to more GB."
+                f"vLLM's KV cache has no room for {case.batch} sequences of {case.length} tokens at"
+                " once; lower --batch, or on a CPU raise VLLM_CPU_KVCACHE_SPACE (GiB)."
             )
         return (
             min(each.scheduled_ts for each in times),
@@ -127,9 +133,9 @@ def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
     """Time a model and its base, each loaded once and idle while the other runs.
 
     Args:
-        setup: The models, and how they run; the device must be what vLLM was built for.
-        cases: What to time.
-        repetitions: Of each.
+        setup: The models, and how they run; the device must be the one vLLM was built for.
+        cases: Cases to time.
+        repetitions: Timed runs of each model and case.
 
     Raises:
         TruedepthError: vLLM cannot load a model, or fails.
@@ -138,9 +144,10 @@ def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
 
     if setup.device != current_platform.device_type:
         raise TruedepthError(
-            f"This vLLM runs on {current_platform.device_type}, not on {setup.device}."
+            f"This vLLM was built for {current_platform.device_type}, not for {setup.device}; give"
+            f" --device {current_platform.device_type}."
         )
-    assert setup.dtype is not None  # that is llama.cpp's way
+    assert setup.dtype is not None  # None is for llama.cpp only
     ranks = setup.ranks
     room, batch = max(case.length for case in cases) + 1 + DECODED, max(c.batch for c in cases)
     cores = sorted(os.sched_getaffinity(0))
@@ -158,22 +165,22 @@ def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
         "skip_tokenizer_init": True,
         "max_model_len": room,
         "max_num_seqs": batch,
-        "max_num_batched_tokens": max(2048, room * batch),  # a prompt is one pass
+        "max_num_batched_tokens": max(2048, room * batch),  # so that all prompts run in one pass
         "gpu_memory_utilization": 0.45 if setup.against else 0.9,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "worker_extension_cls": f"{__name__}.{ProfiledWorker.__name__}",
     }
 
-    def runner(name: str) -> VllmRunner:
+    def timed(name: str) -> TimedVllmModel:
         source = open_source(name)
-        source.tensors  # noqa: B018  # downloads those of a hub model
-        return VllmRunner(LLM(model=str(source.path), **options))
+        source.tensors  # noqa: B018  # downloads the weights of a hub model
+        return TimedVllmModel(LLM(model=str(source.path), **options))
 
     with tempfile.TemporaryFile("w+", errors="replace") as log, redirected(log, 1, 2):
         try:
-            against = runner(setup.against) if setup.against else None
-            return interleaved(runner(setup.model), against, cases, repetitions)
+            against = timed(setup.against) if setup.against else None
+            return interleaved(timed(setup.model), against, cases, repetitions)
         except (RuntimeError, ValueError, OSError, EngineDeadError) as error:
             log.seek(0)
             causes = [found.group() for line in log if (found := re.search(r"\w+Error: .*", line))]
@@ -182,6 +189,6 @@ def measure(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
 
 
 def _cache_gib(model: str, tokens: int, dtype: torch.dtype) -> int:
-    """GiB of KV cache for so many tokens, which come in blocks."""
+    """GiB of KV cache for `tokens` tokens, with room for partly filled blocks."""
     info = inspect_model(model)
     return ceil((tokens * 1.25 + 1024) * info.kv_elements_per_token * dtype.itemsize / (1 << 30))

@@ -1,4 +1,4 @@
-"""Checkpoints as GGUF files.
+"""Export of checkpoints to GGUF files.
 
 The file, its tokenizer, its types, and weights balanced for quantizers.
 

@@ -1,14 +1,15 @@
-"""Weights rescaled so that a quantizer loses less, and the model stays what it is.
+"""Rescales weights so that quantization loses less, while the model computes the same.
 
-Quantizers give some tens of neighbouring columns one scale, so a column that is much smaller than
-its neighbours drowns in their rounding. Where a column's scale can be moved elsewhere at no cost it
-is moved:
+Quantizers give a few dozen neighbouring columns one shared scale, so a column that is much smaller
+than its neighbours is lost in their rounding. A column's scale is therefore moved to a place where
+it costs nothing:
 
-    of maps that read the residual stream    into the gain of the norm before them
-    of the FFN's down projection             into the rows of the up projection
+    columns of                              their scale moves into
+    maps that read the residual stream      the gain of the norm before them
+    the FFN's down projection               the rows of the up projection
 
-Rows keep scales of their own in every quantizer, and norms stay in float32. Folded gains, which
-widening puts into the columns, go back where they came from this way, and more.
+Every quantizer gives each row its own scales, and norms stay in float32. This also moves the gains
+that widening folded into columns back into the norms.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ BLOCK_BYTES = 1 << 22
 
 
 def balanced(family: Family, layer: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """A layer of any width that computes the same, with columns of equal size, in float32.
+    """Rescale a layer of any width so that its columns have equal norms.
 
-    Its weights are read once now, and again when the result is.
+    The layer computes the same function. Its weights are read once for the sizes, and again when
+    the result is read.
 
     Args:
-        family: Its names.
-        layer: By names within it; `model.layers.3.` is not part of them.
+        family: The family, for the names of norms and maps.
+        layer: The layer's tensors by their names within it, without `model.layers.3.`.
+
+    Returns:
+        All tensors of the layer by the same names; the rescaled ones are float32.
     """
     found = dict(layer)
     for norm in family.norms:
@@ -50,13 +55,13 @@ def balanced(family: Family, layer: Mapping[str, LazyTensor]) -> dict[str, LazyT
 
 
 def _column_squares(matrix: LazyTensor) -> Tensor:
-    """`[columns]` float64: each column's sum of squares."""
+    """The sum of squares of each column, `[columns]` float64."""
     blocks = matrix.blocks(BLOCK_BYTES)
     return torch.stack([block.double().square().sum(0) for block in blocks]).sum(0)
 
 
 def _sizes(squares: Tensor) -> Tensor:
-    """float32, 1 in the geometric mean; columns of zeros count as the smallest other."""
+    """Column sizes, float32, with geometric mean 1; a column of zeros gets the smallest other."""
     if not squares.any():
         return torch.ones_like(squares, dtype=torch.float32)
     sizes = squares.clamp(min=squares[squares > 0].min()).sqrt().log()

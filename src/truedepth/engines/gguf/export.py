@@ -1,8 +1,8 @@
-"""Layer-parallel checkpoints as GGUF files that llama.cpp runs as it is.
+"""Writes layer-parallel checkpoints as GGUF files that an unmodified llama.cpp runs.
 
-llama.cpp's architecture `deci` (Nemotron) has numbers of heads and FFN widths of every layer's own;
-otherwise its layers are Llama's, with biases where the file has them. A checkpoint whose model it
-would not compute exactly is refused.
+llama.cpp's architecture `deci` (Nemotron) lets every layer have its own number of heads and its own
+FFN width; otherwise its layers are Llama's, with biases if the file has them. A checkpoint that
+llama.cpp would not compute exactly is refused.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from truedepth.widening.layout import check_loadable
 ARCHITECTURE = gguf.MODEL_ARCH.DECI
 
 BLOCK_BYTES = 1 << 22
-"""Of a tensor, in memory at a time."""
+"""Bytes of a tensor that are in memory at a time."""
 
 
 EXACT = {torch.float16: MatrixType.f16, torch.bfloat16: MatrixType.bf16}
-"""The type that holds a dtype's values; float32 for all others."""
+"""The type that holds a dtype's values exactly; f32 for all other dtypes."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` did."""
+    """The file that `export` wrote."""
 
     path: Path
     type: MatrixType
     size: int
-    """Bytes of the file."""
+    """Size of the file in bytes."""
 
     tensors: dict[str, int]
-    """How many there are of each type of GGML."""
+    """Number of tensors by GGML type, such as `{"Q8_0": 30, "F32": 9}`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The result as JSON-compatible data."""
         return {
             "path": str(self.path),
             "type": self.type.value,
@@ -77,12 +77,13 @@ def export(
 ) -> Export:
     """Write a layer-parallel checkpoint as one GGUF file.
 
-    Memory stays bounded: tensors are read and written in blocks of rows. Vectors are float32 in
-    every type, as llama.cpp has them.
+    Memory use does not grow with the model: tensors are read and written in blocks of rows.
+    Vectors are float32 whatever the type, as llama.cpp expects.
 
     Args:
-        model: A checkpoint that truedepth wrote; an unpaired model's has a plan without pairs.
-        out: The `.gguf` file; appears when it is complete.
+        model: A checkpoint that truedepth wrote. To export an unpaired model, convert it with a
+            plan without pairs first.
+        out: The `.gguf` file; it appears when it is complete.
         type: Type of the matrices; `auto` holds the checkpoint's own dtype exactly. k- and i-quants
             are made by llama.cpp's own quantizer, which needs `llama-cpp-python`.
         force: Replace `out` if it exists.
@@ -99,7 +100,7 @@ def export(
         library()
     _check_source(source)
     if out.suffix != ".gguf":
-        raise TruedepthError(f"The output {out} must be a file name that ends in .gguf.")
+        raise TruedepthError(f"The output {out} must end in .gguf.")
     check_apart(source.path, out.resolve())
     check_output(out, force)
     check_loadable(source.config, source.tensors, source.path)
@@ -126,13 +127,13 @@ def export(
 
 
 def _check_source(source: Source) -> None:
-    """Raises TruedepthError where llama.cpp would compute something else."""
+    """Raise TruedepthError if llama.cpp would compute something else."""
     if source.path.is_file():
-        raise TruedepthError(f"{source.path} is a GGUF file already.")
+        raise TruedepthError(f"{source.path} is already a GGUF file; give the checkpoint.")
     if plan_of(source.config) is None:
         raise TruedepthError(
-            f"{source.path} is not a layer-parallel checkpoint: write one with truedepth convert"
-            " (--pairs 0 for the model as it is)."
+            f"{source.path} is not a layer-parallel checkpoint; make one with truedepth convert"
+            " (--pairs 0 keeps the model as it is)."
         )
     if reason := _place(source) or _details(transformers_config(source.config, source.path)):
         raise TruedepthError(
@@ -142,9 +143,9 @@ def _check_source(source: Source) -> None:
 
 
 def _place(source: Source) -> str | None:
-    """Why the architecture has none for a model's tensors."""
+    """Why the architecture has no place for some of the model's tensors, or None."""
     if source.config.get("side_by_side"):
-        return "it runs no layers side by side, but as wide layers"
+        return "it runs wide layers, but not layers side by side"
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
     homeless = {
         re.sub(r"^model\.layers\.\d+\.", "", tensor)
@@ -154,12 +155,12 @@ def _place(source: Source) -> str | None:
     if homeless:
         return f"it has no place for {', '.join(sorted(homeless))}"
     if (family := unconverted(source.config["model_type"])) not in LLAMA_CPP_FAMILIES:
-        return f"it is not known to compute what the family {family!r} does"
+        return f"it is not known to compute the family {family!r}"
     return None
 
 
 def _details(config: Any) -> str | None:
-    """Why the architecture computes something else with them."""
+    """Why the architecture would compute something else with the model's tensors, or None."""
     rope = config.rope_parameters
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or (
@@ -168,16 +169,16 @@ def _details(config: Any) -> str | None:
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is SiLU, not {config.hidden_act}"
     if rope["rope_type"] not in ("default", "llama3"):
-        return f"RoPE scaling of the type {rope['rope_type']!r} is not the same there"
+        return f"it computes RoPE scaling of type {rope['rope_type']!r} differently"
     if (part := rope.get("partial_rotary_factor", 1.0)) != 1:
         return f"it rotates whole heads, not {part} of them"
     if any("sliding" in kind for kind in kinds):
-        return f"it has no sliding window, and this model sees {window} tokens back"
+        return f"it has no sliding window, and this model's layers see only {window} tokens back"
     return None
 
 
 def _write(source: Source, path: Path, kind: MatrixType, *, balance: bool) -> None:
-    """The whole file, in a type that needs no llama.cpp."""
+    """Write the whole file, in a type that does not need llama.cpp's quantizer."""
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURE])
     tensors = gguf_tensors(source, balance)
     stored = {name: storage(kind, name, tensor) for name, tensor in tensors.items()}
@@ -190,7 +191,7 @@ def _write(source: Source, path: Path, kind: MatrixType, *, balance: bool) -> No
         size = columns_bytes * int(np.prod(shape[:-1], dtype=np.int64))
         writer.add_tensor_info(name, raw, np.dtype(dtype), size, raw_dtype=ggml)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    # closed also on a full disk, or what was written holds its place until the writer is collected
+    # Closed even if the disk is full; an open file would keep its space until it is collected.
     with closing(writer), progress_bar("Writing", total, unit="bytes") as advance:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -205,12 +206,17 @@ def _write(source: Source, path: Path, kind: MatrixType, *, balance: bool) -> No
 
 
 def storage(kind: MatrixType, name: str, tensor: LazyTensor) -> tuple[GGMLQuantizationType, int]:
-    """A tensor's type in a file of some type, and the bytes of its rows.
+    """Choose a tensor's GGML type, and compute the bytes of one of its rows.
 
-    Vectors are float32. Embedding and head have eight bits where the rest has fewer.
+    Vectors are float32. If the matrices are quantized, embedding and head are Q8_0.
+
+    Args:
+        kind: Type of the file's matrices; not one that needs llama.cpp's quantizer.
+        name: The tensor's name in llama.cpp.
+        tensor: The tensor.
 
     Raises:
-        TruedepthError: Its rows are no multiple of the type's blocks.
+        TruedepthError: The row length is not a multiple of the type's block size.
     """
     ggml = GGMLQuantizationType[kind.name.upper()]
     if len(tensor.shape) < 2:
@@ -221,8 +227,8 @@ def storage(kind: MatrixType, name: str, tensor: LazyTensor) -> tuple[GGMLQuanti
     block, size = gguf.GGML_QUANT_SIZES[ggml]
     if columns % block:
         raise TruedepthError(
-            f"{kind.value} packs {block} columns together, and {name} has {columns}; choose f16 or"
-            " another type without blocks."
+            f"{kind.value} packs blocks of {block} columns, but {name} has {columns} columns;"
+            " choose f16 or another type without blocks."
         )
     return ggml, columns // block * size
 
@@ -241,17 +247,17 @@ def _write_block(
         finite = values.isfinite().all() and (data.dtype.kind != "f" or np.isfinite(data).all())
     if not finite:
         raise TruedepthError(
-            f"{name} has values that are no numbers, or beyond {ggml.name.lower()}; try --type f32."
+            f"{name} has values that are not finite in {ggml.name.lower()}; try --type f32."
         )
     file.write(data.data)
 
 
 def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
-    """The tensors of the file, by llama.cpp's names and with its order of rows.
+    """The tensors of the file, by llama.cpp's names and in its order of rows.
 
     Args:
-        source: A checkpoint that the architecture computes.
-        balance: Rescale them, so that a quantizer loses less.
+        source: A checkpoint that the architecture computes exactly.
+        balance: Whether to rescale the weights so that quantization loses less.
     """
     config = transformers_config(source.config, source.path)
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
@@ -271,7 +277,7 @@ def gguf_tensors(source: Source, balance: bool) -> dict[str, LazyTensor]:
 
 
 def balanced_tensors(source: Source) -> dict[str, LazyTensor]:
-    """A checkpoint's tensors by transformers' names, every layer `balanced`. Reads all weights."""
+    """Apply `balanced` to every layer; names are transformers'. Reads all weights once."""
     family = original_family(source.config, str(source.path))
     tensors = dict(source.tensors)
     for index in range(source.num_layers):
@@ -285,7 +291,7 @@ def balanced_tensors(source: Source) -> dict[str, LazyTensor]:
 
 
 def rope_factors(config: Any) -> torch.Tensor:
-    """`[head_dim / 2]` float32: what llama.cpp divides RoPE's frequencies by."""
+    """The divisors of RoPE's frequencies that llama.cpp expects, `[head_dim / 2]` float32."""
     scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     factors: torch.Tensor = config.rope_parameters["rope_theta"] ** -exponents / scaled

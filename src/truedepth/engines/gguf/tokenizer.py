@@ -1,12 +1,12 @@
-"""A tokenizer in the metadata of a GGUF file.
+"""Writes a tokenizer into the metadata of a GGUF file.
 
-llama.cpp has two kinds that matter here: byte-level BPE (`gpt2`), whose split of text into words it
-knows by name, and SentencePiece's BPE (`llama`), which merges by scores. The original is carried
-along as it is, too, for programs that can use it.
+Two of llama.cpp's tokenizer models matter here: byte-level BPE (`gpt2`), whose way of splitting
+text into words llama.cpp knows by name, and SentencePiece's BPE (`llama`), which merges by scores.
+The original tokenizer.json is stored as well, unchanged, for programs that can use it.
 
-Small things llama.cpp does its own way, with every file: it does not normalize (Qwen2's NFC), its
-pattern for Tekken takes accented capitals for the ends of words, and with SentencePiece it puts a
-space after special tokens too where the tokenizer puts one before a text.
+llama.cpp differs in small ways with any GGUF file: it does not normalize text (Qwen2's NFC), its
+pattern for Tekken takes accented capitals for the ends of words, and if a SentencePiece tokenizer
+puts a space before a text, llama.cpp puts one after special tokens too.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from truedepth.text import beginning
 
 @dataclass(frozen=True)
 class Words:
-    """How text is split into words before it is merged."""
+    """How text is split into words before BPE merges are applied."""
 
     patterns: tuple[str, ...] = ()
-    """One after another; `digit` takes digits one by one."""
+    """Regular expressions, applied in order; `digit` splits off single digits."""
 
     then_gpt2: bool = False
-    """GPT-2's own pattern after them."""
+    """Whether GPT-2's own pattern is applied after them."""
 
     whole: bool = False
-    """Words that are tokens are not merged but taken (`ignore_merges`)."""
+    """Whether a word that is a token is taken whole, without merging (`ignore_merges`)."""
 
 
 WORDS = {
@@ -62,22 +62,26 @@ WORDS = {
         whole=True,
     ),
 }
-"""By llama.cpp's name (llama-vocab.cpp)."""
+"""Ways of splitting by llama.cpp's names for them (src/llama-vocab.cpp)."""
 
 SPACE = "▁"
 
 
 def check_tokenizer(source: Source) -> None:
-    """Raises TruedepthError where llama.cpp is not known to have the tokenizer."""
+    """Check that llama.cpp has the tokenizer.
+
+    Raises:
+        TruedepthError: llama.cpp is not known to have it, or no token ends a text.
+    """
     _kind(source, _definition(source))
     _special(source)
 
 
 def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
-    """Vocabulary, merges, special tokens and chat template.
+    """Add vocabulary, merges, special tokens and chat template to the file's metadata.
 
     Raises:
-        TruedepthError: llama.cpp is not known to have the tokenizer.
+        TruedepthError: llama.cpp is not known to have the tokenizer, or no token ends a text.
     """
     tokenizer, definition = source.tokenizer, _definition(source)
     model, words = _kind(source, definition)
@@ -91,7 +95,7 @@ def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
     writer.add_token_list(names)
     writer.add_token_types(types)
     if model == "gpt2":
-        # A space within a merge is written as byte-level BPE writes spaces.
+        # A space within a token is written as byte-level BPE writes spaces.
         writer.add_token_merges(
             [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
         )
@@ -117,20 +121,22 @@ def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
 
 
 def _definition(source: Source) -> dict[str, Any]:
-    """tokenizer.json."""
+    """The contents of tokenizer.json."""
     backend = getattr(source.tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise TruedepthError(f"{source.path} has no fast tokenizer, which an export needs.")
+        raise TruedepthError(
+            f"{source.path} has no fast tokenizer (tokenizer.json), which export needs."
+        )
     found: dict[str, Any] = json.loads(backend.to_str())
     return found
 
 
 def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
-    """llama.cpp's names of the tokenizer's model and of its split into words."""
+    """llama.cpp's names for the tokenizer's model and its way of splitting text into words."""
     steps = _steps(definition.get("pre_tokenizer"))
     refused = TruedepthError(
-        f"The tokenizer of {source.path} is not one that llama.cpp is known to have: byte-level BPE"
-        f" that splits words as {', '.join(WORDS)} do, or SentencePiece's BPE."
+        f"The tokenizer of {source.path} cannot be exported: llama.cpp is only known to have"
+        f" byte-level BPE that splits words like {', '.join(WORDS)}, and SentencePiece's BPE."
     )
     model, normalizers = definition["model"], _steps(definition.get("normalizer"))
     kinds = {step["type"] for step in steps}
@@ -160,7 +166,7 @@ def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Of a pre-tokenizer or normalizer, those of sequences one by one."""
+    """The steps of a pre-tokenizer or normalizer, with nested sequences flattened."""
     if part is None:
         return []
     if part["type"] == "Sequence":
@@ -178,10 +184,10 @@ def _pattern(step: dict[str, Any]) -> str:
 
 
 def _special(source: Source) -> dict[str, int]:
-    """Special tokens by name; what the tokenizer does not say the config may.
+    """Special tokens by name, from the tokenizer, else from the model's config.
 
     Raises:
-        TruedepthError: No token ends a text; llama.cpp would take an ordinary one.
+        TruedepthError: No token ends a text; llama.cpp would use an ordinary one instead.
     """
     config = transformers_config(source.config, source.path)
     found = {}
@@ -194,14 +200,17 @@ def _special(source: Source) -> dict[str, int]:
         if token is not None and 0 <= token < config.vocab_size:
             found[name] = int(token)
     if "eos" not in found:
-        raise TruedepthError(f"Neither tokenizer nor config of {source.path} say what ends a text.")
+        raise TruedepthError(
+            f"Neither tokenizer nor config of {source.path} names the token that ends a text"
+            " (eos_token); add it to tokenizer_config.json."
+        )
     return found
 
 
 def _tokens(
     source: Source, definition: dict[str, Any], *, byte_tokens: bool
 ) -> tuple[list[str], list[TokenType]]:
-    """All that the model has embeddings of; those without a name are made unusable."""
+    """Names and types of all tokens that the model embeds; ids without a name are marked unused."""
     added = {token["id"]: token for token in definition["added_tokens"]}
     by_id = {index: name for name, index in source.tokenizer.get_vocab().items()}
     unknown = source.tokenizer.unk_token_id
@@ -223,7 +232,7 @@ def _tokens(
 
 
 def _begins_with_space(definition: dict[str, Any]) -> bool:
-    """Whether a text is tokenized as if a space stood before it."""
+    """Whether the tokenizer puts a space before a text."""
     steps = _steps(definition.get("pre_tokenizer"))
     if any(step["type"] == "Metaspace" for step in steps):
         return all(step.get("prepend_scheme", "always") != "never" for step in steps)

@@ -1,4 +1,4 @@
-"""Types that the matrices of a GGUF file can have."""
+"""Tensor types for the matrices of a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from truedepth.errors import TruedepthError
 
 
 class MatrixType(StrEnum):
-    """By llama.cpp's names; `auto` is the checkpoint's own."""
+    """A type by llama.cpp's name; `auto` is the type that holds the checkpoint's values exactly."""
 
     auto = "auto"
     f32 = "f32"
@@ -33,31 +33,30 @@ class MatrixType(StrEnum):
 
     @classmethod
     def of(cls, name: str) -> MatrixType:
-        """By its name, in small or capital letters.
+        """Find a type by its name; case does not matter.
 
         Raises:
-            TruedepthError: There is no such type.
+            TruedepthError: The name is unknown.
         """
         try:
             return cls(name.lower())
         except ValueError:
-            raise TruedepthError(
-                f"There is no type {name!r}; there are {', '.join(cls)}."
-            ) from None
+            raise TruedepthError(f"{name!r} is not a type; choose from {', '.join(cls)}.") from None
 
     @property
     def needs_llama_cpp(self) -> bool:
-        """Whether only llama.cpp's own quantizer makes it."""
+        """Whether only llama.cpp's own quantizer writes this type."""
         return "_k" in self.value or self.value.startswith("iq")
 
     @property
     def quantized(self) -> bool:
-        """Whether its values share scales."""
+        """Whether blocks of values share a scale."""
         return "q" in self.value
 
     @property
     def balanced(self) -> bool:
-        """Whether weights are balanced before. llama.cpp's own quantizer weighs columns itself, and
-        gains nothing by it.
+        """Whether weights are balanced before they are quantized.
+
+        llama.cpp's own quantizer weights columns itself and gains nothing from balancing.
         """
         return self.quantized and not self.needs_llama_cpp

@@ -1,6 +1,6 @@
-"""truedepth checkpoints in vLLM.
+"""Support for truedepth checkpoints in vLLM.
 
-The entry point and vLLM's model classes with layers of other widths.
+The plugin's entry point, and vLLM's model classes with layers of different widths.
 
 May import: what engines may.
 """

@@ -1,4 +1,4 @@
-"""vLLM's own model classes with layers of different width. Imported where vLLM is, by vLLM."""
+"""vLLM's own model classes with layers of different widths. Only vLLM imports this module."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ check_version(vllm.__version__)
 
 
 def layer_config(whole: Any, prefix: str) -> Any:
-    """The config of one layer, from the model's and the layer's name.
+    """Make the config of one layer.
 
-    Of the same class as the model's, which layers of vLLM's ask for.
+    It has the same class as the model's config, as vLLM's layers require.
+
+    Args:
+        whole: The model's config.
+        prefix: The layer's name, such as `model.layers.3`.
     """
     if whole.side_by_side:
-        raise ValueError("vLLM runs wide layers only, and this checkpoint has layers side by side")
+        raise ValueError(
+            "vLLM does not run layers side by side, only wide layers; use transformers"
+        )
     width = whole.layer_widths[extract_layer_index(prefix)]
     if width == 1:
         return whole
@@ -39,7 +45,7 @@ def layer_config(whole: Any, prefix: str) -> Any:
 
 
 class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    """vLLM's Llama layer, as wide as the checkpoint says."""
+    """vLLM's Llama layer, with the width that the config gives."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
         config = layer_config(vllm_config.model_config.hf_config, prefix)
@@ -47,20 +53,20 @@ class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class TruedepthLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """vLLM's Llama with such layers."""
+    """vLLM's Llama with wide layers."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=WideLlamaDecoderLayer)
 
 
 class TruedepthMistralForCausalLM(TruedepthLlamaForCausalLM):
-    """Mistral, which is Llama to vLLM; the sliding window is the engine's matter."""
+    """Mistral: vLLM runs it as Llama and handles the sliding window in the engine."""
 
 
 class TruedepthQwen2ForCausalLM(TruedepthLlamaForCausalLM):
-    """Qwen2 as vLLM's Llama with biases on queries, keys and values.
+    """Qwen2, run as vLLM's Llama with biases on queries, keys and values.
 
-    vLLM's own Qwen2 takes no layers of another class.
+    vLLM's own Qwen2 does not accept another layer class.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -69,13 +75,13 @@ class TruedepthQwen2ForCausalLM(TruedepthLlamaForCausalLM):
 
 
 class TruedepthPhi3ForCausalLM(TruedepthLlamaForCausalLM):
-    """Phi-3, which is Llama to vLLM with its maps packed already."""
+    """Phi-3: vLLM runs it as Llama; its checkpoints have the maps packed already."""
 
     packed_modules_mapping = Phi3ForCausalLM.packed_modules_mapping
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of every head, each with gains of its own: `[a rank's heads, head_dim]`."""
+    """RMSNorm over each head with its own gains; the weight is `[heads of this rank, head_dim]`."""
 
     def __init__(self, norm: Any, heads: int) -> None:
         super().__init__()
@@ -84,25 +90,25 @@ class HeadNorm(nn.Module):
         self.variance_epsilon = norm.variance_epsilon
 
     def _load(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Of the gains of all heads this rank's."""
+        """Load this rank's part of the gains of all heads."""
         heads = len(parameter)
         start = get_tensor_model_parallel_rank() * heads % len(whole)
         parameter.data.copy_(whole[start : start + heads])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., heads, head_dim]`."""
+        """Normalize `[..., heads, head_dim]`."""
         x = hidden_states.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
 
 
 def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:
-    """A model class of vLLM whose layers are as wide as the checkpoint says.
+    """Make a vLLM model class whose layers have the widths that the config gives.
 
     Args:
-        base: The model class, with a head.
-        holder: The class or module that it takes its layers' class from.
-        name: What that is called there.
+        base: vLLM's model class, including the head.
+        holder: The class or module in which the base looks up its layer class.
+        name: The name of the layer class in `holder`.
     """
 
     class WideLayer(getattr(holder, name)):  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""vLLM runs truedepth checkpoints on its own kernels.
+"""The vLLM plugin: vLLM runs truedepth checkpoints with its own kernels.
 
-The entry point `vllm.general_plugins` has vLLM call `register` in each of its processes.
+Through the entry point `vllm.general_plugins`, vLLM calls `register` in each of its processes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from truedepth.families.lookup import all_families
 from truedepth.modeling import PREFIX
 
 TESTED = ("0.32",)
-"""Versions of vLLM, by their first two numbers; model classes change between such versions."""
+"""Tested versions of vLLM (major.minor); its model classes change between minor versions."""
 
 ANY_VERSION = "TRUEDEPTH_ANY_VLLM"
+"""Environment variable that allows versions that were not tested."""
 
 MODELS = "truedepth.engines.vllm.models"
 
 
 def register() -> None:
-    """Tell vLLM which class runs which checkpoint. Imports none of them."""
+    """Tell vLLM which class runs which checkpoint, without importing the classes."""
     from vllm import ModelRegistry
 
     for family in all_families():
@@ -32,13 +33,13 @@ def register() -> None:
 
 
 def check_version(version: str) -> None:
-    """Refuse versions that were not tested, when a checkpoint of ours is loaded and not before.
+    """Refuse versions that were not tested. Called only when a truedepth checkpoint is loaded.
 
     Raises:
-        TruedepthError: This is one, and the environment variable TRUEDEPTH_ANY_VLLM is not set.
+        TruedepthError: The version was not tested, and TRUEDEPTH_ANY_VLLM is not set.
     """
     if ".".join(version.split(".")[:2]) not in TESTED and not os.environ.get(ANY_VERSION):
         raise TruedepthError(
-            f"This is vLLM {version}; truedepth was tested with {', '.join(TESTED)}. Install one of"
-            f" these, or set {ANY_VERSION}=1 to try this one."
+            f"This is vLLM {version}, but truedepth was tested with {', '.join(TESTED)}; install a"
+            f" tested version, or set {ANY_VERSION}=1 to try this one."
         )

@@ -273,6 +273,7 @@ def test_help_fits_80_columns_and_needs_no_torch(command):
     assert done.returncode == 0
     assert done.stderr.strip() == "False"
     assert max(map(len, done.stdout.splitlines())) <= 80
+    assert not re.search(r"--[\w-]+…", done.stdout)  # a name cut short
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])

@@ -70,7 +70,7 @@ def bench(
         lengths: Numbers of tokens; see `Task`.
         batches: Numbers of sequences that run at a time.
         engine: Engine that runs the models.
-        ranks: Tensor-parallel size; this call starts the processes.
+        ranks: Tensor-parallel size; its processes are started here.
         eager: Compile nothing. Default: vLLM compiles, and so does transformers on a GPU.
         repetitions: Timed runs of each model and case.
         device: As in `load`; for vLLM it must be the one that vLLM was built for.

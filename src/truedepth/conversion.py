@@ -1,4 +1,4 @@
-"""A model and a plan -> a checkpoint on disk: plan, widen, write."""
+"""A model and a plan -> a checkpoint on disk: plan, layout, calibration, writing."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Conversion:
     source: str
     origin: str
     size: int
-    """Bytes of the weights."""
+    """Size of the weights, bytes."""
 
     executed_plan: Plan
     """The plan as engines run it: layers that run side by side are by themselves."""
 
     quantization: str | None = None
-    """Of the source, whose weights were dequantized."""
+    """How the source was quantized, if it was: its weights were dequantized."""
 
     calibration: CalibrationRecord | None = None
 

@@ -1,19 +1,19 @@
 """Closed-form repair: every linear map of a wide layer is refitted, without gradients.
 
-Pairing is lossy because a layer no longer sees what its partner wrote. Wide layer after wide layer,
-the calibration text is run through the original layers, from what entered them in the original
-model, and through the wide layer, from what the converted model gives it so far. Each map is then
-the ridge regression of what the original computed on what the wide layer has:
+Pairing is lossy because a layer no longer sees what its partner wrote. Wide layers are refitted one
+after another. The calibration text is run through the group's original layers, starting from the
+original's states, and through the wide layer, starting from the converted model's states so far.
+Each map is then the ridge regression from what the wide layer has to what the original computed:
 
     maps that read    W_i ← W_i M_i,  M_i from x̂ to the normalised input that layer i saw
     attention output  W_o from the heads' outputs to what is missing to x + Σ_i A_i
     FFN output        W_d from the gated activations to what is missing to y
 
-x, A_i and y (the input, the attentions and the output) are the original's, so what earlier wide
-layers left undone is part of what is missing, and each sub-layer takes up what it can of it.
+x, A_i and y (the input, the attentions and the output) are the original's. What earlier wide layers
+left uncorrected is thus part of what is missing, and each sub-layer corrects as much as it can.
 
-The architecture does not change. Memory holds the weights of one group, the sums over tokens of one
-map, and for every token a few states.
+The architecture does not change. Memory holds the weights of one group, one map's sums over tokens,
+and a few hidden states per token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from truedepth.runtime.calls import Calls
 from truedepth.runtime.stage import KINDS, Kind, LoadedSublayer, Member, run_stage
 from truedepth.widening.widen import packed_sizes
 
-HOLD_OUT = 8  # one window in so many chooses the penalties
+HOLD_OUT_EVERY = 8  # of every 8 windows one is held out, to choose the penalties on
 
 Weights = dict[str, Tensor]
 """Of one layer, by name within it, float32."""
@@ -45,15 +45,16 @@ class Refit:
 
     weights: Weights
     fits: dict[str, Fit]
-    """By map; of maps that read, one for each member: `mlp.gate_proj, mlp.up_proj of layer 15`."""
+    """One fit per map that writes, such as `mlp.down_proj`, and one per member for the maps that
+    read a norm, such as `mlp.gate_proj, mlp.up_proj of layer 15`."""
 
 
 Note = Callable[[Kind, Tensor, Tensor], None]
-"""Told of a sub-layer's kind, the state that it read, and what it added."""
+"""Takes a sub-layer's kind, the state that it read, and what it added."""
 
 
 def _noting(sublayer: LoadedSublayer, note: Note | None) -> Member[Calls]:
-    """The sub-layer as a member of a stage that somebody is told of."""
+    """The sub-layer as a member of a stage; `note` is told what it read and added."""
 
     def member(x: Tensor, calls: Calls) -> Tensor:
         added = sublayer(x, calls)
@@ -71,7 +72,7 @@ class Calibrator:
         """Begin where a walk through the original and its conversion is."""
         self.walk, self._family = walk, walk.layout.source.family
         windows = sum(batch.stop - batch.start for batch, _ in walk.fitted)
-        every = min(HOLD_OUT, windows)
+        every = min(HOLD_OUT_EVERY, windows)
         self._held = torch.tensor([window % every == every - 1 for window in range(windows)])
 
     @torch.inference_mode()
@@ -134,7 +135,7 @@ class Calibrator:
         return seen, attended
 
     def refit_aside(self, group: Group) -> Tensor:
-        """`Walk.detour` of the group refitted there by itself; the walk stays where it is."""
+        """`Walk.detour` past the group refitted alone; the walk stays where it is."""
         aside = Calibrator(self.walk.aside())
         aside.refit(group)
         return aside.walk.converted_states[len(self._held) :].clone()
@@ -147,7 +148,7 @@ class Calibrator:
         inputs: Tensor,
         found: Refit,
     ) -> None:
-        """The maps behind a norm, each member's by one map of their input."""
+        """The maps that read a norm: one map of their input for each member."""
         walk, stack = self.walk, self.walk.stack
         width = stack.hidden_size
         sums = [Regression(width, width, stack.device) for _ in group]
@@ -175,7 +176,7 @@ class Calibrator:
     def _refit_write(
         self, sublayer: LoadedSublayer, inputs: Tensor, wanted: Tensor, found: Refit
     ) -> None:
-        """The map that writes a sub-layer's output, toward the states that are wanted behind it."""
+        """The map that writes a sub-layer's output, toward the states wanted after it."""
         walk, wide = self.walk, sublayer.layer
         name = self._family.writes[KINDS.index(sublayer.kind)]
         module = wide.get_submodule(name)

@@ -1,4 +1,4 @@
-"""A calibration from text to weights on disk, layer by layer, gone on with after a kill."""
+"""A calibration, from text to weights on disk, layer by layer; a killed run resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Calibrated:
     """The refitted layers of a conversion."""
 
     tensors: dict[str, LazyTensor]
-    """By name in the converted model, float32; mapped from files that must stay."""
+    """By name in the converted model, float32; memory maps of files that must stay."""
 
     record: CalibrationRecord
 
@@ -47,9 +47,9 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
 
     Args:
         layout: Of the conversion.
-        directory: Keeps every layer as it is refitted, until the block has ended without an
-            exception. A run that finds the layers of the same calibration there resumes after them;
-            those of another are removed.
+        directory: Where every refitted layer is kept until the block ends without an exception. A
+            run that finds layers of the same calibration there resumes after them; layers of
+            another calibration are removed.
         options: What to calibrate on.
 
     Raises:
@@ -114,7 +114,7 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
 
 
 def _save(refit: Refit, path: Path) -> None:
-    """All at once: a file of that name is whole."""
+    """Write a layer at once: a file of that name is complete."""
     fits = {name: (fit.penalty, fit.before, fit.after) for name, fit in refit.fits.items()}
     weights = {name: weight.cpu().contiguous() for name, weight in refit.weights.items()}
     with whole_file(path) as partial:
@@ -122,7 +122,7 @@ def _save(refit: Refit, path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, MapError]]:
-    """Weights, and for every map λ and the held-out errors before and after."""
+    """A layer's weights, and for every map λ and its held-out errors before and after."""
     with safe_open(path, "pt") as file:
         fits = json.loads(file.metadata()["fits"])
     errors = {

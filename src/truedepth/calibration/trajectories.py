@@ -1,16 +1,14 @@
 """An original and its conversion, walked through side by side, group after group.
 
-For every token only the two states are kept that enter the models' next layers; the layers
-themselves come from disk when they are due and are gone when they are passed. Windows that maps are
-*fitted* to come first, windows that are only *measured* run along behind them.
+For every token only the two states that enter the models' next layers are kept. Layers are loaded
+from disk when they are needed and freed afterwards. Windows that maps are *fitted* to come first,
+followed by windows that are only *measured*.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from truedepth.calibration.options import Calibration
 from truedepth.calibration.windows import activation_dtype, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Predictions, window_measures
+from truedepth.files.scratch import mapped
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.layer_stack import LayerStack
 from truedepth.runtime.stage import LoadedSublayer, run_stage
@@ -77,7 +76,7 @@ class Walk:
                 self.original_states[windows], calls = stack.start(ids[windows])
                 batches.append((windows, calls))
         self.converted_states = self.original_states
-        """What enters the next layer of the converted model: the same until the first group."""
+        """What enters the converted model's next layer; the same tensor until the first group."""
 
     @property
     def batches(self) -> list[Batch]:
@@ -89,23 +88,15 @@ class Walk:
         shape = (windows, self._ids.shape[1], self.stack.hidden_size)
         if self._workspace is None:
             return torch.zeros(shape, dtype=self._activation_dtype)
-        count = math.prod(shape)
-        # Without a name, its space is given back however the process ends; taken in advance, a full
-        # disk is an error here and not a crash at a later write.
-        size = count * self._activation_dtype.itemsize
         try:
-            with tempfile.NamedTemporaryFile(dir=self._workspace) as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-                mapped = torch.from_file(
-                    file.name, shared=True, size=count, dtype=self._activation_dtype
-                )
+            return mapped(self._workspace, None, shape, self._activation_dtype)
         except OSError as error:
+            size = math.prod(shape) * self._activation_dtype.itemsize
             raise TruedepthError(
-                f"The workspace {self._workspace} cannot take {size / 1e6:,.0f} MB more of states:"
+                f"The workspace {self._workspace} cannot hold {size / 1e6:,.0f} MB more of states:"
                 f" {error.strerror}.",
                 exit_code=1,
             ) from error
-        return mapped.view(shape)
 
     def batch(self, states: Tensor, windows: slice) -> Tensor:
         """Some windows' states on the device of the layers, in float32."""
@@ -117,13 +108,13 @@ class Walk:
             self.converted_states = self.copied(self.original_states)
 
     def copied(self, states: Tensor) -> Tensor:
-        """The same states once more."""
+        """A copy of states."""
         again = self.allocate(len(states))
         again.copy_(states)
         return again
 
     def aside(self) -> Walk:
-        """A walk of its own from here on, along the same layers; this one stays where it is."""
+        """A copy of the walk that goes on from here; this one stays where it is."""
         aside = copy.copy(self)
         aside.original_states = self.copied(self.original_states)
         aside.converted_states = aside.original_states
@@ -132,11 +123,11 @@ class Walk:
     def layers(
         self, group: Group, weights: Mapping[str, Tensor] | None = None
     ) -> dict[int, nn.Module]:
-        """What a group becomes, by the original layer whose call each layer takes.
+        """The layers that a group becomes, by the original layer whose call each takes.
 
         Args:
-            group: One wide layer, or its members as they are.
-            weights: Of the wide layer, by name within it; by default as it is converted.
+            group: It becomes one wide layer, or keeps its members as they are.
+            weights: Of the wide layer, by name within it; default: the converted ones.
         """
         if not self.layout.is_wide(group):
             return {layer: self.stack.layer(layer) for layer in group}
@@ -151,7 +142,7 @@ class Walk:
 
         Args:
             group: The next layers of the original.
-            weights: Of the wide layer, where they are not as it was converted.
+            weights: Of the wide layer, by name within it; default: the converted ones.
         """
         layers: dict[int, nn.Module] = {}
         if len(group) > 1 or self.converted_states is not self.original_states:
@@ -164,7 +155,7 @@ class Walk:
 
     @torch.inference_mode()
     def detour(self, group: Group) -> Tensor:
-        """The states of the measured windows behind one group, all before it being the original.
+        """The states of the measured windows after one group; all before it is the original.
 
         Args:
             group: The next layers of the original.
@@ -208,7 +199,7 @@ class Walk:
 
     @torch.inference_mode()
     def losses(self, states: Sequence[Tensor] = ()) -> Tensor:
-        """How far the measured windows are from the original, when it is past its last layer.
+        """How far the measured windows are from the original, after its last layer.
 
         Args:
             states: Outputs of the last layer; by default the converted model's.
@@ -229,7 +220,7 @@ class Walk:
 
 
 def layer_stack(source: Source, options: Calibration) -> LayerStack:
-    """The layers of an original, where and in the dtype that the options say."""
+    """The layers of an original, on the device and in the dtype of the options."""
     device, dtype = placement(source, options)
     return LayerStack(source, device=device, dtype=dtype)
 
@@ -244,7 +235,7 @@ def walk_through(
         layout: Of the conversion.
         fitted: `[windows, window]` int64, token ids that maps are fitted to.
         measured: The same, of windows that are only measured.
-        options: What is kept where.
+        options: Batch size, and where and in which dtype states are kept.
     """
     return Walk(
         stack,

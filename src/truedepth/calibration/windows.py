@@ -1,4 +1,4 @@
-"""What to calibrate on: text cut into windows to fit to, measure and check on."""
+"""The text of a calibration, cut into windows to fit maps to, to measure and to check on."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from truedepth.runtime.loading import load
 from truedepth.sources.source import Source
 from truedepth.text import check_window, default_text, read_text, token_windows
 
-RESERVED = 8  # one window in so many of a text is kept to measure on, and one for checks
+RESERVED_EVERY = 8  # of every 8 windows of a text one is for measuring and one for checks
+MEASURE, CHECK = 3, 7  # which of them
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token windows for three uses, none in two of them; each `[windows, window]` int64.
+    """Token windows for three separate uses, each `[windows, window]` int64.
 
-    Where in a text those of one use are drawn from does not depend on the others, so a search and a
-    calibration on the same text agree.
+    The places in a text that one use takes its windows from do not depend on the other uses, so a
+    search and a calibration on the same text agree.
     """
 
     fitted: Tensor
-    """What the maps are solved on."""
+    """Windows that maps are fitted to."""
 
     measured: Tensor
-    """What plans are compared on."""
+    """Windows that plans are compared on."""
 
     check: Tensor
-    """Never looked at before the end."""
+    """Windows that nothing is fitted to or chosen by."""
 
 
 def placement(source: Source, options: Calibration) -> tuple[torch.device, torch.dtype]:
@@ -58,10 +59,10 @@ def calibration_windows(
         source: The original.
         options: Text, tokens and share.
         widest: Layers in the widest group.
-        measured: Windows to compare plans on, at most.
+        measured: Largest number of windows to compare plans on.
 
     Raises:
-        TruedepthError: Options do not fit, or the text is too short for so wide a layer.
+        TruedepthError: Options do not fit the model, or the text is too short for the widest layer.
     """
     text, own = given_text(source, options, widest, measured)
     if not own:
@@ -77,24 +78,21 @@ def given_text(
 ) -> tuple[CalibrationText, int]:
     """`calibration_windows` without the model's own share, and how many windows that is.
 
-    Each use is spread evenly over every file. Seconds where the other takes minutes: called alone,
-    it says what is wrong before a search.
+    Each use is spread evenly over every file. This takes seconds, and the model's own text minutes:
+    call this alone to find out before a search whether text and options fit.
     """
     window = options.window
     own = round(options.own_share * (options.tokens // window))
     check_window(source, window)
     texts = [read_text(path) for path in options.text] or [default_text()]
     parts = [token_windows(source.tokenizer, text, window) for text in texts]
-    uses = [torch.arange(len(part)) % RESERVED for part in parts]
-    wanted = [(measured, RESERVED // 2 - 1), (options.check, RESERVED - 1)]
+    uses = [torch.arange(len(part)) % RESERVED_EVERY for part in parts]
+    wanted = [(measured, MEASURE), (options.check, CHECK)]
     held = [
         _mixed([part[use == rest] for part, use in zip(parts, uses, strict=True)], 0, count)
         for count, rest in wanted
     ]
-    left = [
-        part[(use != RESERVED // 2 - 1) & (use != RESERVED - 1)]
-        for part, use in zip(parts, uses, strict=True)
-    ]
+    left = [part[(use != MEASURE) & (use != CHECK)] for part, use in zip(parts, uses, strict=True)]
     fitted = _mixed(left, options.seed, options.tokens // window - own)
     needed, given = tokens_needed(source, widest), fitted.numel() + own * window
     if given < needed:
@@ -106,7 +104,7 @@ def given_text(
 
 
 def tokens_needed(source: Source, widest: int) -> int:
-    """As many as the widest map of a group of `widest` layers has inputs."""
+    """The number of inputs of the widest map in a group of `widest` layers."""
     shapes = [
         source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape
         for name in source.family.writes
@@ -123,7 +121,7 @@ def _mixed(parts: Sequence[Tensor], seed: int, count: int | None = None) -> Tens
 
 
 def _shares(available: Sequence[int], wanted: int) -> list[int]:
-    """Equal shares; what a short file lacks the others give."""
+    """Equal shares; what a short file lacks, the others give."""
     shares = [0] * len(available)
     left = min(wanted, sum(available))
     shortest_first = sorted(range(len(available)), key=available.__getitem__)

@@ -163,8 +163,8 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.flush()
-        place = 8 + len(encoded)
+        offset = 8 + len(encoded)
         for name in ordered:
-            for written in copies.copy(tensors[name], file.fileno(), place):
+            for written in copies.copy(tensors[name], file.fileno(), offset):
                 progress(written)
-            place += tensors[name].nbytes
+            offset += tensors[name].nbytes

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from truedepth.checkpoint.records import Loss
 
-CHUNK_TOKENS = 128  # whose logits are held at a time, so that they stay in a processor's cache
+CHUNK_TOKENS = 128  # positions whose logits are held at a time: they stay in a processor's cache
 
 
 def perplexity_of(nll: float) -> float:
-    """exp(nll); infinite where that is beyond a float."""
+    """exp(nll); infinite if that is beyond a float."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def loss_of(rows: Tensor, window: int) -> Loss:
-    """Of a model, from the `[windows, 4]` of `window_measures`; `window` is its tokens."""
+    """A model's loss, from its `window_measures` `[windows, 4]`; `window` is tokens per window."""
     excess = rows[:, 0] - rows[:, 1]
     spread = (excess.std() / len(rows) ** 0.5).item() if len(rows) > 1 else None
     return Loss(len(rows) * (window - 1), excess.mean().item(), spread, rows[:, 2].mean().item())
@@ -34,7 +34,7 @@ class FromOriginal(NamedTuple):
     """What an original says at some positions; each `[positions]`."""
 
     nll: Tensor
-    """Of the tokens that came, nats."""
+    """NLL of the tokens that followed, nats."""
 
     kl: Tensor
     """KL(original ‖ model), nats."""

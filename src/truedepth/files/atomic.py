@@ -179,16 +179,16 @@ def locked_directory(directory: Path, *, busy: str, where: Path | None = None) -
 def _clear(out: Path) -> None:
     """Remove what a run that was killed just after writing `out` left beside it."""
     kept = [beside(out, what) for what in ("calibration", "healing")]
-    used_up = [place for place in kept if (place / USED_UP).exists() or _is_empty(place)]
-    for place in (beside(out, "partial"), beside(out, "replaced"), *used_up):
-        if place.is_dir():
+    used_up = [path for path in kept if (path / USED_UP).exists() or _is_empty(path)]
+    for path in (beside(out, "partial"), beside(out, "replaced"), *used_up):
+        if path.is_dir():
             with suppress(TruedepthError):  # another run is at work there, or removal fails
-                lock = locked_directory(place, busy="")
-                discard(place)
+                lock = locked_directory(path, busy="")
+                discard(path)
                 os.close(lock)
         else:
             with suppress(OSError):
-                place.unlink()
+                path.unlink()
 
 
 def discard(directory: Path) -> None:
@@ -199,8 +199,8 @@ def discard(directory: Path) -> None:
         directory.rmdir()
 
 
-def _is_empty(place: Path) -> bool:
-    return place.is_dir() and not any(place.iterdir())
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def empty(directory: Path) -> None:
@@ -269,10 +269,10 @@ def check_apart(source: Path, out: Path) -> None:
         TruedepthError: It does.
     """
     links = list(source.iterdir()) if source.is_dir() else []
-    for place in {source.resolve(), *(link.resolve() for link in links)}:
-        if out == place or out in place.parents:
+    for path in {source.resolve(), *(link.resolve() for link in links)}:
+        if out == path or out in path.parents:
             raise TruedepthError(
-                f"The output {out} contains the source {place}; choose another output."
+                f"The output {out} contains the source {path}; choose another output."
             )
     if source.is_dir() and source.resolve() in out.parents:
         raise TruedepthError(

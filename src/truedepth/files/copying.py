@@ -30,34 +30,34 @@ class Copier:
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
 
-    def copy(self, tensor: LazyTensor, file: int, place: int) -> Iterator[int]:
+    def copy(self, tensor: LazyTensor, file: int, offset: int) -> Iterator[int]:
         """Write a tensor.
 
         Args:
             tensor: Its rows are read once, in blocks, roughly from first to last.
             file: The descriptor of an open file.
-            place: Offset of the tensor's first byte in that file.
+            offset: Offset of the tensor's first byte in that file.
 
         Yields:
             The number of bytes of each block, when it is written.
         """
         if tensor.stored is not None:
-            yield from self._stored(tensor.stored, tensor.nbytes, file, place)
+            yield from self._stored(tensor.stored, tensor.nbytes, file, offset)
             return
         row_bytes = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else tensor.nbytes
 
         def write(rows: tuple[int, int]) -> int:
-            return _write_block(file, place + rows[0] * row_bytes, tensor.rows(*rows))
+            return _write_block(file, offset + rows[0] * row_bytes, tensor.rows(*rows))
 
         yield from self._pool.map(write, tensor.ranges(BLOCK_BYTES))
 
-    def _stored(self, stored: Stored, size: int, file: int, place: int) -> Iterator[int]:
+    def _stored(self, stored: Stored, size: int, file: int, offset: int) -> Iterator[int]:
         with stored.path.open("rb") as source:
             copy = partial(_copy_range, source.fileno(), file)
 
             def piece(start: int) -> int:
                 count = min(STORED_BYTES, size - start)
-                if copy(stored.offset + start, place + start, count) < count:
+                if copy(stored.offset + start, offset + start, count) < count:
                     raise OSError(errno.EIO, f"{stored.path} was cut short while it was read")
                 return count
 
@@ -77,11 +77,11 @@ def copier() -> Iterator[Copier]:
         torch.set_num_threads(threads)  # workers change the default of later threads too
 
 
-def _copy_range(source: int, target: int, start: int, place: int, count: int) -> int:
+def _copy_range(source: int, target: int, start: int, offset: int, count: int) -> int:
     """Copy bytes from file to file; returns fewer than `count` only at the source's end."""
     done = 0
     while done < count:
-        at, to, left = start + done, place + done, count - done
+        at, to, left = start + done, offset + done, count - done
         try:
             copied = os.copy_file_range(source, target, left, at, to)
         except (AttributeError, OSError):  # not on this system, or not between these two files
@@ -92,9 +92,9 @@ def _copy_range(source: int, target: int, start: int, place: int, count: int) ->
     return done
 
 
-def _write_block(file: int, place: int, block: Tensor) -> int:
+def _write_block(file: int, offset: int, block: Tensor) -> int:
     raw = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(raw):
-        done += os.pwrite(file, raw[done:], place + done)
+        done += os.pwrite(file, raw[done:], offset + done)
     return done

@@ -20,7 +20,7 @@ class Budget:
         self._minutes = math.inf if minutes is None else minutes
         self._start = monotonic()
         self.spent = False
-        """Whether the time was up when it was last looked at."""
+        """Whether the time was up at the last check."""
 
     @property
     def seconds(self) -> float:
@@ -28,7 +28,7 @@ class Budget:
         return monotonic() - self._start
 
     def check(self, share: float = 1.0) -> None:
-        """Raise OutOfTimeError where a share of the time is over."""
+        """Raise OutOfTimeError if this share of the time is over."""
         if self.seconds > 60 * self._minutes * share:
             self.spent = True
             raise OutOfTimeError

@@ -1,7 +1,7 @@
-"""What groups of layers lose: each alone, all other layers being the original, and whole plans.
+"""What groups of layers lose, each alone in the original, and what whole plans lose.
 
-Every candidate group is compared with the original as it is and refitted, in one walk through the
-original's layers each. Plans are measured whole, refitted from their first to their last group.
+Groups are compared with the original in one walk through its layers for all groups as they are,
+and one for all groups refitted. Plans are measured whole, refitted from first to last group.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ from truedepth.widening.layout import Layout
 
 MEASURED_WINDOWS = 16
 
-Check = Callable[[], object]
-"""Called before every layer or group; what it raises ends the work."""
-
 
 @dataclass(frozen=True)
 class Score:
-    """What one group loses, all other layers being the original."""
+    """What one group loses when all other layers are the original's."""
 
     group: Group
     raw: Loss
     refitted: Loss | None
-    """None where time ran out, or nothing is refitted."""
+    """None if time ran out, or if nothing is refitted."""
 
 
 class Scorer:
@@ -70,13 +67,15 @@ class Scorer:
         """Passes of one window through all layers of the original so far."""
         return self._stack.token_passes / self._window
 
-    def alone(self, groups: Sequence[Group], refitted: bool, check: Check) -> dict[Group, Loss]:
-        """Each group's loss, all other layers being the original.
+    def alone(
+        self, groups: Sequence[Group], refitted: bool, check: Callable[[], object]
+    ) -> dict[Group, Loss]:
+        """Each group's loss when all other layers are the original's.
 
         Args:
             groups: Consecutive layers each, in the order of their first layers.
             refitted: Whether wide layers are refitted before they are measured.
-            check: Called before every layer.
+            check: Called before every layer; what it raises ends the work.
         """
         text = self._text
         fitted = text.fitted if refitted else text.fitted[:0]
@@ -97,13 +96,13 @@ class Scorer:
         rows = walk.losses(list(states.values()))
         return {g: loss_of(r, self._window) for g, r in zip(states, rows, strict=True)}
 
-    def whole(self, plan: Plan, refitted: bool, check: Check) -> tuple[Loss, Loss]:
+    def whole(self, plan: Plan, refitted: bool, check: Callable[[], object]) -> tuple[Loss, Loss]:
         """A plan's loss, on the windows to compare plans on and on those of the final check.
 
         Args:
             plan: For the original's layers.
             refitted: Whether wide layers are refitted, from the first to the last.
-            check: Called before every group.
+            check: Called before every group; what it raises ends the work.
         """
         text = self._text
         both = torch.cat([text.measured, text.check])

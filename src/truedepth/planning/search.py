@@ -1,9 +1,9 @@
 """The best plan under a budget of depth or of loss.
 
-Every candidate group is run by itself, all other layers being the original, and compared with the
-original: first as it is, then refitted. Such losses nearly add up, so the best plans by their sum
-are found exactly, for every depth at once; the best few are then refitted and measured whole, for
-a plan that is best raw is not best refitted, and sums are not exact.
+Every candidate group is run alone, with all other layers as in the original, and compared with the
+original: first as it is, then refitted. Such losses nearly add up, so the plans of least sum are
+found exactly, for every depth at once. The best few are then refitted and measured whole, because
+sums are not exact and the best plan before refitting need not be the best one after it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Point:
 
     plan: Plan
     predicted: float
-    """Sum of its groups' excess losses, nats a token."""
+    """Sum of its groups' excess losses, nats per token."""
 
     measured: Loss | None
-    """Of the whole plan, refitted; None where only the sum is known."""
+    """What the whole plan loses, refitted; None if it was not measured whole."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Search:
 
     plan: Plan
     loss: Loss
-    """Of the plan, on the windows that plans were compared on."""
+    """What the plan loses on the windows that plans were compared on."""
 
     check: Loss
-    """Of the plan, on windows that nothing was chosen by."""
+    """What the plan loses on windows that nothing was chosen by."""
 
     max_loss: float | None
     frontier: list[Point]
-    """By effective depth, the original's first."""
+    """One point per effective depth, beginning with the original's."""
 
     scores: list[Score]
     plans_measured: int
@@ -69,7 +69,7 @@ class Search:
 
     seconds: float
     stopped: bool
-    """Whether the time was up before the search was done."""
+    """Whether the budget ran out before the search was done."""
 
     calibrated: bool
 
@@ -117,7 +117,7 @@ def search(
         budget: Minutes after which the search takes the best plan so far. Default: no limit.
 
     Raises:
-        TruedepthError: The goal is out of reach, or text or options do not fit.
+        TruedepthError: The goal is out of reach, or text or options do not fit the model.
     """
     source = open_source(model)
     if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
@@ -161,7 +161,7 @@ class _Searcher:
         self._scores: dict[Group, Score] = {}
         self._losses: dict[Plan, tuple[Loss, Loss]] = {}
         self.plans: dict[int, list[Plan]] = {}
-        """By effective depth, from the least predicted loss on."""
+        """By effective depth; the plan of least predicted loss first."""
 
     def score(self, count: int) -> None:
         """Every group by itself, and from these the best plans of every depth."""
@@ -185,7 +185,7 @@ class _Searcher:
         return score.refitted or score.raw
 
     def predicted(self, plan: Plan) -> float:
-        """Sum of the excess losses of the plan's groups, nats a token."""
+        """Sum of the excess losses of the plan's groups, nats per token."""
         return sum(self._loss(group).excess for group in plan.groups if len(group) > 1)
 
     def measure(self, plan: Plan) -> Loss:
@@ -212,7 +212,7 @@ class _Searcher:
         return min(measured, key=lambda plan: self._losses[plan][0].kl)
 
     def within(self, limit: float) -> Plan:
-        """The shallowest plan whose measured loss is within a limit, a standard error to spare."""
+        """The shallowest plan whose measured loss plus one standard error is within a limit."""
         with contextlib.suppress(OutOfTimeError):
             shallowest = self._narrow(limit)
             for depth in sorted(depth for depth in self.plans if depth >= shallowest):
@@ -226,7 +226,7 @@ class _Searcher:
             raise self._budget.too_small()
         least, check = min(self._losses.values(), key=lambda losses: losses[0].excess)
         raise TruedepthError(
-            f"No plan stays within {limit:g} nats a token: the least excess loss found is"
+            f"No plan stays within {limit:g} nats per token: the least excess loss found is"
             f" {least.excess:.4f} ± {least.stderr or 0:.4f}, {check.excess:.4f} on held-out text."
             " More tokens, or text nearer to the model's use, may lower it."
         )
@@ -236,7 +236,7 @@ class _Searcher:
         return loss.excess + (loss.stderr or 0.0) <= limit
 
     def _held_out(self, limit: float, depth: int) -> list[Plan]:
-        """Plans of a depth that fit, also on held-out text: that may only send the search back."""
+        """Plans of a depth that fit, on held-out text as well; that can only rule plans out."""
         return [
             plan
             for plan, (_, check) in self._losses.items()
@@ -244,9 +244,9 @@ class _Searcher:
         ]
 
     def _narrow(self, limit: float) -> int:
-        """The shallowest depth with a plan that fits, the next one without; else the original's.
+        """The shallowest depth with a plan that fits, or the original's depth.
 
-        Begins where the predictions point to, corrected by what was measured.
+        Bisects from where the predictions point to, corrected by what was measured.
         """
         depths = sorted(self.plans)
         fitting, failing, scale = self._num_layers, depths[0] - 1, 1.0

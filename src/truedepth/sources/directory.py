@@ -228,14 +228,14 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
         if header > MAX_HEADER_BYTES:
             raise ValueError(f"its header claims {header} bytes, more than {MAX_HEADER_BYTES}")
         with safe_open(file, framework="pt") as handle:
-            stored = _places(file)
+            stored = _offsets(file)
             names = handle.keys()
             return {name: mapped_tensor(handle.get_tensor(name), stored[name]) for name in names}
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error
 
 
-def _places(file: Path) -> dict[str, Stored]:
+def _offsets(file: Path) -> dict[str, Stored]:
     """Where the tensors of a safetensors file that was checked before lie in it."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")

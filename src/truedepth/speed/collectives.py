@@ -70,12 +70,12 @@ def watched(delay: float = 0.0) -> Iterator[Traffic]:
 
         return watching
 
-    places = [(dist, name) for name in IN_PLACE] + [(functional, name) for name in FUNCTIONAL]
-    kept = [(place, name, getattr(place, name)) for place, name in places]
+    found = [(dist, name) for name in IN_PLACE] + [(functional, name) for name in FUNCTIONAL]
+    kept = [(module, name, getattr(module, name)) for module, name in found]
     try:
-        for place, name, call in kept:
-            setattr(place, name, watch(name, call))
+        for module, name, call in kept:
+            setattr(module, name, watch(name, call))
         yield traffic
     finally:
-        for place, name, call in kept:
-            setattr(place, name, call)
+        for module, name, call in kept:
+            setattr(module, name, call)

@@ -135,14 +135,16 @@ def _check_source(source: Source) -> None:
             f"{source.path} is not a layer-parallel checkpoint; make one with truedepth convert"
             " (--pairs 0 keeps the model as it is)."
         )
-    if reason := _place(source) or _details(transformers_config(source.config, source.path)):
+    if reason := _missing_tensors(source) or _details(
+        transformers_config(source.config, source.path)
+    ):
         raise TruedepthError(
             f"{source.path} cannot be exported exactly to llama.cpp's architecture"
             f" {gguf.MODEL_ARCH_NAMES[ARCHITECTURE]!r}: {reason}."
         )
 
 
-def _place(source: Source) -> str | None:
+def _missing_tensors(source: Source) -> str | None:
     """Why the architecture has no place for some of the model's tensors, or None."""
     if source.config.get("side_by_side"):
         return "it runs wide layers, but not layers side by side"

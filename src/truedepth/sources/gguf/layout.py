@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import gguf
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
-
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "deci": gguf.MODEL_ARCH.DECI}
 """Supported architectures; `deci` only as truedepth exports it: a layer-parallel checkpoint."""

@@ -27,7 +27,7 @@ _CONTEXT.set_forkserver_preload(
     [
         *("truedepth.cli.app", "truedepth.conversion", "truedepth.inspection", "truedepth.demo"),
         *("truedepth.depth_study.run", "truedepth.engines.gguf.export", "truedepth.healing.run"),
-        *("truedepth.planning.search", "truedepth.report.pages", "truedepth.report.study_report"),
+        *("truedepth.planning.search", "truedepth.report.study_report"),
         "transformers.models.llama.modeling_llama",
     ]
 )

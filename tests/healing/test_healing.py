@@ -26,7 +26,7 @@ from truedepth.healing.options import Healing, Objective, TextPart, Train
 from truedepth.healing.student import is_trained, original_beside, student_of
 from truedepth.healing.teacher import KeptPredictions, Original
 from truedepth.healing.text import packed, part_documents, training_text
-from truedepth.report.pages import print_healing
+from truedepth.report.healing import print_healing
 from truedepth.runtime.generation import answer
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])

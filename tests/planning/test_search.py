@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from truedepth.calibration.windows import calibration_windows
 from truedepth.cli import app as cli
 from truedepth.cli.plan import parse_loss
 from truedepth.planning.scoring import MEASURED_WINDOWS, Scorer
-from truedepth.report.pages import print_search
+from truedepth.report.search import spans_text
 
 SIZE = {"window": 32, "dtype": torch.float32, "check": 6}
 
@@ -170,12 +168,10 @@ def test_losses_in_words():
     assert parse_loss("5%") == pytest.approx(0.04879, abs=1e-5)
 
 
-def test_plans_in_a_table(make_model, calibration, capsys):
-    found = td.search(make_model(), pairs=1, calibration=calibration, calibrate=False)
-    plan = td.Plan(20, [[2, 3], [4, 5], [7, 8], [9, 10, 11], [12, 13, 14]])
-    shown = replace(found, frontier=[replace(found.frontier[0], plan=plan)])
-    print_search(shown, Path("plan.yaml"))
-    assert capsys.readouterr().out.rstrip().endswith("  2-5, 7-8, 9-14 by 3")
+def test_plans_in_a_table():
+    assert spans_text(td.Plan(20, [[2, 3], [4, 5], [7, 8], [9, 10, 11], [12, 13, 14]])) == (
+        "2-5, 7-8, 9-14 by 3"
+    )
 
 
 def test_the_commands(make_model, prose, tmp_path, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_gguf_converts_like_a_directory(tmp_path):
     model.save_pretrained(tmp_path / "directory")
     plan = td.Plan(3, [[0, 1]])
     td.convert(path, tmp_path / "out", plan)
-    expected = td.sources.open_source(tmp_path / "directory")
+    expected = td.open_source(tmp_path / "directory")
     td.convert(expected, tmp_path / "out2", plan)
     one, two = (td.open_source(tmp_path / name).tensors for name in ("out", "out2"))
     assert set(one) == set(two)

@@ -66,7 +66,7 @@ def info(
 ) -> None:
     """Show what a model is, which layers can be paired, and what a plan would save."""
     from truedepth.inspection import inspect_model
-    from truedepth.report.pages import print_info
+    from truedepth.report.inspection import print_info
 
     found = inspect_model(model)
     write_json(json_path, found.to_dict())
@@ -108,7 +108,7 @@ def study(
     """Measure how deep a model really is: transform every span of layers, write report.html."""
     from truedepth.depth_study.run import study
     from truedepth.depth_study.transformations import TRANSFORMATIONS
-    from truedepth.report.pages import print_study
+    from truedepth.report.study import print_study
     from truedepth.report.study_report import write_study
 
     _prepare(seed)
@@ -176,7 +176,8 @@ def evaluate(
     dtype: Weights = DType.auto,
 ) -> None:
     """Measure perplexity or benchmark accuracy; --against adds the distance from the original."""
-    from truedepth.report.tables import perplexity_rows, print_rows, print_scores
+    from truedepth.report.evaluation import perplexity_rows, print_scores
+    from truedepth.report.tables import print_rows
 
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise TruedepthError(f"--batch-size must be a number or auto, not {batch_size!r}.")
@@ -255,7 +256,7 @@ def export(
             raise TruedepthError("--type and --dtype say the same thing; give one of them.")
         kind = MatrixType(dtype.value.replace("bfloat", "bf").replace("float", "f"))
     from truedepth.engines.gguf.export import export
-    from truedepth.report.pages import print_export
+    from truedepth.report.export import print_export
 
     done = export(model, out, type=kind, force=force)
     write_json(json_path, done.to_dict())
@@ -347,7 +348,7 @@ def demo(
 ) -> None:
     """Pair 14 of the default model's layers, calibrate, and measure: a page of results."""
     from truedepth.demo import run_demo
-    from truedepth.report.pages import print_demo
+    from truedepth.report.demo import print_demo
 
     _prepare(seed)
     result = run_demo(out, force=force, device=device, dtype=dtype.torch())

@@ -3,9 +3,9 @@
     @command("truedepth.speed.prediction.predict")
     def predict(model: Model, *, tp: Annotated[int, Like("ranks")], length: int) -> None: ...
 
-A parameter without help text takes text, bounds and default of the library's parameter of the same
-name, or of the one that `Like` names. `Given[Healing]` stands for an option per field of `Healing`.
-All values are checked before a command runs, and so before torch is imported.
+A parameter takes the text, the bounds and the default that it lacks from the library's parameter of
+the same name, or from the one that `Like` names. `Given[Healing]` stands for one option per field
+of `Healing`. All values are checked before a command runs, and so before torch is imported.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class Like:
 
 @dataclass(frozen=True)
 class Fields:
-    """Which options a `Given` stands for."""
+    """Which options a `Given` stands for: one per field."""
 
     base: Any
-    """A dataclass with the default values."""
+    """A dataclass that holds the default values."""
 
     without: Sequence[str] = ()
     """Fields that are not options."""
 
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Option names of fields that have others."""
+    """Names of options that differ from their fields'."""
 
     panel: str | None = None
     """The part of the help page for fields that name none and are not `LAST`."""
@@ -73,17 +73,19 @@ class Fields:
 
 @dataclass(frozen=True)
 class Given(Generic[Options]):
-    """A dataclass of options, and what the user said of them."""
+    """Options, and which of them the user gave."""
 
     base: Options
+    """The defaults."""
+
     said: dict[str, Any]
-    """By field; fields of a dataclass inside are among them."""
+    """What the user gave, by field; the fields of a nested dataclass are among them."""
 
     def over(self, base: Options | None = None) -> Options:
-        """The options; those that the user did not give are as in `base`.
+        """The options; what the user did not give is as in `base`.
 
         Raises:
-            TruedepthError: They do not go together.
+            TruedepthError: The options do not go together.
         """
         values = {
             name: value.torch() if isinstance(value, DType) else value
@@ -115,7 +117,7 @@ class _Parameter:
 
     @property
     def flag(self) -> str:
-        """As the user writes it."""
+        """How the user writes it."""
         if isinstance(self.info, ArgumentInfo):
             return self.info.metavar or self.name.upper()
         written = [self.info.default, *(self.info.param_decls or ())]
@@ -127,28 +129,25 @@ def command(*library: str) -> Callable[[Callable[..., None]], Callable[..., None
     """Make a function a command for typer.
 
     Args:
-        library: Functions that it calls, such as `truedepth.speed.prediction.predict`: of several
-            with a parameter, the first says what it is.
+        library: Functions that the command calls, such as
+            `truedepth.speed.prediction.predict`. If several have a parameter, the first one says
+            what it is.
     """
+    known: dict[str, Option] = {}
+    for path in (*library, *EVERYWHERE):
+        known = parameters_of(path) | known
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        known: dict[str, Option] = {}
-        for path in (*library, *EVERYWHERE):
-            known = parameters_of(path) | known
         parameters: list[_Parameter] = []
         bases = {}
         for given in inspect.signature(function, eval_str=True).parameters.values():
-            annotation, *metadata = (
-                get_args(given.annotation)
-                if get_origin(given.annotation) is Annotated
-                else [given.annotation]
-            )
-            if get_origin(annotation) is Given:
+            type_, *metadata = _unpacked(given.annotation)
+            if get_origin(type_) is Given:
                 (chosen,) = metadata
                 bases[given.name] = chosen.base
                 parameters += _expanded(given.name, chosen)
             else:
-                parameters.append(_plain(given, annotation, metadata, known))
+                parameters.append(_plain(given, type_, metadata, known))
         parameters.sort(key=lambda each: LAST.index(each.name) if each.name in LAST else -1)
         flags = {each.option.name: each.flag for each in parameters}
         for each in parameters:
@@ -165,40 +164,50 @@ def command(*library: str) -> Callable[[Callable[..., None]], Callable[..., None
             plain = {each.name: values[each.name] for each in parameters if not each.group}
             function(**plain, **{name: Given(bases[name], said[name]) for name in bases})
 
-        context = inspect.Parameter(
-            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-        )
-        listed = [context, *map(_signed, parameters)]
-        run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in listed}
+        _sign(run, parameters)
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         return run
 
     return made
 
 
+def _sign(run: Callable[..., None], parameters: Sequence[_Parameter]) -> None:
+    """Give a function the signature that typer reads."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    signed = [inspect.Parameter("context", kind, annotation=typer.Context)]
+    for each in parameters:
+        known: Any = Annotated[each.type, each.info]
+        signed.append(inspect.Parameter(each.name, kind, default=each.default, annotation=known))
+    run.__signature__ = inspect.Signature(signed)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in signed}
+
+
+def _unpacked(annotation: Any) -> Sequence[Any]:
+    """The type, and what `Annotated` adds to it."""
+    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+
+
 def _plain(
-    given: inspect.Parameter, annotation: Any, metadata: Sequence[Any], known: Mapping[str, Option]
+    given: inspect.Parameter, type_: Any, metadata: Sequence[Any], known: Mapping[str, Option]
 ) -> _Parameter:
-    """A parameter as the command's function has it."""
+    """A parameter that the command's function has itself."""
     name = next((each.name for each in metadata if isinstance(each, Like)), given.name)
-    info = next((copy(each) for each in metadata if isinstance(each, ParameterInfo)), None)
-    limits = tuple(each for each in metadata if isinstance(each, Bounds | OneOf))
     option = known.get(name, Option(name, ""))
-    if limits:
+    if limits := tuple(each for each in metadata if isinstance(each, Bounds)):
         option = replace(option, metadata=limits)
-    default = option.default if given.default is EMPTY else given.default
+    info = next((copy(each) for each in metadata if isinstance(each, ParameterInfo)), None)
+    default = given.default
+    if default is EMPTY and not isinstance(info, ArgumentInfo):
+        default = option.default
     if info is None:
         info = _switch(given.name) if default is False else typer.Option()
     if panel := next((each.title for each in metadata if isinstance(each, Panel)), None):
         info.rich_help_panel = panel
-    if isinstance(info, ArgumentInfo):
-        default = given.default
-    return _Parameter(given.name, annotation, default, info, option)
+    return _Parameter(given.name, type_, default, info, option)
 
 
 def _expanded(group: str, chosen: Fields) -> list[_Parameter]:
-    """An option per field; of a dataclass that is a field's value, per field of that."""
+    """One option per field; a nested dataclass gives one per field of its own."""
     found = []
     for option in options_of(chosen.base).values():
         value = getattr(chosen.base, option.name)
@@ -225,16 +234,22 @@ def _switch(name: str) -> OptionInfo:
     return info
 
 
+def _parts(type_: Any) -> set[Any]:
+    """The types of a union but None, or of the elements of a sequence."""
+    return set(get_args(type_)) - {NoneType} or {type_}
+
+
 def _typer_type(option: Option, default: Any) -> tuple[Any, Any]:
     """A field's type and default as typer knows them."""
-    parts = set(get_args(option.type)) - {NoneType} or {option.type}
+    parts = _parts(option.type)
     words = next((each.words for each in option.metadata if isinstance(each, OneOf)), ())
     if TorchDtype in parts:
         return _choice("auto", *words) if words else DType, "auto"
     if words:
         return _choice(*words) | None, default
-    if get_origin(option.type) is not None and issubclass(get_origin(option.type), Sequence):
-        return list[Path if Path in get_args(parts.pop()) else str] | None, None  # type: ignore[misc]
+    if get_origin(option.type) is Sequence:
+        (element,) = parts
+        return (list[Path] if Path in _parts(element) else list[str]) | None, None
     return Path | None if Path in parts else option.type, default
 
 
@@ -243,13 +258,13 @@ def _choice(*words: str) -> Any:
 
 
 def _read(option: Option, value: Any) -> Any:
-    """What the user wrote, for the field; dtypes stay names until torch is needed."""
-    parts = set(get_args(option.type)) - {NoneType} or {option.type}
+    """A field's value from what the user wrote; dtypes stay names until torch is needed."""
+    parts = _parts(option.type)
     if TorchDtype in parts:
         return DType(value)
     if isinstance(value, list):
-        (part,) = parts
-        return tuple(map(getattr(part, "parse", lambda text: text), value))
+        (element,) = parts
+        return tuple(map(element.parse, value)) if hasattr(element, "parse") else tuple(value)
     return str(value) if isinstance(value, StrEnum) and type(value) not in parts else value
 
 
@@ -267,12 +282,3 @@ def _explain(parameter: _Parameter, flags: Mapping[str, str]) -> None:
     if any(get_origin(part) is list for part in get_args(parameter.type)):
         text += " Repeat for several."
     parameter.info.help = text.replace("[", "\\[")
-
-
-def _signed(parameter: _Parameter) -> inspect.Parameter:
-    return inspect.Parameter(
-        parameter.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=parameter.default,
-        annotation=Annotated[parameter.type, parameter.info],
-    )

@@ -51,7 +51,7 @@ def heal(
     from accelerate import PartialState
 
     from truedepth.healing.run import heal as heal_checkpoint
-    from truedepth.report.pages import print_healing
+    from truedepth.report.healing import print_healing
 
     done = heal_checkpoint(
         trusted(checkpoint, False, trust_remote_code),

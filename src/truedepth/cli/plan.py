@@ -73,7 +73,7 @@ def plan(
     options = calibration.over()
 
     from truedepth.planning.search import search
-    from truedepth.report.pages import print_search
+    from truedepth.report.search import print_search
 
     found = search(
         trusted(model, allow_pickle, trust_remote_code),
@@ -166,7 +166,7 @@ def convert(
     from truedepth.conversion import check_conversion
     from truedepth.conversion import convert as convert_model
     from truedepth.planning.search import search
-    from truedepth.report.pages import print_conversion
+    from truedepth.report.conversion import print_conversion
 
     source = trusted(model, allow_pickle, trust_remote_code)
     check_conversion(source, out, force, pad_heads)

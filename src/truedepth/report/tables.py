@@ -1,4 +1,4 @@
-"""Tables for a terminal of 80 columns."""
+"""Tables for a terminal of 80 columns, and what several of them show."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from truedepth.evaluation.accuracy import Accuracy
-from truedepth.evaluation.perplexity import Perplexity
+from truedepth.checkpoint.records import Loss
+from truedepth.plan.plan import Plan
 
 
 def console() -> Console:
@@ -44,84 +44,17 @@ def print_rows(
     console().print(table)
 
 
-def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
-    """The rows that `truedepth eval` prints: a name and a value each."""
-    rows = [
-        ("model", measured.model),
-        *([("original", measured.against)] if measured.against else []),
-        ("text", measured.text),
-        (
-            "windows",
-            f"{measured.windows} of {measured.window} tokens; {measured.tokens:,} predicted",
-        ),
-        ("NLL", f"{measured.nll:.4f} nats per token"),
-        ("perplexity", f"{measured.perplexity:.2f}"),
+def plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]]:
+    """The rows that describe a plan; `executed` is the plan as engines run it, if that differs."""
+    depths = f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})"
+    before, after = plan.unpaired.all_reduces, (executed or plan).all_reduces
+    return [
+        ("plan", str(plan)),
+        ("effective depth", depths),
+        ("all-reduces", f"{before} -> {after} per token with tensor parallelism"),
     ]
-    if measured.excess is None:
-        return rows
-    rows += [
-        ("NLL of the original", f"{measured.against_nll:.4f} nats per token"),
-        ("perplexity of the original", f"{measured.against_perplexity:.2f}"),
-        ("excess loss", excess_text(measured) + " nats per token"),
-        ("KL(original‖model)", f"{measured.kl:.4f} nats per token"),
-        ("top-1 agreement", f"{measured.top1_agreement:.1%}"),
-    ]
-    return rows
 
 
-def print_scores(found: Accuracy) -> None:
-    """Print scores on benchmarks; the average is over each task's first metric."""
-    scores = found.scores
-    shots = found.num_fewshot
-    print_rows(
-        [
-            ("model", found.model),
-            *([("original", found.against)] if found.against else []),
-            ("examples", "each task's own number" if shots is None else f"{shots} per question"),
-            ("dtype", found.dtype),
-        ]
-    )
-    console().print()
-    firsts = list({score.task: score for score in reversed(scores)}.values())[::-1]
-    if found.against is None:
-        rows = [
-            (score.task, score.metric, str(score.items), _score_text(score.value, score.stderr))
-            for score in scores
-        ]
-        average = sum(score.value for score in firsts) / len(firsts)
-        rows.append(("average", "", "", f"{average:.1%}"))
-        print_rows(rows, header=("task", "metric", "items", "score"), words=(0, 1))
-        return
-    compared = [
-        (
-            score.task,
-            score.metric,
-            str(score.items),
-            f"{score.against:.1%}",
-            f"{score.value:.1%}",
-            _score_text(score.difference or 0.0, score.difference_stderr, sign="+"),
-            "-" if score.kept is None else f"{score.kept:.1%}",
-        )
-        for score in scores
-    ]
-    ours = sum(score.value for score in firsts) / len(firsts)
-    theirs = sum(score.against or 0.0 for score in firsts) / len(firsts)
-    kept = f"{ours / theirs:.1%}" if theirs else "-"
-    compared.append(
-        ("average", "", "", f"{theirs:.1%}", f"{ours:.1%}", f"{ours - theirs:+.1%}", kept)
-    )
-    print_rows(
-        compared,
-        header=("task", "metric", "items", "original", "model", "difference", "kept"),
-        words=(0, 1),
-    )
-
-
-def _score_text(value: float, stderr: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" + ("" if stderr is None else f" ± {stderr:.1%}")
-
-
-def excess_text(measured: Perplexity) -> str:
-    """`0.9198 ± 0.0212`: the excess and its standard error over windows."""
-    spread = "" if measured.excess_stderr is None else f" ± {measured.excess_stderr:.4f}"
-    return f"{measured.excess:.4f}{spread}"
+def loss_text(loss: Loss) -> str:
+    """`0.0192 ± 0.0373`: the excess loss and its standard error over windows."""
+    return f"{loss.excess:.4f}" + ("" if loss.stderr is None else f" ± {loss.stderr:.4f}")

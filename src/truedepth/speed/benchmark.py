@@ -70,12 +70,12 @@ def bench(
         lengths: Numbers of tokens; see `Task`.
         batches: Numbers of sequences that run at a time.
         engine: Engine that runs the models.
-        ranks: Tensor-parallel size; this call starts the processes.
+        ranks: Tensor-parallel size; its processes are started here.
         eager: Compile nothing. Default: vLLM compiles, and so does transformers on a GPU.
         repetitions: Timed runs of each model and case.
         device: As in `load`; for vLLM it must be the one that vLLM was built for.
         dtype: Dtype of both models. Default: on a CPU bfloat16 if it is fast there, else float32;
-            on a GPU the dtype of the model's weights. Not for llama.cpp, whose files have types.
+            on a GPU the dtype of the model's weights. Must be None for llama.cpp.
 
     Raises:
         TruedepthError: A number is below 1, options contradict each other, or the engine cannot run

@@ -1,0 +1,66 @@
+"""What `demo` prints, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from rich.columns import Columns
+from rich.filesize import decimal
+from rich.panel import Panel
+
+from truedepth.demo import Demo
+from truedepth.report.conversion import calibration_rows
+from truedepth.report.evaluation import excess_text
+from truedepth.report.tables import console, plan_rows, print_rows
+from truedepth.speed.timing import Timing
+
+
+def print_demo(demo: Demo) -> None:
+    """Print one page: plan, size, loss, speed, and both models' answers to one prompt."""
+    measured, done, plan = demo.perplexity, demo.conversion, demo.conversion.plan
+    print_rows(
+        [
+            ("model", f"{done.source} ({done.origin})"),
+            *plan_rows(plan, done.executed_plan),
+            *calibration_rows(done),
+            ("weights", decimal(done.size) + (f", kept in {done.path}" if demo.kept else "")),
+        ]
+    )
+    print()
+    assert demo.speed.base is not None
+    print_rows(
+        [
+            ("effective depth", str(plan.num_layers), str(plan.effective_depth)),
+            (
+                "all-reduces per token, tensor-parallel",
+                str(plan.unpaired.all_reduces),
+                str(done.executed_plan.all_reduces),
+            ),
+            ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
+            ("excess loss, nats per token", "", excess_text(measured)),
+            ("KL from the original, nats per token", "", f"{measured.kl:.4f}"),
+            ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
+            (
+                f"decode on this {demo.device}, tokens/s",
+                _rate(demo.speed.base),
+                _rate(demo.speed.model),
+            ),
+        ],
+        header=("", "original", "layer-parallel"),
+    )
+    print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
+    print("One device has no all-reduces to save; the gain comes with tensor parallelism.")
+    print(f"\n{demo.prompt}\n")
+    width = min(console().width, 100) // 2 - 1
+    console().print(
+        Columns(
+            [
+                Panel(demo.answer_before or "(nothing)", title="original", width=width),
+                Panel(demo.answer_after or "(nothing)", title="layer-parallel", width=width),
+            ]
+        )
+    )
+
+
+def _rate(timing: Timing) -> str:
+    """Tokens per second of a `decode` timing: the median (slowest-fastest)."""
+    fastest, slowest = 1 / min(timing.seconds), 1 / max(timing.seconds)
+    return f"{1 / timing.median:.1f} ({slowest:.1f}-{fastest:.1f})"

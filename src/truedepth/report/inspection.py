@@ -1,0 +1,69 @@
+"""What `info` prints, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import torch
+from rich.filesize import decimal
+
+from truedepth.inspection import Info
+from truedepth.report.tables import plan_rows, print_rows
+from truedepth.tensors import dtype_name
+
+
+def print_info(info: Info, dtype: torch.dtype | None) -> None:
+    """Print what a model is and what pairing would save; sizes for `dtype`, default bfloat16."""
+    dtype = dtype or torch.bfloat16
+    name = dtype_name(dtype)
+    weights, cache = info.parameters * dtype.itemsize, info.kv_elements_per_token * dtype.itemsize
+    plan = info.plan
+    rows = [
+        ("model", info.name),
+        ("found", info.origin + (f" ({info.quantization})" if info.quantization else "")),
+        ("family", info.family),
+        ("layers", str(plan.num_layers)),
+        (
+            "each layer",
+            f"hidden size {info.hidden_size}, {info.heads} heads, {info.kv_heads} KV heads,"
+            f" head_dim {info.head_dim}, FFN {info.ffn}",
+        ),
+        ("parameters", f"{info.parameters / 1e6:,.1f} M, {decimal(weights)} in {name}"),
+        ("KV cache", f"{decimal(cache)} per token in {name}"),
+    ]
+    if info.converted:
+        print_rows([*rows, *plan_rows(plan, info.executed_plan), *_side_by_side_rows(info)])
+        return
+    paired = f"layers 0 to {plan.num_layers - 1}, in groups of any size (exact)"
+    print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info)])
+    print("\nWhat pairing would save (weights and KV cache keep their size):\n")
+    full = plan.all_reduces
+    print_rows(
+        [
+            (
+                str(saving.pairs),
+                str(saving.paired_layers),
+                str(saving.effective_depth),
+                str(saving.all_reduces_per_token),
+                f"{saving.all_reduces_per_token / full - 1:+.0%}" if saving.pairs else "",
+            )
+            for saving in info.savings
+        ],
+        header=("pairs", "Δ", "effective depth", "all-reduces per token*", "change"),
+        words=(),
+    )
+    print("\n* with tensor parallelism; a single device needs none")
+
+
+def _side_by_side_rows(info: Info) -> list[tuple[str, str]]:
+    """Which groups cannot become wide layers, and which engines run the model."""
+    rows = []
+    if info.side_by_side:
+        begin = ", ".join(map(str, info.side_by_side[:4])) + (
+            ", …" if len(info.side_by_side) > 4 else ""
+        )
+        which = f"those that start at layer {begin}"
+        if len(info.side_by_side) == info.plan.num_layers - 1:
+            which = "all pairs"
+        said = f"{which}: {info.side_by_side_reason}" if info.side_by_side_reason else which
+        rows = [("side by side", said), ("", "also exact, but they save no all-reduces")]
+    engines = (f"{name}: {why or 'yes'}" for name, why in info.engines.items())
+    return [*rows, ("engines", "; ".join(engines))]

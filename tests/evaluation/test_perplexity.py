@@ -99,9 +99,9 @@ def test_counts_that_are_none(pair, text, wrong):
         ("a.txt", "", "empty"),
         ("a.txt", " \n ", "empty"),
         ("a.jsonl", "", "empty"),
-        ("a.jsonl", '{"text": "x"}\n{"txt": 1}\n', "line 2.*'text'"),
-        ("a.jsonl", '{"text": "x"}\n{\n', "line 2.*JSON"),
-        ("a.jsonl", "[1]\n", "line 1.*'text'"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": 1}\n', "Line 2 .*'text'"),
+        ("a.jsonl", '{"text": "x"}\n{\n', "Line 2 .*JSON"),
+        ("a.jsonl", "[1]\n", "Line 1 .*'text'"),
         ("a.pdf", "x", r"neither a \.txt nor"),
     ],
 )

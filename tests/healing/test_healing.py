@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import forks
 import truedepth as td
+from family_models import options_of
 from tiny_models import torchrun
 from truedepth.cli import app as cli
 from truedepth.evaluation.loss import window_measures
@@ -28,6 +29,7 @@ from truedepth.healing.teacher import KeptPredictions, Original
 from truedepth.healing.text import packed, part_documents, training_text
 from truedepth.report.healing import print_healing
 from truedepth.runtime.generation import answer
+from truedepth.widening.layout import Layout
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
 NAMES = ("converted", "out")
@@ -57,7 +59,7 @@ def options(prose):
 
 def student_to_train(source, train):
     family = original_family(source.config, str(source.path))
-    return student_of(source, is_trained(family, source.config, train), torch.float32)
+    return student_of(source, is_trained(family, Layout.of(source), train), torch.float32)
 
 
 def weights(path):
@@ -158,13 +160,13 @@ def test_tied_embeddings_stay_tied(make_model, options, tmp_path):
     assert done.curve[-1]["kl"] < done.curve[0]["kl"]
 
 
-def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
-    source = td.open_source(make_model())
-    plan = td.Plan(6)
-    student = student_of(source, lambda name: True, torch.float32)
-    itself = Original(original_beside(student, source, plan, torch.float32, shared=False))
-    both = Distillation(student, itself, itself, plan, Objective(hidden=1.0))
-    both._alike = [(i, i) for i in range(7)]
+def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model, tmp_path):
+    """Layers side by side keep their places, so the checkpoint can be its own original."""
+    td.convert(make_model(**options_of("gemma2")), tmp_path / "out", PLAN)
+    source = td.open_source(tmp_path / "out")
+    student, model = (student_of(source, lambda name: True, torch.float32) for _ in range(2))
+    itself = Original(model)
+    both = Distillation(student, itself, itself, Layout.of(source), Objective(hidden=1.0))
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     loss = both(ids, torch.arange(2))
     loss.backward()
@@ -177,12 +179,14 @@ def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model):
 def test_the_loss_is_as_written_down(make_model, converted, objective):
     source, original = td.open_source(converted), td.open_source(make_model())
     student = student_of(
-        source, is_trained(original.family, source.config, Train.paired), torch.float32
+        source, is_trained(original.family, Layout.of(source), Train.paired), torch.float32
     )
-    model = original_beside(student, original, PLAN, torch.float32)
+    model = original_beside(student, original, Layout.of(source), torch.float32)
     ids = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(0))
     teacher = Original(model)
-    found = Distillation(student, teacher, teacher, PLAN, objective)(ids, torch.arange(3))
+    found = Distillation(student, teacher, teacher, Layout.of(source), objective)(
+        ids, torch.arange(3)
+    )
     ours, theirs = (
         each(ids, output_hidden_states=True) for each in (td.load(converted).model, model)
     )
@@ -206,32 +210,32 @@ def test_the_loss_is_as_written_down(make_model, converted, objective):
 def test_what_is_frozen_and_the_same_is_in_memory_once(make_model, converted):
     source, original = td.open_source(converted), td.open_source(make_model())
     student = student_of(
-        source, is_trained(original.family, source.config, Train.paired), torch.float32
+        source, is_trained(original.family, Layout.of(source), Train.paired), torch.float32
     )
-    teacher = original_beside(student, original, PLAN, torch.float32)
+    teacher = original_beside(student, original, Layout.of(source), torch.float32)
     ours = {id(parameter) for parameter in student.parameters()}
     own = {n for n, parameter in teacher.named_parameters() if id(parameter) not in ours}
     paired = tuple(f"model.layers.{layer}." for layer in (1, 2, 4, 5))
     assert own == {n for n, _ in teacher.named_parameters() if n.startswith(paired)}
     everything = student_of(
-        source, is_trained(original.family, source.config, Train.all), torch.float32
+        source, is_trained(original.family, Layout.of(source), Train.all), torch.float32
     )
-    teacher = original_beside(everything, original, PLAN, torch.float32)
+    teacher = original_beside(everything, original, Layout.of(source), torch.float32)
     assert not {id(p) for p in teacher.parameters()} & {id(p) for p in everything.parameters()}
 
 
 def test_kept_predictions_say_what_the_original_says(make_model, converted, tmp_path):
     source, original = td.open_source(converted), td.open_source(make_model())
     student = student_of(
-        source, is_trained(original.family, source.config, Train.paired), torch.float32
+        source, is_trained(original.family, Layout.of(source), Train.paired), torch.float32
     )
-    model = original_beside(student, original, PLAN, torch.float32)
+    model = original_beside(student, original, Layout.of(source), torch.float32)
     ids = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(0))
     numbers = torch.tensor([4, 0, 2])
     objective = Objective(0.3, 2.0)
 
     def loss_and_measures(teacher, validation):
-        both = Distillation(student, teacher, validation, PLAN, objective)
+        both = Distillation(student, teacher, validation, Layout.of(source), objective)
         with torch.no_grad():
             return both(ids[numbers], numbers), both(ids[numbers], numbers, measure=True)
 
@@ -266,7 +270,7 @@ def test_validation_measures_are_those_of_eval(make_model, converted, options, t
     tokenizer = td.open_source(converted).tokenizer
     windows = list(packed(part_documents(options.text[0].name), tokenizer, 32))
     aside = torch.tensor(windows[4:12])  # behind the four that are trained on
-    assert done.record["validation"]["windows"] == len(aside)
+    assert done.record.validation.windows == len(aside)
     rows = []
     with torch.no_grad():
         for ids in aside:
@@ -390,7 +394,7 @@ def test_the_best_step_is_kept(make_model, converted, options, tmp_path):
     trained = done.curve[1:]
     best = min(trained, key=lambda row: row["kl"])
     assert best["step"] < trained[-1]["step"] and best["kl"] < trained[-1]["kl"]
-    assert done.record["validation"]["after"] == best
+    assert done.record.validation.after == best
     tokenizer = td.open_source(converted).tokenizer
     text = training_text(
         options.text, tokenizer, tmp_path / "text", length=32, windows=48, validation=8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -142,6 +143,11 @@ def test_force_keeps_the_old_output_until_the_new_is_whole(make_model, tmp_path)
     assert listing(tmp_path / "out") == ["precious"]
 
 
+def cannot_swap_names(monkeypatch):
+    """A C library without renameat2."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+
+
 def precious(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
@@ -157,7 +163,7 @@ def test_force_gives_the_old_output_back_if_the_rename_fails(tmp_path, monkeypat
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    monkeypatch.setattr(atomic, "_swapped", lambda one, other: False)
+    cannot_swap_names(monkeypatch)
     failed = pytest.raises(td.TruedepthError, match="No space left")
     with failed, atomic_directory(tmp_path / "out", force=True):
         pass
@@ -171,7 +177,7 @@ def test_force_where_the_file_system_can_swap_names_and_where_not(
 ):
     precious(tmp_path)
     if not in_one_step:
-        monkeypatch.setattr(atomic, "_swapped", lambda one, other: False)
+        cannot_swap_names(monkeypatch)
     else:
         monkeypatch.delattr(Path, "rename")
     with atomic_directory(tmp_path / "out", force=True) as partial:
@@ -199,15 +205,15 @@ def test_a_kill_while_what_is_used_up_is_removed(tmp_path, monkeypatch, removed)
     kept.mkdir()
     for name in ("used-up", "layer-0001.safetensors", "settings.json"):
         (kept / name).touch()
-    remove, times = atomic._remove, iter(range(removed))
+    unlink, times = Path.unlink, iter(range(removed))
 
-    def killed(path):
+    def killed(path, **options):
         if next(times, None) is None:
             raise KeyboardInterrupt
-        remove(path)
+        unlink(path, **options)
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(atomic, "_remove", killed)
+        patch.setattr(Path, "unlink", killed)
         atomic.discard(kept)
     assert kept.exists() == (removed < 3)
     with pytest.raises(td.TruedepthError, match="--force"):
@@ -298,14 +304,13 @@ def test_a_full_disk_leaves_nothing(make_model, tmp_path):
 
 
 SLOW_RUN = """
-import sys, time, truedepth as td
-from truedepth.files import copying
-write = copying._write_block
+import os, sys, time, truedepth as td
+write = os.pwrite
 def slowly(*where):
     print("writing", flush=True)
     time.sleep(0.05)
     return write(*where)
-copying._write_block = slowly
+os.pwrite = slowly
 td.convert(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2]]))
 """
 

@@ -8,15 +8,17 @@ import statistics
 import subprocess
 import sys
 
+import lm_eval
 import pytest
 from datasets import Dataset, DatasetDict
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from scipy import stats
 
 import truedepth as td
 from truedepth.cli import app as cli
-from truedepth.evaluation.accuracy import _compare, _item_scores, _leaves, task_scores
+from truedepth.evaluation.accuracy import task_scores
 from truedepth.evaluation.local_tasks import known_tasks, local_tasks
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "then", "hat"]
@@ -47,6 +49,12 @@ def make_items(name, count, seed):
             yield item | {"gold": generator.randrange(4)}
 
 
+@pytest.fixture(autouse=True)
+def no_list_of_packages(monkeypatch):
+    """The harness notes all packages of the environment, for a second in every run."""
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tasks")
@@ -67,6 +75,7 @@ def run_directly(loaded, config, items, **options):
     results = simple_evaluate(
         HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4),
         tasks=[config | {"test_split": "test", "custom_dataset": lambda **_: data}],
+        task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
         **options,
     )
@@ -183,33 +192,64 @@ def test_the_same_model_differs_by_nothing(pair, task_dir):
     assert score.stderr == pytest.approx((score.value * (1 - score.value) / 13) ** 0.5)
 
 
-def test_the_standard_error_is_that_of_paired_differences():
-    ours = {("piqa", item): value for item, value in enumerate([1.0, 0.0, 1.0, 1.0])}
-    theirs = {("piqa", item): value for item, value in enumerate([1.0, 1.0, 0.0, 0.0])}
-    score = _compare("piqa", "acc", ours, theirs)
+@pytest.fixture
+def scores_of(pair, monkeypatch):
+    """`scores_of(tasks, answer, …)`: task scores of what the harness answers, model by model."""
+
+    def scores(tasks, *answers):
+        manager = type("Manager", (), {"all_tasks": list(tasks), "__init__": lambda *_, **__: None})
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+        said = iter(answers)
+        monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *_, **__: next(said))
+        against = pair[1] if len(answers) > 1 else None
+        return task_scores(pair[0], tasks, against=against).scores
+
+    return scores
+
+
+def answer_of(tasks, **more):
+    """What the harness answers: by task the values of its items, by metric."""
+    samples = {
+        task: [
+            {"doc_id": n, "filter": "none", "metrics": list(metrics)}
+            | dict(zip(metrics, values, strict=True))
+            for n, values in enumerate(zip(*metrics.values(), strict=True))
+        ]
+        for task, metrics in tasks.items()
+    }
+    means = {
+        task: {f"{metric},none": statistics.mean(values) for metric, values in metrics.items()}
+        for task, metrics in tasks.items()
+    }
+    return {"samples": samples, "results": means, **more}
+
+
+def test_the_standard_error_is_that_of_paired_differences(scores_of):
+    ours, theirs = (answer_of({"piqa": {"acc": values}}) for values in ([1, 0, 1, 1], [1, 1, 0, 0]))
+    (score,) = scores_of(["piqa"], ours, theirs)
     assert (score.value, score.against, score.difference) == (0.75, 0.5, 0.25)
     assert score.difference_stderr == pytest.approx(stats.sem([0, -1, 1, 1]))
     assert score.stderr == pytest.approx(stats.sem([1, 0, 1, 1]))
     assert score.kept == 1.5
 
 
-def test_groups_of_the_harness_are_the_tasks_within_them():
+def test_groups_of_the_harness_are_the_tasks_within_them(scores_of):
     subtasks = {"mmlu": ["mmlu_stem", "mmlu_other"], "mmlu_stem": ["algebra", "physics"]}
-    assert list(_leaves(["mmlu", "piqa"], subtasks | {"piqa": []})) == [
-        "algebra",
-        "physics",
-        "mmlu_other",
-        "piqa",
-    ]
+    members = {"algebra": [1, 1], "physics": [0, 0, 1], "mmlu_other": [0, 1, 1, 1], "piqa": [1, 0]}
+    answer = answer_of(
+        {name: {"acc": values} for name, values in members.items()},
+        group_subtasks=subtasks | {"piqa": []},
+    )
+    mmlu, piqa = scores_of(["mmlu", "piqa"], answer)
+    assert (mmlu.task, mmlu.items, mmlu.value) == ("mmlu", 2 + 3 + 4, 6 / 9)
+    assert (piqa.task, piqa.items, piqa.value) == ("piqa", 2, 1 / 2)
 
 
-def test_figures_that_are_no_means_of_items_are_left_out():
-    samples = [
-        {"doc_id": n, "filter": "none", "metrics": ["acc", "ppl"], "acc": n % 2, "ppl": float(n)}
-        for n in range(4)
-    ]
-    results = {"samples": {"t": samples}, "results": {"t": {"acc,none": 0.5, "ppl,none": 4.48}}}
-    assert _item_scores(results, "t") == {"acc": {0: 0.0, 1: 1.0, 2: 0.0, 3: 1.0}}
+def test_figures_that_are_no_means_of_items_are_left_out(scores_of):
+    answer = answer_of({"t": {"acc": [0, 1, 0, 1], "ppl": [0.0, 1.0, 2.0, 3.0]}})
+    answer["results"]["t"]["ppl,none"] = 4.48
+    (score,) = scores_of(["t"], answer)
+    assert (score.metric, score.items, score.value) == ("acc", 4, 0.5)
 
 
 def test_mmlu_shows_the_first_examples_of_the_subject(pair, task_dir, monkeypatch):

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from math import prod
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 import truedepth as td
 from tiny_models import random_ids, torchrun
-from truedepth.speed.ranks import run_ranks
 
 RANK = """
 import sys, torch, truedepth
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from truedepth.speed.collectives import watched
-checkpoint, ids, logits = sys.argv[1:]
+checkpoint, ids, found, odd = sys.argv[1:]
 ranks = DistributedConfig(tp_size=2)
+try:
+    refusal = str(AutoModelForCausalLM.from_pretrained(odd, distributed_config=ranks))
+except ValueError as error:
+    refusal = str(error)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=ranks)
 wide = model.model.layers[1]
 shard = wide.self_attn.q_proj.weight.to_local()
@@ -37,25 +37,32 @@ held = {
     name: tuple(getattr(weight, "to_local", lambda: weight)().shape)
     for name, weight in model.named_parameters()
 }
-torch.save((shard, output, traffic, sent, held, slow.seconds), f"{logits}.{rank}")
+torch.save((shard, output, traffic, sent, held, slow.seconds, refusal), f"{found}.{rank}")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_path):
-    td.convert(make_model(), tmp_path / "out", td.Plan(6, [[1, 2], [3, 4]]))
-    expected = td.load(tmp_path / "out").model
-    torch.save(random_ids(), tmp_path / "ids")
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [*torchrun(2), str(tmp_path / "rank.py")]
-    command += [str(tmp_path / name) for name in ("out", "ids", "logits")]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def ranks(make_model, tmp_path_factory):
+    """The directory of a checkpoint, and what each of two ranks found."""
+    where = tmp_path_factory.mktemp("ranks")
+    td.convert(make_model(), where / "out", td.Plan(6, [[1, 2], [3, 4]]))
+    odd = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    td.convert(odd, where / "odd", td.Plan(6, [[1, 2]]))
+    torch.save(random_ids(), where / "ids")
+    (where / "rank.py").write_text(RANK)
+    command = [*torchrun(2), str(where / "rank.py")]
+    command += [str(where / name) for name in ("out", "ids", "found", "odd")]
+    subprocess.run(command, check=True)
+    return where / "out", [torch.load(where / f"found.{n}", weights_only=False) for n in (0, 1)]
+
+
+def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, ranks):
+    checkpoint, found = ranks
+    expected = td.load(checkpoint).model
     layer = td.open_source(make_model()).tensors
-    for rank in (0, 1):
-        shard, logits, traffic, sent, held, slow = torch.load(
-            tmp_path / f"logits.{rank}", weights_only=False
-        )
+    for rank, (shard, logits, traffic, sent, held, slow, _) in enumerate(found):
         whole = {name: tuple(weight.shape) for name, weight in expected.named_parameters()}
         assert held.keys() == whole.keys()
         for name, shape in whole.items():  # narrow layers and wide ones
@@ -76,17 +83,7 @@ def test_two_ranks_hold_one_layer_each_and_give_the_same_logits(make_model, tmp_
         assert torch.equal(shard, original * gain)
 
 
-def refusal(checkpoint):
-    with pytest.raises(ValueError) as caught:
-        AutoModelForCausalLM.from_pretrained(
-            checkpoint, distributed_config=DistributedConfig(tp_size=2)
-        )
-    return str(caught.value)
-
-
-def test_heads_that_would_be_cut_are_refused(make_model, tmp_path):
-    odd = make_model(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
-    td.convert(odd, tmp_path / "out", td.Plan(6, [[1, 2]]))
-    said = run_ranks(2, refusal, tmp_path / "out")
-    assert "3 heads and 1 KV heads are not divisible by 2 tensor-parallel ranks" in said
-    assert "--pad-heads 2" in said
+def test_heads_that_would_be_cut_are_refused(ranks):
+    for *_, said in ranks[1]:
+        assert "3 heads and 1 KV heads are not divisible by 2 tensor-parallel ranks" in said
+        assert "--pad-heads 2" in said

@@ -118,12 +118,12 @@ def test_layers_are_timed(make_model, ranks):
     assert (found.all_reduce > 0) == (ranks == 2)
 
 
-def test_times_of_layers_are_differences_of_stacks(monkeypatch):
+def test_times_of_layers_are_differences_of_stacks(make_model, monkeypatch):
     """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5."""
 
     class TimedStack:
-        def __init__(self, widths):
-            self.widths = widths
+        def __init__(self, model):
+            self.widths = model.config.layer_widths
 
         def seconds(self, case):
             return 4 + 0.5 + sum(2 * width + 1 + 2 * 0.5 for width in self.widths)
@@ -133,17 +133,10 @@ def test_times_of_layers_are_differences_of_stacks(monkeypatch):
             spent = 0.5 * sum(calls.values())
             return Collectives(calls, 1, spent, spent / self.seconds(case))
 
-    class Stack(torch.nn.Linear):
-        def __init__(self, widths):
-            super().__init__(8, 8)
-            self.widths = widths
-
-    monkeypatch.setattr(
-        layer_timing, "TimedTransformersModel", lambda model: TimedStack(model.widths)
-    )
-    stacks = [(1, 6), (1, 3), (2, 3), (3, 2)]
-    models = {(width, layers): Stack([width] * layers) for width, layers in stacks}
-    found = layer_timing._measure(models, *stacks[:2], Case(Task.decode, 4), "cpu", 8, 4096)
+    monkeypatch.setattr(layer_timing, "TimedTransformersModel", TimedStack)
+    path, case = make_model(), Case(Task.decode, 4)
+    config = unpaired_config(json.loads((path / "config.json").read_text()), 1)
+    found = layer_times(config, path, [1, 2, 3], case, "cpu", torch.float32)
     assert found.layers == {1: pytest.approx(3), 2: pytest.approx(5), 3: pytest.approx(7)}
     assert found.all_reduce == pytest.approx(0.5)
     assert found.rest == pytest.approx(4.5)

@@ -81,7 +81,10 @@ class TruedepthPhi3ForCausalLM(TruedepthLlamaForCausalLM):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over each head with its own gains; the weight is `[heads of this rank, head_dim]`."""
+    """RMSNorm over each head with its own gains; the weight is `[heads of this rank, head_dim]`.
+
+    `modeling.HeadNorm` holds the gains of all heads on every rank; vLLM loads a rank's own only.
+    """
 
     def __init__(self, norm: Any, heads: int) -> None:
         super().__init__()

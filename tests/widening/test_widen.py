@@ -73,7 +73,7 @@ def test_padded_heads_change_nothing(make_model, options, ranks, tmp_path):
 def test_padding_needs_a_width_that_divides(make_model, tmp_path):
     with pytest.raises(td.TruedepthError, match=r"FFN's width \d+ is not divisible by 7 ranks"):
         td.convert(make_model(), tmp_path / "out", td.Plan(6), pad_heads=7)
-    with pytest.raises(td.TruedepthError, match="at least 1 rank, not 0"):
+    with pytest.raises(td.TruedepthError, match="pad_heads must be at least 1, not 0"):
         td.convert(make_model(), tmp_path / "out", td.Plan(6), pad_heads=0)
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from truedepth.depth_study.schedule import Runner
 
 MEASURES = {
-    "interaction": "E‖f_j(x_j) - f_j(x_j - f_i)‖ / E‖f_j(x_j)‖: how much j's update changes without i's",
+    "interaction": "E‖f_j(x_j) - f_j(x_j - f_i)‖ / E‖f_j(x_j)‖: how j's update changes without i's",
     "input similarity": "E cos(x_i, x_j): how alike the inputs of i and j are",
     "update size": "E‖f_i‖ / E‖x_j‖: the size of i's update relative to j's input",
 }

@@ -52,7 +52,9 @@ class Measurements:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if not path.exists() and any(directory.iterdir()):
-                raise TruedepthError(f"{directory} is not empty and holds no study; give another directory.")
+                raise TruedepthError(
+                    f"{directory} is not empty and holds no study; give another directory."
+                )
             self._file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise TruedepthError(f"Cannot write to {directory}: {error.strerror}.") from error
@@ -60,7 +62,9 @@ class Measurements:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise TruedepthError(f"Another run is using {directory}; wait for it to end.") from error
+            raise TruedepthError(
+                f"Another run is using {directory}; wait for it to end."
+            ) from error
         try:
             self._read(path, identity)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
@@ -51,7 +52,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
         key = repr((dtype, shard_size, family, sorted(options.items())))
         if key not in made:
             directory = tmp_path_factory.mktemp("model")
-            model = random_model(family(**TINY | options)).to(dtype)
+            config = family(
+                **copy.deepcopy(TINY | options)
+            )  # configs write into what they are given
+            model = random_model(config).to(dtype)
             model.save_pretrained(directory, max_shard_size=shard_size)
             byte_tokenizer().save_pretrained(directory)
             made[key] = directory

@@ -101,3 +101,15 @@ def test_the_house_stays_easy_to_see():
     assert len(list(PACKAGE.glob("*.py"))) <= 12
     for path in FILES:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+def test_functions_stay_short():
+    """At most 80 lines and 12 parameters; commands have a parameter for every option."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and room_of(path) != "cli":
+                given = node.args
+                parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+                assert len(parameters) <= 12, f"{path}: {node.name}"
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 80, f"{path}: {node.name} has {lines} lines"

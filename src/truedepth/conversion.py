@@ -78,7 +78,7 @@ def convert(
 
     The source is only read. Memory stays bounded: tensors are read and written in blocks of rows.
     An interrupted calibration keeps the layers that it has refitted beside `out`, and the same call
-    goes on after them.
+    resumes after them.
 
     Args:
         model: A directory, `.gguf` file, hub id, `default`, or an open source.

@@ -50,7 +50,9 @@ def documents(path: str | Path) -> Iterator[str]:
     """
     path = Path(path).expanduser()
     if path.suffix not in TEXT_SUFFIXES:
-        raise TruedepthError(f"{path} is neither a .txt nor a .jsonl file; give one of these.")
+        raise TruedepthError(
+            f"{path} is neither a .txt nor a .jsonl file; save the text as one of these."
+        )
     empty = True
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -65,7 +67,7 @@ def documents(path: str | Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise TruedepthError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
     if empty:
-        raise TruedepthError(f"{path} is empty.")
+        raise TruedepthError(f"{path} is empty; give a file with text.")
 
 
 def _document(line: str, path: Path, number: int) -> str:
@@ -103,7 +105,7 @@ def token_windows(
     if count == 0:
         raise TruedepthError(
             f"The text has {len(ids)} tokens, fewer than one window of {window};"
-            " give more text or a smaller --window."
+            " give more text or use smaller windows."
         )
     count = min(count, limit or count)
     rows = [prefix + ids[start * body : (start + 1) * body] for start in range(count)]
@@ -120,7 +122,7 @@ def check_window(source: Source, window: int) -> None:
     if positions is not None and window > positions:
         raise TruedepthError(
             f"A window of {window} tokens is longer than the {positions} positions of"
-            f" {source.name}; give a smaller --window."
+            f" {source.name}; use windows of at most {positions} tokens."
         )
 
 

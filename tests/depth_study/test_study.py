@@ -157,7 +157,7 @@ def test_two_runs_do_not_share_a_directory(make_model, text, tmp_path):
     identity = json.loads((tmp_path / "out" / FILE).read_text().splitlines()[0])["measured_on"]
     with (
         Measurements(tmp_path / "out", identity),
-        pytest.raises(td.TruedepthError, match="Another run is at work"),
+        pytest.raises(td.TruedepthError, match="Another run is using"),
     ):
         study(make_model(), tmp_path / "out", text=text, stride=3, **SIZE)
 

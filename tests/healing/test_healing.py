@@ -1,4 +1,4 @@
-"""Healing: what is trained, what it is trained toward, and a run that is killed."""
+"""Healing: which weights are trained, toward what, and runs that are killed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_tied_embeddings_stay_tied(make_model, options, tmp_path):
 
 
 def test_a_model_beside_itself_has_neither_loss_nor_gradient(make_model, tmp_path):
-    """Layers side by side keep their places, so the checkpoint can be its own original."""
+    """Layers that run in parallel keep their places, so the checkpoint can be its own original."""
     td.convert(make_model(**options_of("gemma2")), tmp_path / "out", PLAN)
     source = td.open_source(tmp_path / "out")
     student, model = (student_of(source, lambda name: True, torch.float32) for _ in range(2))
@@ -194,7 +194,7 @@ def test_the_loss_is_as_written_down(make_model, converted, objective):
     p, q = ((x.logits[:, :-1] / t).log_softmax(-1) for x in (theirs, ours))
     kl = t**2 * (p.exp() * (p - q)).sum(-1).mean()
     nll = torch.nn.functional.cross_entropy(ours.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    pairs = [(2, 3), (4, 6)]  # behind layers 1 and 3 of the student, 2 and 5 of the original
+    pairs = [(2, 3), (4, 6)]  # after layers 1 and 3 of the student, 2 and 5 of the original
     errors = [
         (
             (ours.hidden_states[i] - theirs.hidden_states[j]).pow(2).sum(-1)
@@ -250,7 +250,7 @@ def test_kept_predictions_say_what_the_original_says(make_model, converted, tmp_
         if count == 320:
             torch.testing.assert_close(loss, exact, atol=0, rtol=0.02)
             torch.testing.assert_close(rows[:, 2], measured[:, 2], atol=0, rtol=0.02)
-        else:  # tokens that are not told apart
+        else:  # all other tokens count as one
             assert loss < exact
             assert (rows[:, 2] < measured[:, 2]).all()
 
@@ -269,7 +269,7 @@ def test_validation_measures_are_those_of_eval(make_model, converted, options, t
     ours, theirs = td.load(converted).model, td.load(make_model()).model
     tokenizer = td.open_source(converted).tokenizer
     windows = list(packed(part_documents(options.text[0].name), tokenizer, 32))
-    aside = torch.tensor(windows[4:12])  # behind the four that are trained on
+    aside = torch.tensor(windows[4:12])  # after the four that are trained on
     assert done.record.validation.windows == len(aside)
     rows = []
     with torch.no_grad():
@@ -302,7 +302,9 @@ def command_line(converted, out, model, prose, tokens, eval_every):
     return (words + " --validation 8 --device cpu").split()
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(make_model, converted, prose, tmp_path):
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(
+    make_model, converted, prose, tmp_path
+):
     def run(out, seed="0", code=forks.COMMAND):
         words = command_line(converted, tmp_path / out, make_model(), prose, 1536, 4)
         return forks.python(code, *words, "--seed", seed)
@@ -343,7 +345,7 @@ def test_two_processes_take_the_same_steps(make_model, converted, prose, tmp_pat
 
 @pytest.mark.parametrize("train", [Train.paired, Train.lora])
 def test_a_healed_checkpoint_is_like_any_other(make_model, options, tmp_path, train):
-    """It loads without truedepth's classes, generates, and is exported, in its own dtype."""
+    """It loads without truedepth's classes, generates text, and is exported in its own dtype."""
     model = make_model(tie_word_embeddings=True)
     td.convert(model, tmp_path / "converted", PLAN, dtype=torch.bfloat16)
     changes = replace(options, tokens=512, train=train, learning_rate=1e-2)
@@ -377,7 +379,7 @@ def test_a_healed_checkpoint_is_like_any_other(make_model, options, tmp_path, tr
         td.heal(tmp_path / "converted", tmp_path / "out", teacher=model, healing=changes)
 
 
-def test_training_that_does_not_help_is_said(make_model, converted, options, tmp_path, capsys):
+def test_training_that_does_not_help_is_reported(make_model, converted, options, tmp_path, capsys):
     worse = replace(options, learning_rate=0.5, tokens=512, eval_every=2)
     done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=worse)
     print_healing(done)
@@ -388,7 +390,7 @@ def test_training_that_does_not_help_is_said(make_model, converted, options, tmp
 
 
 def test_the_best_step_is_kept(make_model, converted, options, tmp_path):
-    """Not the last, where that is worse: the loss falls first and rises later."""
+    """The last step is not kept if it is worse: here the loss falls first and rises later."""
     rising = replace(options, learning_rate=0.02, warmup=1.0, eval_every=1)
     done = td.heal(converted, tmp_path / "out", teacher=make_model(), healing=rising)
     trained = done.curve[1:]
@@ -407,7 +409,7 @@ def test_the_best_step_is_kept(make_model, converted, options, tmp_path):
     assert kl == pytest.approx(best["kl"], abs=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(make_model, converted, options, tmp_path):
+def test_a_loss_that_is_not_a_number_stops_the_run(make_model, converted, options, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(converted, broken)
     held = weights(broken)
@@ -423,7 +425,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model, converted, options, 
     [
         ({"tokens": 100}, "100 tokens are less than one step of 4 windows of 32"),
         ({"sequence_length": 1024, "tokens": 4096}, "longer than the 512 positions"),
-        ({"batch_size": 3}, "3 windows a step are not a multiple of 2 windows a pass"),
+        ({"batch_size": 3}, "3 windows per step are not a multiple of 2 windows per pass"),
         ({"dtype": torch.float16}, "float32 or bfloat16, not float16"),
         ({"keep_predictions": 9, "objective": Objective(hidden=1.0)}, "drop --keep-predictions"),
         ({"text": [TextPart("nowhere.txt")]}, "Cannot read the text nowhere.txt"),
@@ -453,7 +455,7 @@ def test_models_that_do_not_belong_together(make_model, converted, options, tmp_
 
 
 def given(monkeypatch, *words):
-    """The options that a command line asks for."""
+    """The options from a command line, or None if it is refused."""
     asked = []
 
     def heal(*_, healing, **__):
@@ -472,7 +474,7 @@ def test_the_command_without_options_is_the_default(monkeypatch):
     assert given(monkeypatch) == Healing()
 
 
-def test_the_papers_recipe_and_what_is_given_beside_it(monkeypatch):
+def test_options_override_the_papers_recipe(monkeypatch):
     paper = given(monkeypatch, "--recipe", "paper")
     assert (paper.objective.next_token, paper.learning_rate) == (1.0, 1e-4)
     assert (paper.batch_size, paper.schedule, paper.train) == (32, "linear", "paired")
@@ -481,7 +483,7 @@ def test_the_papers_recipe_and_what_is_given_beside_it(monkeypatch):
     assert other == replace(paper, learning_rate=3e-4, objective=Objective())
 
 
-def test_what_goes_with_lora_only(monkeypatch, capsys):
+def test_options_for_lora_only(monkeypatch, capsys):
     assert given(monkeypatch, "--rank", "8") is None
     assert given(monkeypatch, "--keep-adapter", "d") is None
     said = capsys.readouterr().err

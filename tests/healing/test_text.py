@@ -1,4 +1,4 @@
-"""Text to train on: mixtures, windows that are set aside, and what cannot be read."""
+"""Text to train on: mixtures, windows that are set aside, and text that cannot be read."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_directories_are_read_file_by_file(tokenizer, tmp_path):
     assert list(part_documents(str(tmp_path / "data"))) == ["bee", "sea", "see"]
 
 
-def test_data_sets_of_the_hub_are_streamed(monkeypatch):
+def test_datasets_of_the_hub_are_streamed(monkeypatch):
     import datasets
 
     asked = []
@@ -103,7 +103,7 @@ def test_data_sets_of_the_hub_are_streamed(monkeypatch):
     assert found != sorted(found)
 
 
-def test_a_data_set_without_text_is_named(monkeypatch):
+def test_a_dataset_without_text_is_named(monkeypatch):
     import datasets
 
     def load_dataset(*_, **__):
@@ -141,7 +141,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     # The variable HF_HUB_OFFLINE is read when the libraries are imported.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(td.TruedepthError, match="neither a path here nor a data set of the hub"):
+    with pytest.raises(td.TruedepthError, match="neither a path here nor a dataset of the hub"):
         list(part_documents("nobody/nothing"))
 
 

@@ -203,4 +203,4 @@ def test_an_interrupted_command_says_that_it_can_go_on(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err

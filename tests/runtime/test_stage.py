@@ -71,3 +71,28 @@ def test_layers_are_two_stages_where_the_ffn_reads_what_the_attention_wrote():
     ]
     (stage,) = stages_of(layers, LayerForm(**names, parallel=True))
     assert [s.kind for s in stage] == ["attention", "attention", "ffn", "ffn"]
+
+
+def test_an_attention_takes_the_call_of_its_own_layer_and_an_ffn_none():
+    class Told(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.said = None
+
+        def forward(self, x, **call):
+            self.said = call
+            return x
+
+    layers = {index: torch.nn.ModuleDict({"a": Told(), "f": Told()}) for index in (2, 4)}
+    names = {"attention": ["a", None, None], "ffn": ["f", None, None], "multiplier": None}
+    calls = [{"mask": index} for index in range(6)]
+    x = torch.ones(1, 1, 1)
+    for stage in stages_of(layers, LayerForm(**names, parallel=False)):
+        x = run_stage(x, stage, calls)
+    assert {index: layer["a"].said for index, layer in layers.items()} == {
+        2: {"mask": 2},
+        4: {"mask": 4},
+    }
+    assert all(layer["f"].said == {} for layer in layers.values())
+    assert x.item() == 9  # 1 + 1 + 1, and that with itself twice

@@ -1,7 +1,7 @@
-"""What config.json records of how a checkpoint was made: under `truedepth`, in its own words.
+"""Records of how a checkpoint was made, under `truedepth` in its config.json.
 
 A record is written once, by the run that made the checkpoint, and read by model cards and reports.
-The keys are the names of the fields.
+Its keys are the names of the fields.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Data = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Loss:
-    """What a model loses against its original, on the same tokens."""
+    """A model's loss compared with its original's, on the same tokens."""
 
     tokens: int
     """Tokens predicted."""
 
     excess: float
-    """NLL above the original's, nats per token."""
+    """NLL minus the original's, nats per token."""
 
     stderr: float | None
     """Standard error of the excess over windows; None for a single window."""
@@ -35,10 +35,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class MapError:
-    """The error of one linear map on held-out windows, relative to what it should give."""
+    """The error of one linear map on held-out windows, relative to its target."""
 
     penalty: float | None
-    """λ of the ridge regression; None where the map was left as it was."""
+    """λ of the ridge regression; None if the map was not changed."""
 
     before: float
     after: float
@@ -46,37 +46,37 @@ class MapError:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What a checkpoint was calibrated on, and what that gained."""
+    """How a checkpoint was calibrated, and the loss after it."""
 
     text: list[str]
     """Names of the text files."""
 
     tokens: int
     own_text: float
-    """Share of the tokens that the model wrote itself."""
+    """Share of the tokens that the model generated itself."""
 
     window: int
     """Tokens per window."""
 
     seed: int
     dtype: str
-    """In which the layers computed."""
+    """Dtype in which the layers computed."""
 
     activation_dtype: str
-    """Of the states that were kept."""
+    """Dtype of the hidden states that were kept."""
 
     check: Loss | None
-    """On windows that nothing was fitted to; None where none were kept for it."""
+    """Loss on windows that nothing was fitted to; None if no windows were set aside."""
 
     held_out_errors: dict[str, dict[str, MapError]]
-    """By group (`14+15`) and map."""
+    """Errors by group (`14+15`) and map."""
 
     @classmethod
     def from_dict(cls, data: Data) -> CalibrationRecord:
-        """Read what `to_dict` gave.
+        """Make a record from the data of `to_dict`.
 
         Raises:
-            TruedepthError: It is something else.
+            TruedepthError: The data are not such a record.
         """
         with _named("calibration"):
             errors = {
@@ -88,7 +88,7 @@ class CalibrationRecord:
             return cls(**{**own, "check": check, "held_out_errors": errors})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The record as JSON-compatible data."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -102,31 +102,31 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured on the validation windows."""
+    """Losses on the validation windows."""
 
     windows: int
     before: dict[str, float]
-    """`step`, `loss`, `nll`, `excess`, `stderr`, `kl`, before the first step."""
+    """`step`, `loss`, `nll`, `excess`, `stderr` and `kl` before the first step."""
 
     after: dict[str, float]
-    """The same of the checkpoint that was kept."""
+    """The same figures for the checkpoint that was kept."""
 
 
 @dataclass(frozen=True)
 class HealingRecord:
-    """What a checkpoint was trained on and how, and what that gained."""
+    """How a checkpoint was trained, and its losses before and after."""
 
     options: dict[str, Any]
-    """Those of `td.Healing` that make the run again."""
+    """The options of `td.Healing` that reproduce the run."""
 
     original: str
     """The teacher's name."""
 
     version: str
-    """Of truedepth."""
+    """Version of truedepth."""
 
     text: dict[str, int]
-    """Distinct tokens by the name of the text."""
+    """Number of distinct tokens, by the name of the text."""
 
     validation: Validation
 
@@ -137,10 +137,10 @@ class HealingRecord:
 
     @classmethod
     def from_dict(cls, data: Data) -> HealingRecord:
-        """Read what `to_dict` gave.
+        """Make a record from the data of `to_dict`.
 
         Raises:
-            TruedepthError: It is something else.
+            TruedepthError: The data are not such a record.
         """
         own = ("original", "version", "text", "validation")
         with _named("healing"):
@@ -153,14 +153,14 @@ class HealingRecord:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the options beside the rest."""
+        """The record as JSON-compatible data; the options are keys of their own."""
         data = asdict(self)
         return {**data.pop("options"), **data}
 
 
 @contextmanager
 def _named(record: str) -> Iterator[None]:
-    """Around the reading of a record from a file of anybody's."""
+    """Turn errors in reading a record into one that names the record."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:

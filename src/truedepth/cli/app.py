@@ -128,7 +128,7 @@ def study(
         )
     except KeyboardInterrupt:
         raise TruedepthError(
-            f"Interrupted; what was measured is kept in {out}, and the same command goes on.", 130
+            f"Interrupted; {out} keeps what was measured, and the same command resumes.", 130
         ) from None
     written = write_study(found, out, shlex.join(["truedepth", *sys.argv[1:]]))
     write_json(json_path, found.to_dict())

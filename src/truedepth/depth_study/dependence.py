@@ -1,7 +1,7 @@
-"""How strongly layers depend on one another, by measures that cost no sweep.
+"""How strongly layers depend on one another, measured without a sweep over spans.
 
-Every measure gives one figure for a pair of layers i < j, from the states of the original model,
-averaged over all tokens. f_i is what layer i adds to its input x_i.
+Every measure gives one figure per pair of layers i < j, from the hidden states of the original
+model, averaged over all tokens. f_i is what layer i adds to its input x_i.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from torch.nn.functional import cosine_similarity
 from truedepth.depth_study.schedule import Runner
 
 MEASURES = {
-    "interaction": "E‖f_j(x_j) - f_j(x_j - f_i)‖ / E‖f_j(x_j)‖: what j loses when it misses i",
+    "interaction": "E‖f_j(x_j) - f_j(x_j - f_i)‖ / E‖f_j(x_j)‖: how j's update changes without i's",
     "input similarity": "E cos(x_i, x_j): how alike the inputs of i and j are",
-    "update size": "E‖f_i‖ / E‖x_j‖: how much of j's input i wrote",
+    "update size": "E‖f_i‖ / E‖x_j‖: the size of i's update relative to j's input",
 }
-"""Pairing should cost more where interaction and update size are high and inputs are unlike."""
+"""The measures and their formulas.
+
+Pairing should cost more where interaction and update size are high and inputs differ.
+"""
 
 
 def dependence(
     runner: Runner, advance: Callable[[int], object] = lambda steps: None
 ) -> dict[str, Tensor]:
-    """Every measure as an upper triangular matrix `[layers, layers]` float64, elsewhere NaN.
+    """Every measure as a matrix `[layers, layers]` float64, NaN on and below the diagonal.
 
-    Costs one layer evaluation a pair and two a layer; `advance` is told of every pair.
+    Costs one layer evaluation per pair and one per layer; `advance(1)` is called after each pair.
     """
     states = runner.inputs()
     count = len(runner.layers)
@@ -48,7 +51,7 @@ def dependence(
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties sharing the mean of their ranks; NaN below three values."""
+    """Spearman's rank correlation; ties get their mean rank. NaN for fewer than three values."""
     if len(first) < 3:
         return float("nan")
     ranks = torch.stack([_ranks(torch.tensor(v, dtype=torch.float64)) for v in (first, second)])

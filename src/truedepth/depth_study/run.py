@@ -1,4 +1,4 @@
-"""How deep is a model really: every span of its layers transformed, and perplexity watched."""
+"""How deep a model really is: transform every span of its layers and measure the perplexity."""
 
 from __future__ import annotations
 
@@ -31,15 +31,18 @@ from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, 
 from truedepth.version import __version__
 
 Matrix = list[list[float | None]]
-"""`matrix[i][j]`, i <= j, of two layers: the first and the last of a span, or an earlier and a
-later one. None where nothing was measured."""
+"""`matrix[i][j]` for layers i <= j: the first and the last of a span, or the earlier and the later
+of a pair. None where nothing was measured."""
 
-MIN_SPANS = 5  # of one length, for a rank correlation among them
+Cells = dict[Cell, Schedule]
+"""The whole model's schedule for each cell."""
+
+MIN_SPANS = 5  # fewest spans of one length for a rank correlation among them
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """The paper's sweep for one Δ: consecutive pairs, against where the paired span ends."""
+    """The paper's sweep for one Δ: NLL of consecutive pairs, by the last layer of the span."""
 
     paired_layers: int
     effective_depth: int
@@ -51,38 +54,39 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Study:
-    """What `truedepth study` found. NLL in nats a token."""
+    """The results of `truedepth study`. NLL is in nats per token."""
 
     settings: dict[str, Any]
-    """Model, text, windows, dtype, seed, versions: what makes the figures again."""
+    """Model, text, windows, dtype, seed and versions: what reproduces the figures."""
 
     num_layers: int
     nll: float
-    """Of the original."""
+    """NLL of the original model."""
 
     transformed: dict[str, Matrix]
-    """NLL of every span under every transformation; of shuffles the mean over permutations."""
+    """NLL of every span by transformation; for shuffles, the mean over permutations."""
 
     shuffle_spread: Matrix
-    """Sample standard deviation of a shuffle's NLL over permutations; None for one."""
+    """Sample standard deviation of a shuffle's NLL over permutations; None for a single one."""
 
     dependence: dict[str, Matrix]
-    """Every measure of `dependence.py`."""
+    """The measures of `dependence.py`, by name."""
 
     correlation: dict[str, dict[str, float]]
-    """Rank correlation of every measure with the excess loss of pairing neighbours (`pairs`), and
-    of its mean over a span with that of running the span side by side (`spans`): among spans of the
-    same length, averaged over lengths, for a longer span always loses more."""
+    """Rank correlations, by measure: of the measure with the excess loss of pairing neighbours
+    (`pairs`), and of its mean over a span with the excess loss of running the span side by side
+    (`spans`). The latter is taken among spans of one length and averaged over lengths, because
+    longer spans always lose more."""
 
     evaluated: float
-    """Layers that the study evaluates, begun from nothing."""
+    """Layers that the whole study evaluates, including those measured by earlier runs."""
 
     naive: float
-    """Layers that running every cell by itself would evaluate, those of the same schedule too."""
+    """Layers that would be evaluated if every cell were run by itself, nothing shared."""
 
     @property
     def sweep(self) -> list[SweepRow]:
-        """Perplexity against the end of the span for each Δ, where pairs were measured."""
+        """The sweep for each Δ for which pairs were measured."""
         matrix = self.transformed.get(PAIRS, _empty(self.num_layers))
         rows = []
         for paired in range(2, self.num_layers + 1, 2):
@@ -100,7 +104,7 @@ class Study:
 
     @property
     def medians(self) -> dict[str, dict[int, float]]:
-        """Median excess loss by transformation, of all spans of 2, 4, 8, … layers."""
+        """Median excess loss of all spans of 2, 4, 8, … layers, by transformation."""
         found: dict[str, dict[int, float]] = {}
         for name, matrix in self.transformed.items():
             for length in (2**power for power in range(1, self.num_layers.bit_length())):
@@ -113,7 +117,7 @@ class Study:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """study.json."""
+        """The study as JSON-compatible data; study.json without the command."""
         correlation = {
             name: {kind: None if math.isnan(value) else value for kind, value in found.items()}
             for name, found in self.correlation.items()
@@ -145,9 +149,8 @@ def study(
 
     Args:
         model: An original model; anything that `open_source` takes.
-        out: The study's directory. What it holds of the same study is not measured again, and what
-            is measured is kept there as it comes. What it holds whole of other transformations is
-            reported too.
+        out: The study's directory. Every measurement is written there as it comes, and is not made
+            again by later runs. Other transformations that are complete there are reported too.
         text: A `.txt` or `.jsonl` file. Default: Python's own documentation.
         window: Tokens per window.
         windows: Number of windows, from the beginning of the text.
@@ -156,8 +159,8 @@ def study(
         transformations: Which of `TRANSFORMATIONS`.
         seed: Random seed for the layer orders.
         device: Device to run on. Default: the first GPU, else the CPU.
-        dtype: Of weights and products; by default bfloat16 on processors that are fast at it, else
-            as `load`. The residual stream is float32 in any case.
+        dtype: Dtype of weights and products. Default: bfloat16 on processors that are fast at it,
+            else as in `load`. The residual stream is always float32.
 
     Raises:
         TruedepthError: The directory holds another study or cannot be written, model or text cannot
@@ -165,77 +168,117 @@ def study(
     """
     if unknown := sorted(set(transformations) - set(TRANSFORMATIONS)):
         raise TruedepthError(
-            f"{unknown[0]!r} is not a transformation; there are {', '.join(TRANSFORMATIONS)}."
+            f"{unknown[0]!r} is not a transformation; choose from {', '.join(TRANSFORMATIONS)}."
         )
     source = open_source(model)
-    source.family  # noqa: B018  refused before anything is loaded
+    source.family  # noqa: B018  an unsupported family is refused before anything is loaded
     ids = _windows(source, text, window, windows)
     device = torch.device(device or default_device())
     dtype = dtype or fast_dtype(source, device)
-    identity = {
-        "window": window,
-        "windows": windows,
-        "dtype": dtype_name(dtype),
-        "model fingerprint": source.fingerprint,
-        "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
-    }
-    layers = source.num_layers
-    original = in_order(range(layers))
-    pairs = {
-        cell: cell.schedule(layers)
-        for cell in (Cell("parallel", layer, layer + 2) for layer in range(layers - 1))
-    }
-    possible = {
-        cell: cell.schedule(layers, seed)
-        for cell in all_cells(layers, permutations=permutations, stride=stride)
-    }
-    wanted = {cell: s for cell, s in possible.items() if cell.transformation in transformations}
+    identity = _identity(source, ids, dtype)
+    original, pairs, spans = _schedules(source.num_layers, permutations, stride, seed)
+    wanted = [s for cell, s in spans.items() if cell.transformation in transformations]
     with Measurements(Path(out).expanduser(), identity) as kept:
         runner = Runner(load(source, device=device, dtype=dtype), ids)
-        _measure(runner, [original, *pairs.values(), *wanted.values()], kept, source)
-        lacking = {cell.transformation for cell, s in possible.items() if s not in kept}
-        cells = {cell: s for cell, s in possible.items() if cell.transformation not in lacking}
-        with progress_bar("Dependence of layers", layers * (layers - 1) // 2) as advance:
-            measures = dependence(runner, advance)
+        _measure(runner, [original, *pairs.values(), *wanted], kept, source)
+        measures = _dependence(runner)
         source.check_unchanged()
-        losses = {cell: kept[s].mean().item() for cell, s in (pairs | cells).items()}
-        base = kept[original].mean().item()
-    if not all(map(math.isfinite, [base, *losses.values()])):
-        raise TruedepthError(
-            "The model gives logits that are not finite numbers; try --dtype float32.", 1
-        )
-    matrices = {name: _matrix(values) for name, values in measures.items()}
-    transformed, spread = _by_span(layers, cells, losses)
+        cells = _complete(spans, kept)
+        base, losses = _losses(kept, original, pairs | cells)
+    transformed, spread = _by_span(source.num_layers, cells, losses)
     schedules = (pairs | cells).values()
     return Study(
-        settings={
-            "model": source.name,
-            "origin": source.origin,
-            "text": DEFAULT_TEXT if text is None else Path(text).name,
-            **identity,
-            "stride": stride,
-            "permutations": permutations,
-            "seed": seed,
-            "truedepth": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        },
-        num_layers=layers,
+        settings=_settings(source, text, identity, stride, permutations, seed),
+        num_layers=source.num_layers,
         nll=base,
         transformed=transformed,
         shuffle_spread=spread,
-        dependence=matrices,
+        dependence=measures,
         correlation=_correlations(
-            matrices, [losses[pair] for pair in pairs], transformed.get("parallel", [])
+            measures, [losses[pair] for pair in pairs], transformed.get("parallel", [])
         ),
         evaluated=layer_evaluations([original, *schedules]),
         naive=sum(layer_evaluations([schedule]) for schedule in schedules),
     )
 
 
+def _identity(source: Source, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What must be equal for measurements to be comparable."""
+    return {
+        "window": ids.shape[1],
+        "windows": len(ids),
+        "dtype": dtype_name(dtype),
+        "model fingerprint": source.fingerprint,
+        "text fingerprint": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def _settings(
+    source: Source,
+    text: str | Path | None,
+    identity: dict[str, Any],
+    stride: int,
+    permutations: int,
+    seed: int,
+) -> dict[str, Any]:
+    """`Study.settings`."""
+    return {
+        "model": source.name,
+        "origin": source.origin,
+        "text": DEFAULT_TEXT if text is None else Path(text).name,
+        **identity,
+        "stride": stride,
+        "permutations": permutations,
+        "seed": seed,
+        "truedepth": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _schedules(
+    layers: int, permutations: int, stride: int, seed: int
+) -> tuple[Schedule, Cells, Cells]:
+    """The original's schedule, those of all neighbours in parallel, and those of all spans."""
+    neighbours = [Cell("parallel", layer, layer + 2) for layer in range(layers - 1)]
+    spans = all_cells(layers, permutations=permutations, stride=stride)
+    return (
+        in_order(range(layers)),
+        {cell: cell.schedule(layers) for cell in neighbours},
+        {cell: cell.schedule(layers, seed) for cell in spans},
+    )
+
+
+def _complete(spans: Cells, kept: Measurements) -> Cells:
+    """The cells of the transformations of which every span has been measured."""
+    lacking = {cell.transformation for cell, schedule in spans.items() if schedule not in kept}
+    return {cell: s for cell, s in spans.items() if cell.transformation not in lacking}
+
+
+def _losses(
+    kept: Measurements, original: Schedule, cells: Cells
+) -> tuple[float, dict[Cell, float]]:
+    """Mean NLL of the original and of every cell; refuses figures that are not finite."""
+    base = kept[original].mean().item()
+    losses = {cell: kept[schedule].mean().item() for cell, schedule in cells.items()}
+    if not all(map(math.isfinite, [base, *losses.values()])):
+        raise TruedepthError(
+            "The model gives logits that are not finite numbers; try --dtype float32.", 1
+        )
+    return base, losses
+
+
+def _dependence(runner: Runner) -> dict[str, Matrix]:
+    """Every measure of `dependence.py` as a matrix, with a progress bar."""
+    layers = len(runner.layers)
+    with progress_bar("Dependence of layers", layers * (layers - 1) // 2) as advance:
+        measures = dependence(runner, advance)
+    return {name: _matrix(values) for name, values in measures.items()}
+
+
 def _windows(source: Source, text: str | Path | None, window: int, windows: int) -> torch.Tensor:
-    """Exactly so many windows of the text."""
+    """The first `windows` windows of the text, `[windows, window]`; fewer are an error."""
     check_window(source, window)
     content = default_text() if text is None else read_text(text)
     ids = token_windows(source.tokenizer, content, window, windows)
@@ -250,7 +293,7 @@ def _windows(source: Source, text: str | Path | None, window: int, windows: int)
 def _measure(
     runner: Runner, schedules: Sequence[Schedule], kept: Measurements, source: Source
 ) -> None:
-    """Run those schedules that are not kept yet."""
+    """Run the schedules that have not been measured yet, and keep their NLL."""
     missing = {schedule for schedule in schedules if schedule not in kept}
     done = runner.evaluated
     with progress_bar("Layers", math.ceil(layer_evaluations(missing))) as advance:
@@ -264,7 +307,7 @@ def _measure(
 def _by_span(
     layers: int, cells: Iterable[Cell], losses: Mapping[Cell, float]
 ) -> tuple[dict[str, Matrix], Matrix]:
-    """Mean NLL of every span by transformation, and the spread of shuffles."""
+    """Mean NLL of every span, by transformation, and the spread of the shuffles."""
     orders: dict[tuple[str, int, int], list[float]] = {}
     for cell in cells:
         orders.setdefault((cell.transformation, cell.start, cell.end), []).append(losses[cell])
@@ -282,7 +325,7 @@ def _by_span(
 def _correlations(
     measures: dict[str, Matrix], pairs: Sequence[float], parallel: Matrix
 ) -> dict[str, dict[str, float]]:
-    """How well every measure ranks what running layers side by side costs."""
+    """How well every measure ranks the losses of running layers side by side."""
     found = {}
     for name, matrix in measures.items():
         neighbours = [_value(matrix[i][i + 1]) for i in range(len(pairs))]

@@ -1,9 +1,9 @@
 """Runs a loaded decoder layer by layer over hidden states, in any order and any grouping.
 
-A schedule is a sequence of steps; a step is one or more layers that run at one moment. The weights
-are the model's own and are not copied. Many schedules are run as one tree: what they have in common
-at their beginnings is computed once, so that a change at layer s costs the layers from s on only,
-and two schedules that are the same cost one.
+A schedule is a sequence of steps; a step is one or more layers that run side by side. The weights
+are the model's own and are not copied. Many schedules run as one tree: steps that they share at
+the beginning are computed once, so a change at layer s costs only the layers from s on, and equal
+schedules are run once.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from truedepth.runtime.stage import KINDS, Kind, LoadedSublayer, Member, run_sta
 
 Form = Literal["lp", "par", "merge"]
 
-BATCH_WINDOWS = 4  # that a layer computes at once; what is inside it is several times its input
+BATCH_WINDOWS = 4  # windows per call: a layer's intermediates are several times its input
 
 BatchedCalls = Sequence[Calls]
-"""For every `BATCH_WINDOWS` windows, how the layers are called."""
+"""The arguments that the layers are called with, for each batch of `BATCH_WINDOWS` windows."""
 
 
 @dataclass(frozen=True, order=True)
 class Step:
-    """Layers that run at one moment, on the same input x, with attention A, FFN F and norms N.
+    """Layers that run side by side on the same input x, with attention A, FFN F and norms N.
 
     lp      a = x + Σ A_i(N_i x),  y = a + Σ F_i(N'_i a)                    arXiv 2502.02790
     par     y = x + Σ [A_i(N_i x) + F_i(N'_i (x + A_i(N_i x)))]             arXiv 2404.06709
-    merge   one layer whose weights are the mean of theirs
+    merge   one layer with the mean of their weights
 
-    A layer alone is the same in every form.
+    For a single layer all forms are equal.
     """
 
     layers: tuple[int, ...]
@@ -52,7 +52,7 @@ class Step:
             object.__setattr__(self, "form", "lp")
 
     def __str__(self) -> str:
-        """`3`, `3+4`, `3+4:par`."""
+        """For example `3`, `3+4` or `3+4:par`."""
         form = "" if self.form == "lp" else f":{self.form}"
         return "+".join(map(str, self.layers)) + form
 
@@ -66,9 +66,9 @@ def in_order(layers: Iterable[int]) -> Schedule:
 
 
 def layer_evaluations(schedules: Iterable[Schedule]) -> float:
-    """Layers that `Runner.run` evaluates for these schedules, each step of each tree node once.
+    """Number of layers that `Runner.run` evaluates for these schedules.
 
-    Attention and FFN count half each, the output head nothing.
+    Attention and FFN count half each; the output head is not counted.
     """
     nodes: dict[Schedule, set[Step]] = {}
     for schedule in schedules:
@@ -78,7 +78,7 @@ def layer_evaluations(schedules: Iterable[Schedule]) -> float:
 
 
 def _node_evaluations(steps: Iterable[Step]) -> float:
-    """Of steps that start from one state: what of them can be shared is computed once."""
+    """Layers evaluated for steps that start from one state; what they share is computed once."""
     merged, attentions, own_ffns, ffns = 0, set[int](), set[int](), 0
     for step in steps:
         if step.form == "merge":
@@ -99,7 +99,7 @@ class Runner:
         """Embed the tokens and record how the model calls its layers.
 
         Args:
-            loaded: An original model; its layers are called as they are.
+            loaded: An original model; its own layers are called.
             ids: `[windows, length]` int64.
 
         Raises:
@@ -120,19 +120,19 @@ class Runner:
             for batch in torch.split(self._ids, BATCH_WINDOWS)
         ]
         self.calls: BatchedCalls = [calls for _, calls in recorded]
-        # The residual stream is kept in float32, also where the layers compute in bfloat16.
+        # The residual stream is kept in float32 even if the layers compute in bfloat16.
         self.embedded = torch.cat([states for states, _ in recorded])
 
     @property
     def parallel(self) -> bool:
-        """Whether a layer's attention and FFN read the same state: then LP and PAR are one."""
+        """Whether a layer's attention and FFN read the same state; then LP and PAR are equal."""
         return self._form.parallel
 
     @torch.inference_mode()
     def inputs(self) -> list[Tensor]:
-        """The inputs of all layers in the original order, and last the output of the last layer.
+        """The inputs of all layers in the original order, then the output of the last layer.
 
-        `[windows, length, hidden]` float32 each.
+        Each is `[windows, length, hidden]` float32.
         """
         states = [self.embedded]
         for step in in_order(range(len(self.layers))):
@@ -146,10 +146,10 @@ class Runner:
         return node.attention(layer) + node.own_ffn(layer)
 
     def run(self, schedules: Iterable[Schedule]) -> Iterator[tuple[Schedule, Tensor]]:
-        """Run schedules, each distinct one once, in an order that shares the most.
+        """Run each distinct schedule once, in the order in which they share the most steps.
 
         Yields:
-            A schedule and the mean NLL of its predictions, `[windows]` float64, nats a token.
+            A schedule and the mean NLL of its predictions, `[windows]` float64, nats per token.
         """
         ordered = sorted(set(schedules))
         if ordered:
@@ -159,7 +159,7 @@ class Runner:
     def _walk(
         self, x: Tensor, schedules: Sequence[Schedule], depth: int
     ) -> Iterator[tuple[Schedule, Tensor]]:
-        """Schedules that share their first `depth` steps, which led to the state x."""
+        """Run schedules that share their first `depth` steps, from the state x after these."""
         if len(schedules[0]) == depth:
             yield schedules[0], self.nll(x)
             schedules = schedules[1:]
@@ -169,13 +169,13 @@ class Runner:
 
     @torch.inference_mode()
     def nll(self, x: Tensor) -> Tensor:
-        """Mean NLL of the next tokens over each window, from the last layer's output.
+        """Mean NLL of the next tokens in each window, from the last layer's output.
 
         Args:
             x: `[windows, length, hidden]`.
 
         Returns:
-            `[windows]` float64, nats a token.
+            `[windows]` float64, nats per token.
         """
         dtype = self._model.get_output_embeddings().weight.dtype
         norm = self._model.get_submodule(self._family.outside[1])
@@ -190,7 +190,7 @@ class Runner:
         return self._head(hidden[positions])
 
     def member(self, kind: Kind, layer: int, module: nn.Module | None = None) -> Member[Any]:
-        """A sub-layer as a member of a stage; `module` stands in for the layer's own weights."""
+        """A sub-layer as a member of a stage; `module` replaces the layer and its weights."""
         sublayer = LoadedSublayer(kind, layer, module or self.layers[layer], self._form)
 
         def run(x: Tensor, calls: BatchedCalls) -> Tensor:
@@ -201,7 +201,7 @@ class Runner:
         return run
 
     def mean_layer(self, layers: Sequence[int]) -> nn.Module:
-        """A layer whose parameters are the means of those layers'; valid until the next call."""
+        """A layer with the mean of the given layers' parameters; valid until the next call."""
         if self._scratch is None:
             self._scratch = copy.deepcopy(self.layers[0])
         for name, parameter in self._scratch.named_parameters():
@@ -213,7 +213,7 @@ class Runner:
 
 
 class _Node:
-    """A state, and what has been computed from it that several steps can share."""
+    """A state, and results computed from it that several steps can share."""
 
     def __init__(self, runner: Runner, x: Tensor) -> None:
         self._runner = runner
@@ -229,7 +229,7 @@ class _Node:
         return self._attentions[layer]
 
     def own_ffn(self, layer: int) -> Tensor:
-        """`F_i(N'_i (x + A_i(N_i x)))`: the FFN that sees its own layer's attention only."""
+        """`F_i(N'_i (x + A_i(N_i x)))`: the FFN after its own layer's attention alone."""
         if layer not in self._own_ffns:
             parallel = self._runner.parallel
             read = self._x if parallel else run_stage(self._x, [self._attention(layer)], ())
@@ -237,7 +237,7 @@ class _Node:
         return self._own_ffns[layer]
 
     def _attention(self, layer: int) -> Member[Any]:
-        """As a member of a stage that reads this state."""
+        """The attention as a member of a stage that reads this state."""
         return lambda *_: self.attention(layer)
 
     def _own_ffn(self, layer: int) -> Member[Any]:

@@ -11,13 +11,14 @@ from truedepth.depth_study.schedule import Form, Schedule, Step, in_order
 
 @dataclass(frozen=True)
 class Transformation:
-    """What becomes of a span of layers."""
+    """A way to change a span of layers."""
 
     description: str
     schedule: Callable[[range, str], Schedule]
-    """Of a span of layers, and the seed of its random choices."""
+    """Makes the steps of a span, from its layers and the seed of its random choices."""
 
     random: bool = False
+    """Whether the steps depend on the seed."""
 
 
 def _side_by_side(size: int | None, form: Form) -> Callable[[range, str], Schedule]:
@@ -33,10 +34,10 @@ def _side_by_side(size: int | None, form: Form) -> Callable[[range, str], Schedu
 
 
 def _random_order(span: range, seed: str) -> Schedule:
-    """Every order is equally likely, and spans that begin at the same layer share much of theirs.
+    """A random order; all orders are equally likely.
 
-    The order of a span is that of the span without its last layer, and that layer somewhere in it.
-    What comes before it has been computed already.
+    The order of a span is that of the span without its last layer, with that layer inserted at a
+    random place. The steps before that place have been computed already for the shorter span.
     """
     generator = random.Random(f"{seed} {span.start}")
     order: list[int] = []
@@ -53,20 +54,26 @@ TRANSFORMATIONS = {
         lambda span, _: (Step(tuple(span), "merge"),),
     ),
     "parallel": Transformation("all layers of the span side by side", _side_by_side(None, "lp")),
-    "parallel (PAR)": Transformation("the same, every layer whole", _side_by_side(None, "par")),
+    "parallel (PAR)": Transformation(
+        "all layers of the span side by side, each layer whole", _side_by_side(None, "par")
+    ),
     "2-parallel": Transformation(
         "consecutive pairs of the span side by side", _side_by_side(2, "lp")
     ),
-    "2-parallel (PAR)": Transformation("the same, every layer whole", _side_by_side(2, "par")),
+    "2-parallel (PAR)": Transformation(
+        "consecutive pairs of the span side by side, each layer whole", _side_by_side(2, "par")
+    ),
     "3-parallel": Transformation(
         "consecutive triples of the span side by side", _side_by_side(3, "lp")
     ),
-    "3-parallel (PAR)": Transformation("the same, every layer whole", _side_by_side(3, "par")),
+    "3-parallel (PAR)": Transformation(
+        "consecutive triples of the span side by side, each layer whole", _side_by_side(3, "par")
+    ),
 }
-"""A span that pairs or triples do not divide ends in a smaller group."""
+"""All transformations. If pairs or triples do not divide a span, its last group is smaller."""
 
 PAIRS = "2-parallel"
-"""The transformation that the paper settles on, in the form that becomes a wide layer."""
+"""The transformation that the paper settles on, in the form that a wide layer computes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Cell:
     start: int
     end: int
     permutation: int = 0
-    """Which of the random orders; of a random transformation only."""
+    """Number of the random order; 0 for transformations that are not random."""
 
     def schedule(self, num_layers: int, seed: int = 0) -> Schedule:
         """The whole model with the span transformed."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, first_line
 from truedepth.evaluation.local_tasks import local_tasks
 from truedepth.files.descriptors import quiet
 from truedepth.options import Bounds, checked
@@ -139,12 +139,7 @@ def task_scores(
     if task_dir is not None:
         configs = local_tasks(task_dir, tasks, num_fewshot)
     else:
-        if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-            raise TruedepthError(
-                f"{unknown[0]!r} is not a task of lm-evaluation-harness; for tasks in your own"
-                " files give --task-dir."
-            )
-        configs = {name: [name] for name in tasks}
+        configs = _harness_tasks(manager, tasks)
     run = _Run(configs, manager, num_fewshot, limit, batch_size, seed)
     models = [opened(each) for each in (model, against) if each is not None]
     names = [source_of(each).label for each in models]
@@ -173,6 +168,16 @@ def task_scores(
             "torch": torch.__version__,
         },
     )
+
+
+def _harness_tasks(manager: Any, tasks: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+    """The harness's own tasks as `_Run.configs`; refuses names that it does not know."""
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise TruedepthError(
+            f"{unknown[0]!r} is not a task of lm-evaluation-harness; for tasks in your own"
+            " files give --task-dir."
+        )
+    return {name: [name] for name in tasks}
 
 
 @dataclass(frozen=True)
@@ -239,9 +244,8 @@ class _Run:
                     fewshot_random_seed=self.seed,
                 )
         except (KeyError, ValueError, OSError, AssertionError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise TruedepthError(
-                f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason}."
+                f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {first_line(error)}"
             ) from error
         return results
 

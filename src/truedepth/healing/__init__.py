@@ -1,6 +1,6 @@
 """Training back toward the original.
 
-Options, text, teacher, distillation, what is trained, the training, the run.
+Options, text, teacher, student, distillation, training, run.
 
 May import: calibration and above.
 """

@@ -1,10 +1,10 @@
-"""A student and the loss that takes it toward its original.
+"""A student, and the loss that trains it toward its original.
 
     loss = (1 - a) τ² KL(original ‖ student) + a NLL of the next token + b error of hidden states
 
-KL is that of the predictions at temperature τ, in nats a token; the error is that of what wide
-layers give, ‖h - h*‖² / ‖h*‖² of a token, on average over layers and tokens. Logits are never in
-memory for all tokens at once.
+KL compares the predictions at temperature τ, in nats per token. The error compares the outputs h of
+the wide layers with the original's h*: ‖h - h*‖² / ‖h*‖² per token, averaged over layers and
+tokens. The logits of all tokens are never in memory at once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from truedepth.evaluation.loss import FromOriginal, measures
 from truedepth.healing.options import Objective
-from truedepth.healing.teacher import Outputs, Reference, Teacher, chunks, run
+from truedepth.healing.teacher import Outputs, Reference, Teacher, chunks, hidden_states
 from truedepth.runtime.output_head import OutputHead
 from truedepth.widening.layout import Layout
 
 
 class Distillation(nn.Module):
-    """The student as the module that is trained; its teachers stand beside it."""
+    """The student as the module to train; its teachers are not submodules."""
 
     def __init__(
         self,
@@ -35,14 +35,14 @@ class Distillation(nn.Module):
         layout: Layout,
         objective: Objective,
     ) -> None:
-        """Join them.
+        """Join a student and its teachers.
 
         Args:
-            student: What the plan makes of the original.
-            teacher: Of the windows that are trained on.
-            validation: Of those that are measured on.
-            layout: Of the student; says which layers' outputs should be alike.
-            objective: Of the training.
+            student: The model to train, made from the original by a plan.
+            teacher: The teacher for the training windows.
+            validation: The teacher for the validation windows.
+            layout: The student's layout; it says which layers' outputs should be alike.
+            objective: The loss to minimise.
         """
         super().__init__()
         self.student = student
@@ -55,26 +55,32 @@ class Distillation(nn.Module):
         ]
 
     def forward(self, input_ids: Tensor, number: Tensor, measure: bool = False) -> Tensor:
-        """The loss; with `measure`, `[windows, 4]` as `evaluation.loss.measures` has them.
+        """The loss; with `measure`, the means per window of `evaluation.loss.measures`.
 
         Args:
             input_ids: `[windows, length]` int64.
-            number: `[windows]` int64, each window's among those of its use.
-            measure: Compare the student's predictions of validation windows with the original's.
+            number: `[windows]` int64, the index of each window among the training or validation
+                windows.
+            measure: Compare the student's predictions for validation windows with the original's.
+
+        Returns:
+            A scalar in float32; with `measure`, `[windows, 4]` float64.
         """
         if measure:
             return self._measures(input_ids, number)
         objective = self._objective
         hidden = objective.hidden > 0
-        states, outputs = run(self.student, input_ids, hidden)
+        states, outputs = hidden_states(self.student, input_ids, hidden)
         reference: Reference | None = None
         wanted: Outputs = ()
         if objective.next_token < 1 or hidden:
-            reference, wanted = self._teacher.look(input_ids, number, objective.temperature, hidden)
+            reference, wanted = self._teacher.predict(
+                input_ids, number, objective.temperature, hidden
+            )
         targets = input_ids[:, 1:].flatten()
 
         def loss_of(chunk: slice, logits: Tensor) -> Tensor:
-            return self._predicted(logits, targets[chunk], chunk, reference)
+            return self._prediction_loss(logits, targets[chunk], chunk, reference)
 
         head = OutputHead(self.student)
         summed: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
@@ -86,10 +92,10 @@ class Distillation(nn.Module):
             loss = loss + objective.hidden * torch.stack(errors).mean()
         return loss
 
-    def _predicted(
+    def _prediction_loss(
         self, logits: Tensor, targets: Tensor, chunk: slice, reference: Reference | None
     ) -> Tensor:
-        """Sum over some positions of the loss of what is predicted there."""
+        """The loss of the predictions at some positions, summed."""
         share = self._objective.next_token
         loss: Tensor = logits.new_zeros(())
         if share < 1:
@@ -101,23 +107,24 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def _measures(self, ids: Tensor, number: Tensor) -> Tensor:
-        states, _ = run(self.student, ids, False)
-        reference, _ = self._validation.look(ids, number, 1.0, False)
+        states, _ = hidden_states(self.student, ids, False)
+        reference, _ = self._validation.predict(ids, number, 1.0, False)
         targets, head = ids[:, 1:].flatten(), OutputHead(self.student)
         rows = []
         for chunk in chunks(targets):
             logits, wanted = head(states[chunk]).float(), targets[chunk]
             original = FromOriginal(
-                reference.nll(chunk, wanted), reference.kl(chunk, logits), reference.best(chunk)
+                reference.nll(chunk, wanted), reference.kl(chunk, logits), reference.top1(chunk)
             )
             rows.append(measures(logits.log_softmax(-1), wanted, original))
         return torch.cat(rows).view(len(ids), -1, 4).mean(1)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """A loss of the logits that an output head gives, summed over chunks of positions.
+    """A loss of an output head's logits, summed over chunks of positions.
 
-    Gradients are taken chunk by chunk on the way forward, so no logits are kept or computed twice.
+    The forward pass computes the gradients chunk by chunk, so logits are neither kept nor computed
+    twice.
     """
 
     @staticmethod
@@ -129,15 +136,15 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        """The sum.
+        """The loss, a scalar in float32.
 
         Args:
-            ctx: autograd's.
-            states: `[positions, hidden]`.
-            head: Gives `[positions, vocabulary]`.
-            loss: Of some positions, from their logits in float32.
-            targets: `[positions]`.
-            parameters: The head's.
+            ctx: Autograd's context.
+            states: `[positions, hidden]`, the last hidden states.
+            head: Computes logits `[positions, vocabulary]`.
+            loss: Computes the summed loss of a chunk of positions from its logits in float32.
+            targets: `[positions]`, the next tokens.
+            parameters: The head's parameters.
         """
         total = states.new_zeros((), dtype=torch.float32)
         slopes = torch.empty_like(states)
@@ -161,7 +168,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that were taken."""
+        """The gradients from the forward pass, times the outer one."""
         slopes, *sums = (outer[0] * each for each in ctx.saved_tensors)
         rest = iter(sums)
         return (slopes, None, None, None, *(next(rest) if had else None for had in ctx.trained))

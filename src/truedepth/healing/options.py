@@ -1,4 +1,4 @@
-"""Options of a healing."""
+"""The options of healing."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ STEPS, RUN = Panel("Steps"), Panel("The run")
 
 @dataclass(frozen=True)
 class TextPart:
-    """One text of a mixture."""
+    """One part of a mixture of texts."""
 
     name: str
-    """A `.txt` or `.jsonl` file, a directory of such files, or a data set of the Hugging Face hub
+    """A `.txt` or `.jsonl` file, a directory of such files, or a dataset of the Hugging Face hub
     with a column `text`, as `owner/name` or `owner/name:configuration`."""
 
     weight: Annotated[float, Bounds(above=0)] = 1.0
-    """Its share of the tokens, in proportion to the others'."""
+    """Its share of the tokens, relative to the weights of the other parts."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def title(self) -> str:
-        """The name without the directories it is in."""
+        """The name without its directories."""
         path = Path(self.name).expanduser()
         return path.resolve().name if path.exists() else self.name
 
     @classmethod
     def parse(cls, text: str) -> TextPart:
-        """`NAME` or `NAME=WEIGHT`.
+        """A part from `NAME` or `NAME=WEIGHT`.
 
         Raises:
             TruedepthError: The weight is not a number above 0.
@@ -83,7 +83,7 @@ class Objective:
 
 
 class Train(StrEnum):
-    """The parameters that are trained."""
+    """Which parameters are trained."""
 
     paired = "paired"
     """All parameters of the wide layers."""
@@ -93,7 +93,7 @@ class Train(StrEnum):
     """Low-rank additions to the linear maps of the wide layers."""
 
 
-class Schedule(StrEnum):
+class LearningRateSchedule(StrEnum):
     """How the learning rate falls after the warm-up."""
 
     linear = "linear"
@@ -102,10 +102,10 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True)
 class Healing:
-    """What to train, on what, and how.
+    """What to train, on which text, and how.
 
     Raises:
-        TruedepthError: A value is out of bounds, or values do not go together.
+        TruedepthError: A value is out of bounds, or values contradict each other.
     """
 
     text: Annotated[Sequence[TextPart], TEXT] = (TextPart(DEFAULT_DATA),)
@@ -137,13 +137,13 @@ class Healing:
     """Keep the probabilities of this many most likely tokens per position on disk, computed before
     training, instead of the original in memory. 0: the original stays in memory.
 
-    Then all tokens are compared; with kept predictions, text that is read several times is
-    predicted once."""
+    In memory, the original's probabilities of all tokens are compared. Predictions on disk are
+    computed once, even for text that is read several times."""
 
     learning_rate: Annotated[float, Bounds(0, 1), STEPS] = 5e-5
     """Peak learning rate."""
 
-    schedule: Annotated[Schedule, STEPS] = Schedule.cosine
+    schedule: Annotated[LearningRateSchedule, STEPS] = LearningRateSchedule.cosine
     """How the learning rate falls after the warm-up."""
 
     warmup: Annotated[float, Bounds(0, 1), STEPS] = 0.05
@@ -159,7 +159,7 @@ class Healing:
     """Weight decay of AdamW."""
 
     max_grad_norm: Annotated[float, Bounds(0), STEPS] = 1.0
-    """Norm to which the gradient is clipped; 0: it is not clipped."""
+    """Norm to which the gradient is clipped; 0: no clipping."""
 
     gradient_checkpointing: Annotated[bool, MEMORY] = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -197,7 +197,7 @@ class Healing:
 
 
 class Recipe(StrEnum):
-    """Settings with a name."""
+    """Named settings."""
 
     distil = "distil"
     paper = "paper"
@@ -210,6 +210,6 @@ class Recipe(StrEnum):
         return Healing(
             objective=Objective(next_token=1.0),
             learning_rate=1e-4,
-            schedule=Schedule.linear,
+            schedule=LearningRateSchedule.linear,
             batch_size=32,
         )

@@ -1,9 +1,9 @@
-"""Healing: the wide layers of a checkpoint are trained back toward the original.
+"""Healing: trains the wide layers of a checkpoint back toward the original.
 
-Calibration gives every linear map the best weights that sums over tokens can give it; what is left
-needs the layers to change together. The original's predictions are what is trained toward, and by
-default only the wide layers are trained. A run keeps its text and its state beside its output until
-it is done, and the same call goes on with it.
+Calibration gives every linear map the best weights that sums over tokens can give it; to improve
+further, the layers must change together. The student learns the original's predictions, and by
+default only its wide layers are trained. A run keeps its text and its state in a directory next to
+its output until it is done; the same call resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from truedepth.healing.student import (
 )
 from truedepth.healing.teacher import KeptPredictions, Original, Teacher
 from truedepth.healing.text import TrainingText, training_text
-from truedepth.healing.training import last_whole, passes_a_step, run_training
+from truedepth.healing.training import last_whole, passes_per_step, run_training
 from truedepth.plan.config import plan_of
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import load
@@ -54,29 +54,34 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Healed:
-    """What `heal` did."""
+    """The result of `heal`."""
 
     path: Path
+    """The healed checkpoint."""
+
     source: str
     """The checkpoint that was healed, and where it was found."""
 
     original: str
+    """The original, and where it was found."""
+
     record: HealingRecord
+    """What config.json says of the healing."""
 
     curve: list[dict[str, float]]
-    """What was measured on the way, by step."""
+    """The measurements of every validation, in the order of steps."""
 
     tokens: int
-    """Trained on, repetitions counted."""
+    """Tokens trained on; text that is read several times counts every time."""
 
     text_tokens: int
-    """Different ones."""
+    """Training tokens in the text, each counted once."""
 
     seconds: float
-    """Since this call began; a run that was gone on with took longer."""
+    """Duration of this call; earlier calls of a resumed run are not included."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The fields as plain data."""
         return asdict(self) | {"path": str(self.path), "record": self.record.to_dict()}
 
 
@@ -91,7 +96,7 @@ def heal(
     force: bool = False,
     restart: bool = False,
 ) -> Healed:
-    """Train a converted checkpoint back toward its original, and write it as another.
+    """Train a converted checkpoint back toward its original, and write the result.
 
     Under torchrun or `accelerate launch` every process calls this, and the first one writes.
 
@@ -100,7 +105,7 @@ def heal(
         out: Directory to write; appears when it is complete. An interrupted run resumes when the
             same call is made again.
         teacher: The original: hub id, directory, `.gguf` file, or 'default'.
-        healing: What to train, on what, and how.
+        healing: What to train, on which text, and how.
         keep_adapter: Directory for the LoRA adapter, as peft loads it; it is merged into the
             weights of `out` in any case.
         shard_size: Largest size of a weights file: a number of bytes, or such as `5GB`.
@@ -108,7 +113,7 @@ def heal(
         restart: Discard an unfinished run that had other settings.
 
     Raises:
-        TruedepthError: Models, text or options do not fit, or the loss stopped being a number.
+        TruedepthError: Models, text or options do not fit, or the loss is no longer finite.
     """
     start = time.monotonic()
     out = Path(out).expanduser().resolve()
@@ -116,7 +121,7 @@ def heal(
     run = _opened(open_source(checkpoint), open_source(teacher), healing or Healing(), out)
     options, state = run.options, run.state
     if adapter is not None and options.train is not Train.lora:
-        raise TruedepthError("There is an adapter to keep only where LoRA is trained.")
+        raise TruedepthError("An adapter can be kept only if LoRA is trained.")
     for output in filter(None, (out, adapter)):
         check_output(output, force)
     with run.directory(restart):
@@ -132,18 +137,7 @@ def heal(
             run.kept / CHECKPOINTS,
             run.check_unchanged,
         )
-        measured = Validation(
-            windows=len(text.validation),
-            before=curve[0],
-            after=next(row for row in curve if row["step"] == best),
-        )
-        record = HealingRecord(
-            options=run.recorded_options(),
-            original=run.original.name,
-            version=__version__,
-            text=text.tokens,
-            validation=measured,
-        )
+        record = run.record(text, curve, best)
         if state.is_main_process:
             values = merged_tensors(trained, run.source, lora)
             run.check_unchanged()
@@ -167,30 +161,38 @@ def heal(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a healing is made of, but for its text."""
+    """Everything that a healing needs except its text."""
 
     source: Source
-    """The checkpoint."""
+    """The checkpoint to heal."""
 
     original: Source
     layout: Layout
-    """Of the checkpoint."""
+    """The checkpoint's layout."""
 
     options: Healing
-    """With device and dtype chosen."""
+    """The options, with device and dtype chosen."""
 
     dtype: torch.dtype
+    """The dtype that the models compute in."""
+
     state: PartialState
+    """The processes that train together."""
+
     kept: Path
-    """The directory of what is kept until the run is done."""
+    """The run's directory, which exists until the run is done."""
 
     def check_unchanged(self) -> None:
-        """Frozen weights are mapped from the files of both models."""
+        """Check that the files of both models are unchanged: frozen weights are mapped from them.
+
+        Raises:
+            TruedepthError: A file has changed.
+        """
         self.source.check_unchanged()
         self.original.check_unchanged()
 
     def recorded_options(self) -> dict[str, Any]:
-        """The options that make the run again."""
+        """The options that config.json records: those that reproduce the run."""
         fields = asdict(self.options)
         passing = ("text", "device", "tensorboard", "micro_batch_size", "eval_every", "validation")
         for name in passing:
@@ -202,7 +204,7 @@ class _Run:
         }
 
     def _settings(self) -> dict[str, Any]:
-        """All that the state of an unfinished run depends on."""
+        """Everything that the state of an unfinished run depends on."""
         options = self.options
         return {
             **self.recorded_options(),
@@ -217,7 +219,7 @@ class _Run:
 
     @contextlib.contextmanager
     def directory(self, restart: bool) -> Iterator[None]:
-        """The run's directory; locked by the first process, which the others wait for."""
+        """Hold the run's directory: the first process locks it, the others wait for that."""
         settings = self._settings()
         with contextlib.ExitStack() as stack:
             if self.state.is_main_process:
@@ -227,7 +229,7 @@ class _Run:
             yield
 
     def text(self) -> TrainingText:
-        """The windows of both uses, written down before the first step."""
+        """The windows for training and validation, in files of the run's directory."""
         options = self.options
         return training_text(
             options.text,
@@ -240,7 +242,7 @@ class _Run:
         )
 
     def student_with_teachers(self, text: TrainingText) -> tuple[Distillation, Any]:
-        """The student with its teachers, and peft's configuration where LoRA is trained."""
+        """The student with its teachers, and peft's configuration if LoRA is trained."""
         options, family = self.options, self.original.family
         teachers: tuple[Teacher, Teacher]
         if options.keep_predictions:
@@ -248,7 +250,7 @@ class _Run:
         trained = is_trained(family, self.layout, options.train)
         student = student_of(self.source, trained, self.dtype)
         if not options.keep_predictions:
-            sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then nothing can be shared
+            sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # cannot share parameters
             model = original_beside(
                 student, self.original, self.layout, self.dtype, shared=not sharded
             )
@@ -263,7 +265,7 @@ class _Run:
         return Distillation(student, *teachers, self.layout, options.objective), lora
 
     def _kept_predictions(self, text: TrainingText) -> tuple[Teacher, Teacher]:
-        """Teachers for the windows of both uses; the original is in memory only here."""
+        """Teachers for training and validation; the original is in memory only in this method."""
         options, state = self.options, self.state
         model = load(self.original, device=state.device, dtype=self.dtype).model
 
@@ -283,6 +285,20 @@ class _Run:
         state.wait_for_everyone()
         return trained, validation
 
+    def record(self, text: TrainingText, curve: list[dict[str, float]], best: int) -> HealingRecord:
+        """What config.json says of the healing; `best` is the step whose weights are kept."""
+        return HealingRecord(
+            options=self.recorded_options(),
+            original=self.original.name,
+            version=__version__,
+            text=text.tokens,
+            validation=Validation(
+                windows=len(text.validation),
+                before=curve[0],
+                after=next(row for row in curve if row["step"] == best),
+            ),
+        )
+
     def write(
         self,
         values: Mapping[str, Tensor],
@@ -291,7 +307,7 @@ class _Run:
         shard_size: int | str,
         force: bool,
     ) -> None:
-        """Write the healed checkpoint: `values` in the place of the checkpoint's tensors."""
+        """Write the healed checkpoint, with `values` in place of the tensors of these names."""
         tensors = dict(self.source.tensors)
         for name, value in values.items():
             tensors[name] = from_tensor(value).to(tensors[name].dtype)
@@ -310,26 +326,36 @@ class _Run:
 
 
 def _opened(source: Source, original: Source, options: Healing, out: Path) -> _Run:
-    """A run, with all refused that can be before anything is read."""
+    """The run, after all checks that need neither weights nor text.
+
+    Raises:
+        TruedepthError: Models, options or `out` do not fit.
+    """
     _check(source, original, options)
     for each in (source, original):
         check_apart(each.path, out)
-    options, dtype = _placed(options, original)
+    options, dtype = _with_device_and_dtype(options, original)
     state = PartialState(cpu=options.device == "cpu")
-    passes_a_step(options, state.num_processes)
+    passes_per_step(options, state.num_processes)
     kept = beside(out, "healing")
     return _Run(source, original, Layout.of(source), options, dtype, state, kept)
 
 
 def _check(source: Source, original: Source, options: Healing) -> None:
-    """Raise TruedepthError where models or options do not fit."""
+    """Check that the models and options fit.
+
+    Raises:
+        TruedepthError: They do not.
+    """
     plan = plan_of(source.config)
     if plan is None:
         raise TruedepthError(
             f"{source.path} is not a checkpoint that truedepth has made; convert a model first."
         )
     if source.path.is_file():
-        raise TruedepthError(f"{source.path} is a GGUF file; heal what it was exported from.")
+        raise TruedepthError(
+            f"{source.path} is a GGUF file; heal the checkpoint it was exported from."
+        )
     if not plan.paired_layers:
         raise TruedepthError(f"No layers of {source.path} are paired: there is nothing to heal.")
     if plan_of(original.config) is not None or original.num_layers != plan.num_layers:
@@ -346,8 +372,8 @@ def _check(source: Source, original: Source, options: Healing) -> None:
     check_window(source, options.sequence_length)
 
 
-def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
-    """With device and dtype chosen; and that dtype."""
+def _with_device_and_dtype(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
+    """The options with device and dtype chosen, and that dtype."""
     device = options.device or default_device()
     dtype = options.dtype
     if dtype is None:
@@ -357,7 +383,7 @@ def _placed(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
 
 
 def _save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:
-    """As peft's own `save_pretrained` names it."""
+    """Save the LoRA adapter, with the names that peft's `save_pretrained` gives."""
     held = {
         f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
         for name, value in trained.items()

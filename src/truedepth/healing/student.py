@@ -1,4 +1,4 @@
-"""What a healing trains: a checkpoint, all of it or its wide layers, and the original beside it."""
+"""The model that is trained, all of it or its wide layers, and the original that shares with it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LORA_DOWN, LORA_UP = "lora_A", "lora_B"  # peft's names
 def student_of(
     source: Source, trained: Callable[[str], bool], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A checkpoint to train: what is trained is float32, the rest in `dtype` and frozen.
+    """A checkpoint to train: trained parameters in float32, the others frozen in `dtype`.
 
     Args:
         source: The checkpoint.
-        trained: Whether the parameter of that name is.
-        dtype: Of the others.
+        trained: Whether the parameter with a given name is trained.
+        dtype: The dtype of the frozen parameters.
     """
 
     def parameter(name: str, tensor: LazyTensor) -> nn.Parameter:
@@ -47,14 +47,14 @@ def original_beside(
     dtype: torch.dtype,
     shared: bool = True,
 ) -> PreTrainedModel:
-    """The original, with the student's own parameters wherever these are frozen and the same.
+    """The original; it shares those parameters of the student that are frozen and equal.
 
     Args:
-        student: What the plan made of the original.
+        student: The model to train, made from the original by a plan.
         source: The original.
-        layout: Of the student.
-        dtype: Of parameters that are not shared.
-        shared: False for a model of its own.
+        layout: The student's layout.
+        dtype: The dtype of parameters that are not shared.
+        shared: False to share none.
     """
     theirs: dict[str, nn.Parameter] = dict(student.named_parameters()) if shared else {}
     kept = layout.kept_layers
@@ -73,7 +73,7 @@ def original_beside(
 
 
 def is_trained(family: Family, layout: Layout, train: Train) -> Callable[[str], bool]:
-    """Whether the parameter of that name is trained; with LoRA none of the checkpoint's own is."""
+    """Whether the parameter of that name is trained; with LoRA, none of the checkpoint's is."""
     paired = layout.paired_layers
     return lambda name: (
         train is Train.all or (train is Train.paired and family.split(name)[0] in paired)
@@ -81,7 +81,7 @@ def is_trained(family: Family, layout: Layout, train: Train) -> Callable[[str], 
 
 
 def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int) -> Any:
-    """Low-rank additions to the linear maps of wide layers, in place.
+    """Add low-rank matrices to the linear maps of the wide layers, in place.
 
     Returns:
         peft's configuration.
@@ -109,12 +109,12 @@ def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int
 def merged_tensors(
     trained: Mapping[str, Tensor], source: Source, lora: Any = None
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors that training has changed, by name, float32.
+    """The tensors of the checkpoint that training changed, by name, in float32.
 
     Args:
         trained: The trained parameters by name.
-        source: The checkpoint that training began from.
-        lora: peft's configuration, where low-rank additions were trained.
+        source: The checkpoint that training started from.
+        lora: peft's configuration if LoRA was trained.
     """
     if lora is None:
         return dict(trained)

@@ -1,8 +1,7 @@
-"""What a student is trained toward: the original beside it, or its predictions kept on disk."""
+"""What a student is trained toward: the original in memory, or its predictions on disk."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,67 +10,68 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from truedepth.files.scratch import mapped
 from truedepth.progress import progress_bar
 from truedepth.runtime.output_head import OutputHead
 
-CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}  # whose logits are in memory at a time
+CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}  # positions whose logits are in memory at once
 
 Outputs = tuple[Tensor, ...]
-"""`[windows, length, hidden]`: the embedding, then what every layer gives."""
+"""`[windows, length, hidden]` each: the embedding, then the output of every layer."""
 
 
 class Reference(Protocol):
-    """The original's predictions at the positions of some windows, all but the last of each."""
+    """The original's predictions at all positions of some windows except the last of each."""
 
     def kl(self, chunk: slice, logits: Tensor) -> Tensor:
-        """`[positions]` τ² KL(original ‖ student), from the student's logits there."""
+        """`[positions]` τ² KL(original ‖ student) in nats, from the student's logits there."""
 
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
-        """`[positions]` of the tokens that came, `targets`, at temperature 1."""
+        """`[positions]` NLL of the next tokens, `targets`, in nats at temperature 1."""
 
-    def best(self, chunk: slice) -> Tensor:
-        """`[positions]` most likely tokens."""
+    def top1(self, chunk: slice) -> Tensor:
+        """`[positions]` most likely next tokens."""
 
 
 class Teacher(Protocol):
-    """Gives references."""
+    """Predicts what the student is compared with."""
 
-    def look(
+    def predict(
         self, ids: Tensor, number: Tensor, temperature: float, hidden: bool
     ) -> tuple[Reference, Outputs]:
-        """The predictions for some windows, and if asked for what layers give.
+        """The predictions for some windows and, on request, the outputs of all layers.
 
         Args:
             ids: `[windows, length]` int64.
-            number: `[windows]` int64, by which windows are told apart.
-            temperature: τ
-            hidden: Whether outputs of layers are wanted.
+            number: `[windows]` int64, the index of each window.
+            temperature: The KL temperature τ.
+            hidden: Whether to return the outputs of all layers; without them the tuple is empty.
         """
 
 
 class Original:
-    """The model itself."""
+    """A teacher that runs the original."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Of a model on the device of its inputs."""
+        """Take the original, on the device of the windows that it will be given."""
         self._model = model
 
     @torch.no_grad()
-    def look(
+    def predict(
         self, ids: Tensor, number: Tensor, temperature: float, hidden: bool
     ) -> tuple[Reference, Outputs]:
-        """As a teacher's."""
-        states, outputs = run(self._model, ids, hidden)
+        """See `Teacher.predict`."""
+        states, outputs = hidden_states(self._model, ids, hidden)
         return _Whole(self._model, states, temperature), outputs
 
 
 class _Whole:
-    """Predictions computed from the last hidden states, when they are asked for."""
+    """Predictions of all tokens, computed from the last hidden states when they are needed."""
 
     def __init__(self, model: PreTrainedModel, states: Tensor, temperature: float) -> None:
         self._head, self._states = OutputHead(model), states
         self._temperature = temperature
-        self._last: tuple[slice, Tensor] | None = None  # a chunk is asked for several times
+        self._last: tuple[slice, Tensor] | None = None  # a chunk is needed several times
 
     @torch.no_grad()
     def logits(self, chunk: slice) -> Tensor:
@@ -91,61 +91,56 @@ class _Whole:
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits(chunk), targets, reduction="none")
 
-    def best(self, chunk: slice) -> Tensor:
+    def top1(self, chunk: slice) -> Tensor:
         return self.logits(chunk).argmax(-1)
 
 
 class KeptPredictions:
-    """The most likely next tokens at every position, computed before training.
+    """A teacher from files: the most likely next tokens at every position, with probabilities.
 
-    All other tokens count as one, so the KL from these is a lower bound of the KL.
+    They are computed before training. All other tokens count as one token, so the KL divergence
+    that they give is a lower bound.
     """
 
     def __init__(
         self, directory: Path, windows: int, length: int, count: int, temperature: float
     ) -> None:
-        """Open the files, or make them.
+        """Open the files, or create them.
 
         Args:
-            directory: Where they are.
-            windows: That are numbered from 0.
-            length: Tokens a window.
-            count: Tokens kept at a position.
-            temperature: Of the predictions.
+            directory: The directory of the files; created if it does not exist.
+            windows: Number of windows.
+            length: Tokens per window.
+            count: Tokens kept per position.
+            temperature: The KL temperature τ.
+
+        Raises:
+            OSError: A file cannot be opened, or the disk is full.
         """
         directory.mkdir(parents=True, exist_ok=True)
-
-        def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            size = torch.Size(shape).numel()
-            path = directory / name
-            # Taken in advance, a full disk is an error here and not a crash at a later write.
-            with path.open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-
         shape = (windows, length - 1, count)
-        self._tokens = mapped("tokens.int32", shape, torch.int32)
-        self._values = mapped("values.float16", shape, torch.float16)
-        self._nll = mapped("nll.float32", shape[:2], torch.float32)
-        self._done = mapped("done.uint8", (windows,), torch.uint8)
+        self._tokens = mapped(directory, "tokens.int32", shape, torch.int32)
+        self._values = mapped(directory, "values.float16", shape, torch.float16)
+        self._nll = mapped(directory, "nll.float32", shape[:2], torch.float32)
+        self._done = mapped(directory, "done.uint8", (windows,), torch.uint8)
         self._temperature = temperature
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel, ids: Tensor, first: int = 0, step: int = 1) -> None:
-        """Compute what is not there yet.
+        """Compute the predictions that are not in the files yet.
 
         Args:
-            model: The original, where it computes.
-            ids: `[windows, length]`, of any integer type.
-            first: Of several processes, this one's number.
-            step: And how many there are: each takes windows of its own.
+            model: The original, on the device to compute on.
+            ids: `[windows, length]`, all windows, of any integer type.
+            first: Index of this process. It computes every `step`-th window from this one on.
+            step: Number of processes.
         """
         missing = [number for number in range(first, len(ids), step) if not self._done[number]]
         count = self._tokens.shape[-1]
         with progress_bar("Predictions of the original", len(missing)) as advance:
             for number in missing:
                 window = ids[number : number + 1].to(model.device, torch.int64)
-                states, _ = run(model, window, False)
+                states, _ = hidden_states(model, window, False)
                 whole, targets = _Whole(model, states, 1.0), window[0, 1:]
                 for chunk in chunks(targets):
                     logp = _log_probabilities(whole.logits(chunk), self._temperature)
@@ -156,10 +151,13 @@ class KeptPredictions:
                 self._done[number] = 1
                 advance(1)
 
-    def look(
+    def predict(
         self, ids: Tensor, number: Tensor, temperature: float, hidden: bool
     ) -> tuple[Reference, Outputs]:
-        """As a teacher's; at the temperature that was kept, and without outputs."""
+        """See `Teacher.predict`; `temperature` and `hidden` are ignored.
+
+        The temperature is that of the files, and there are no outputs of layers.
+        """
         rows = number.cpu()
         kept = (each[rows].flatten(0, 1) for each in (self._tokens, self._values, self._nll))
         tokens, values, nll = (each.to(ids.device) for each in kept)
@@ -167,6 +165,8 @@ class KeptPredictions:
 
 
 class _Likeliest:
+    """Predictions of the most likely tokens, with all other tokens as one."""
+
     def __init__(self, tokens: Tensor, values: Tensor, nll: Tensor, temperature: float) -> None:
         self._tokens, self._values, self._nll = tokens, values, nll
         self._temperature = temperature
@@ -180,7 +180,7 @@ class _Likeliest:
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
         return self._nll[chunk]
 
-    def best(self, chunk: slice) -> Tensor:
+    def top1(self, chunk: slice) -> Tensor:
         return self._tokens[chunk, 0]
 
 
@@ -189,18 +189,28 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _with_rest(values: Tensor) -> Tensor:
-    """Log probabilities `[positions, count]`, and behind them that of all other tokens."""
+    """Log probabilities `[positions, count]`, followed by that of all other tokens together."""
     rest = (1 - values.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()
     return torch.cat([values, rest], -1)
 
 
-def run(model: PreTrainedModel, ids: Tensor, hidden: bool) -> tuple[Tensor, Outputs]:
-    """The last hidden states `[windows · (length - 1), hidden]`, and if asked for all outputs."""
-    output: Any = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+def hidden_states(model: PreTrainedModel, ids: Tensor, all_layers: bool) -> tuple[Tensor, Outputs]:
+    """A model's last hidden states and, on request, the outputs of all layers.
+
+    Args:
+        model: The student or the original.
+        ids: `[windows, length]` int64.
+        all_layers: Whether to return the outputs of all layers.
+
+    Returns:
+        `[windows · (length - 1), hidden]`, without the last position of each window; and the
+        outputs, or an empty tuple.
+    """
+    output: Any = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=all_layers)
     return output.last_hidden_state[:, :-1].flatten(0, 1), output.hidden_states or ()
 
 
 def chunks(targets: Tensor) -> list[slice]:
-    """Of positions whose logits are in memory together."""
+    """The positions in slices; the logits of one slice are in memory at once."""
     size = CHUNK_TOKENS.get(targets.device.type, CHUNK_TOKENS["cuda"])
     return [slice(start, start + size) for start in range(0, len(targets), size)]

@@ -1,8 +1,8 @@
-"""What to train on: a mixture of texts, cut into windows of tokens and kept in a file.
+"""The text to train on: a mixture of texts, cut into windows of tokens that are kept in files.
 
-As many tokens as a run needs are read once, streamed from where they are, and written down before
-the first step. Training then draws windows by number: the order is a seed's, and a run that was
-killed goes on where it was without reading again.
+The tokens that a run needs are streamed from their sources once and written to disk before the
+first step. Training then picks windows by number, in an order that the seed decides, so a killed
+run resumes without reading the text again.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, first_line
 from truedepth.files.atomic import whole_file
 from truedepth.healing.options import TextPart
 from truedepth.progress import progress_bar
 from truedepth.text import TEXT_SUFFIXES, beginning, documents
 
-HELD_OUT = 8  # of a text's windows one in so many is for validation, until there are enough
-SHUFFLED_DOCUMENTS = 10_000  # of a stream, at a time
-TOKENIZED = 100  # documents at a time
+VALIDATION_STRIDE = 8  # every 8th window of a text is for validation, until there are enough
+SHUFFLED_DOCUMENTS = 10_000  # documents in the buffer that shuffles a stream
+TOKENIZED = 100  # documents per call of the tokenizer
 FILES = ("trained.int32", "validation.int32")
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Windows to train on and to validate on, none in both; each `[windows, length]` int32."""
+    """Windows for training and for validation, disjoint; each `[windows, length]` int32."""
 
     trained: Tensor
     validation: Tensor
     tokens: dict[str, int]
-    """Trained on, by the part's title."""
+    """Number of training tokens by the title of the part."""
 
 
 def training_text(
@@ -52,20 +52,20 @@ def training_text(
     validation: int,
     seed: int = 0,
 ) -> TrainingText:
-    """Read a mixture, or find it in the directory where the same call wrote it before.
+    """Read a mixture, or reuse the windows that the same call has already written.
 
     Args:
-        parts: What to mix.
-        tokenizer: The model's. Documents are joined by its end-of-text token; where it begins every
-            text with a BOS token, so does every window.
-        directory: Gets the windows, mapped into memory from there.
-        length: Tokens a window.
-        windows: To train on; fewer where the text ends before.
-        validation: Windows to set aside.
-        seed: Of the order of a hub data set's documents.
+        parts: The texts to mix.
+        tokenizer: The model's tokenizer. Documents are joined by its end-of-text token; if it puts
+            a BOS token before every text, every window starts with it.
+        directory: Directory for the windows, which are memory-mapped from there.
+        length: Tokens per window.
+        windows: Number of training windows; there are fewer if the text ends first.
+        validation: Number of windows to set aside for validation.
+        seed: Random seed for the order of the documents of a hub dataset.
 
     Raises:
-        TruedepthError: A part cannot be read or is empty, or all together are too short.
+        TruedepthError: A part cannot be read or is empty, or the whole text is too short.
     """
     index = directory / "tokens.json"
     if not index.exists():
@@ -76,8 +76,8 @@ def training_text(
             count = counts["held"] + sum(counts["trained"])
             raise TruedepthError(
                 f"The text has {count * length} tokens in whole windows of {length}: too few to"
-                f" train on, as one window in {HELD_OUT} is set aside for validation. Give more"
-                " text or a smaller --sequence-length."
+                f" train on, as one window in {VALIDATION_STRIDE} is set aside for validation."
+                " Give more text or a smaller --sequence-length."
             )
         with whole_file(index) as partial:
             partial.write_text(json.dumps(counts), encoding="utf-8")
@@ -99,7 +99,7 @@ def _write(
     windows: int,
     validation: int,
 ) -> dict[str, Any]:
-    """Take windows from whichever source is furthest behind its share, until there are enough."""
+    """Write windows, each from the source furthest behind its share, until there are enough."""
     seen, trained, held = [0] * len(sources), [0] * len(sources), 0
     left = set(range(len(sources)))
     with (
@@ -115,7 +115,7 @@ def _write(
                 continue
             seen[part] += 1
             full = sum(trained) == windows
-            aside = held < validation and (seen[part] % HELD_OUT == 0 or full)
+            aside = held < validation and (seen[part] % VALIDATION_STRIDE == 0 or full)
             (validate if aside else train).write(np.array(window, dtype=np.int32).tobytes())
             held += aside
             trained[part] += not aside
@@ -126,7 +126,7 @@ def _write(
 def packed(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
-    """Documents one behind another, cut into windows; the rest at the end is dropped."""
+    """Concatenated documents, cut into windows of token ids; an incomplete one is dropped."""
     prefix = beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     body = length - len(prefix)
@@ -145,7 +145,7 @@ def part_documents(name: str, seed: int = 0) -> Iterator[str]:
     """The documents of one part, streamed.
 
     Raises:
-        TruedepthError: It is not there, holds no text, or cannot be read.
+        TruedepthError: The part does not exist, holds no text, or cannot be read.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -165,7 +165,7 @@ def _hub_documents(name: str, seed: int) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise TruedepthError(
-            f"{name} is not a file here; data sets of the hub need `pip install truedepth[heal]`."
+            f"{name} is not a file here; datasets of the hub need `pip install truedepth[heal]`."
         ) from error
     repo, _, configuration = name.partition(":")
     try:
@@ -174,13 +174,12 @@ def _hub_documents(name: str, seed: int) -> Iterator[str]:
         for row in rows:
             if not isinstance(row.get("text"), str):
                 raise TruedepthError(
-                    f"The data set {name} has no column 'text' that holds text; it has"
+                    f"The dataset {name} has no column 'text' that holds text; it has"
                     f" {', '.join(map(repr, row))}."
                 )
             yield row["text"]
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise TruedepthError(
-            f"{name} is neither a path here nor a data set of the hub that can be read:"
-            f" {type(error).__name__}: {reason}."
+            f"{name} is neither a path here nor a dataset of the hub that can be read:"
+            f" {first_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""What a healing trains, and its training by transformers' Trainer."""
+"""The training, by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, first_line
 from truedepth.evaluation.loss import loss_of
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Objective
 
 NO_ROOM = 1 << 20
-"""Bytes left on a disk that a write has just failed for."""
+"""A failed write is blamed on a full disk if fewer bytes than this are free."""
 
 
 class Windows(Dataset[dict[str, Any]]):
-    """Windows of tokens, each with its number."""
+    """Windows of tokens, each with its index."""
 
     def __init__(self, ids: Tensor) -> None:
-        """Of `[windows, length]`, of any integer type."""
+        """Take token ids `[windows, length]` of any integer type."""
         self._ids = ids
 
     def __len__(self) -> int:
@@ -56,25 +56,25 @@ def run_training(
     checkpoints: Path,
     check: Callable[[], object],
 ) -> tuple[dict[str, Tensor], list[dict[str, float]], int]:
-    """Train, or go on where a killed run was.
+    """Train, or resume a killed run.
 
     Args:
-        model: The student and its original.
-        windows: `[windows, length]` token ids, to train on.
-        validation: The same, never trained on.
-        options: Of the training.
-        processes: That train together.
-        checkpoints: A directory for them.
-        check: Called before one is kept; raises where it must not be.
+        model: The student with its teachers.
+        windows: `[windows, length]` token ids to train on.
+        validation: `[windows, length]` token ids to validate on.
+        options: The options of healing.
+        processes: Number of processes that train together.
+        checkpoints: Directory for the states of the run.
+        check: Called before each state is saved; raises an exception if it must not be saved.
 
     Returns:
-        The student's trained parameters where they were best, by name, on the CPU and complete in
-        the first process; what was measured on the validation windows, from before the first step
-        on: `step`, `loss` (the objective's, but for hidden states), `nll`, `excess`, `stderr`,
-        `kl`; and the step of these parameters.
+        The student's trained parameters from the best validation, by name, on the CPU and complete
+        in the first process; the measurements of every validation, the first one from before
+        training: `step`, `loss` (the objective at temperature 1, without the hidden-state error),
+        `nll`, `excess`, `stderr`, `kl`; and the step of the best one.
 
     Raises:
-        TruedepthError: The loss stopped being a number.
+        TruedepthError: The loss is no longer finite, or the state cannot be saved.
     """
     trainer = _Trainer(
         model=model,
@@ -98,31 +98,31 @@ def run_training(
     return trained, curve, trainer.state.best_global_step
 
 
-def passes_a_step(options: Healing, processes: int) -> int:
-    """Forward passes of each process.
+def passes_per_step(options: Healing, processes: int) -> int:
+    """Forward passes per optimizer step, in each process.
 
     Raises:
-        TruedepthError: The batch cannot be divided so.
+        TruedepthError: The batch size is not a multiple of the windows per pass of all processes.
     """
     passes, rest = divmod(options.batch_size, options.micro_batch_size * processes)
     if rest:
         each = f"{processes} processes with {options.micro_batch_size}"
         raise TruedepthError(
-            f"{options.batch_size} windows a step are not a multiple of"
-            f" {each if processes > 1 else options.micro_batch_size} windows a pass; change"
+            f"{options.batch_size} windows per step are not a multiple of"
+            f" {each if processes > 1 else options.micro_batch_size} windows per pass; change"
             " --batch-size or --micro-batch-size."
         )
     return passes
 
 
 def training_arguments(options: Healing, processes: int, directory: Path) -> TrainingArguments:
-    """Transformers' arguments."""
+    """The options as transformers' arguments; the run's states go to `directory`."""
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=options.steps,
         per_device_train_batch_size=options.micro_batch_size,
         per_device_eval_batch_size=options.micro_batch_size,
-        gradient_accumulation_steps=passes_a_step(options, processes),
+        gradient_accumulation_steps=passes_per_step(options, processes),
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.schedule.value,
         warmup_steps=math.ceil(options.warmup * options.steps),
@@ -151,7 +151,7 @@ def training_arguments(options: Healing, processes: int, directory: Path) -> Tra
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Keeps what is trained and nothing else, and stops where the loss is no number."""
+    """Saves the trained parameters and no others, and stops if the loss is not finite."""
 
     def __init__(self, model: nn.Module, check: Callable[[], object], **options: Any) -> None:
         self._check = check
@@ -163,8 +163,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if not loss.isfinite():
             raise TruedepthError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. Try a smaller"
-                " --learning-rate, a longer --warmup, or --dtype float32; the same command goes on"
-                " from the last evaluation, --restart begins again.",
+                " --learning-rate, a longer --warmup, or --dtype float32; the same command resumes"
+                " from the last validation, --restart starts over.",
                 1,
             )
         return loss
@@ -177,21 +177,21 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return None, rows, rows
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """That all else is missing from a checkpoint is as it should be."""
+        """Do not warn: frozen parameters are missing from a checkpoint on purpose."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check()
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each has its own
+        except (OSError, RuntimeError, SafetensorError) as error:  # each for a full disk
             directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            reason = str(error).strip().splitlines()[0]
-            if shutil.disk_usage(directory.parent).free < NO_ROOM:  # torch does not say it
-                reason = "No space left on device"
+            reason = first_line(error)
+            if shutil.disk_usage(directory.parent).free < NO_ROOM:  # torch's message omits this
+                reason = "No space left on device."
             shutil.rmtree(directory, ignore_errors=True)
             raise TruedepthError(
-                f"Keeping the training's state in {directory} failed: {reason}; with that put right"
-                " the same command goes on from the state before.",
+                f"Keeping the training's state in {directory} failed: {reason} Fix that, then run"
+                " the same command again: it resumes from the state before.",
                 exit_code=1,
             ) from error
 
@@ -219,7 +219,7 @@ def _metrics(rows: Any, objective: Objective) -> dict[str, float]:
 
 
 def last_whole(checkpoints: Path) -> str | None:
-    """The last checkpoint; its state is what is written last."""
+    """The last complete checkpoint; `trainer_state.json` is the last file that is written."""
     whole = []
     for state in checkpoints.glob("checkpoint-*/trainer_state.json"):
         try:
@@ -233,7 +233,7 @@ def last_whole(checkpoints: Path) -> str | None:
 
 def _callbacks(options: Healing, first: bool) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [_Lines(options)]
-    if options.tensorboard is not None and first:  # opening a log makes a file
+    if options.tensorboard is not None and first:  # opening a log creates a file
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -245,7 +245,7 @@ def _callbacks(options: Healing, first: bool) -> list[TrainerCallback]:
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]
-    """A line on standard error now and then: step, loss, speed, time left; validation."""
+    """Progress lines on standard error: step, loss, speed and time left; each validation."""
 
     def __init__(self, options: Healing) -> None:
         self._step_tokens = options.batch_size * options.sequence_length
@@ -266,7 +266,7 @@ class _Lines(TrainerCallback):  # type: ignore[misc]
         if "eval_kl" in logs:
             print(
                 f"validation: excess loss {logs['eval_excess']:.4f} ± {logs['eval_stderr']:.4f},"
-                f" KL {logs['eval_kl']:.4f} nats a token",
+                f" KL {logs['eval_kl']:.4f} nats per token",
                 file=sys.stderr,
             )
         elif "loss" in logs and self._steps:

@@ -89,7 +89,7 @@ def answer(
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     if not prompt.strip():
-        raise TruedepthError("The prompt is empty.")
+        raise TruedepthError("The prompt is empty; give some text.")
     for each in (loaded, draft) if draft is not None else ():
         if each.model._is_stateful:
             raise TruedepthError(

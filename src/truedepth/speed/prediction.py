@@ -133,9 +133,7 @@ def predict(
         check_accelerator(ranks, where)
     plan = _plan(source, plan, depth)
     run = _executed(source, plan)
-    if dtype is None:
-        given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
-        dtype = fast_dtype(source, where) if where.type == "cpu" else getattr(torch, given)
+    dtype = dtype or _default_dtype(source, where)
     config = unpaired_config(source.config, ranks)
     size = batch * config["hidden_size"] * dtype.itemsize
     if link is not None:
@@ -151,23 +149,13 @@ def predict(
             ranks if link is None else 1,
         )
     each, rest = measured.all_reduce, measured.rest
-    if (
-        link is not None
-    ):  # also: an all-reduce after the embedding, an all-gather (half a ring) after the head
+    if link is not None:
+        # The rest includes an all-reduce after the embedding and an all-gather after the head,
+        # which takes half as long as an all-reduce of the same size.
         each = link.all_reduce(size, ranks)
         logits = batch * source.config["vocab_size"] * dtype.itemsize
         rest += each + link.all_reduce(logits, ranks) / 2
-
-    def token(of: Plan) -> Token:
-        layers = sum(measured.layers[width] for width in of.widths)
-        reading = min(layers, of.num_layers * measured.weights)
-        return Token(
-            weights=reading,
-            layers=layers - reading,
-            all_reduces=of.all_reduces * each if ranks > 1 else 0.0,
-            rest=rest,
-        )
-
+    each = each if ranks > 1 else 0.0
     return Prediction(
         model=source.name,
         plan=plan,
@@ -179,8 +167,29 @@ def predict(
         length=length,
         padded=bool(head_padding(source.config, ranks)),
         measured=measured,
-        before=token(plan.unpaired),
-        after=token(run),
+        before=_token(plan.unpaired, measured, each, rest),
+        after=_token(run, measured, each, rest),
+    )
+
+
+def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
+    """On a CPU bfloat16 if it is fast there, else float32; on a GPU the config's dtype."""
+    if device.type == "cpu":
+        return fast_dtype(source, device)
+    given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
+    dtype: torch.dtype = getattr(torch, given)
+    return dtype
+
+
+def _token(plan: Plan, measured: LayerTimes, all_reduce: float, rest: float) -> Token:
+    """The time of one token under a plan, from the times of one all-reduce and of the rest."""
+    layers = sum(measured.layers[width] for width in plan.widths)
+    reading = min(layers, plan.num_layers * measured.weights)
+    return Token(
+        weights=reading,
+        layers=layers - reading,
+        all_reduces=plan.all_reduces * all_reduce,
+        rest=rest,
     )
 
 

@@ -34,7 +34,7 @@ from truedepth.sources.gguf.layout import CONFIG, GENERATION_CONFIG, to_llama_cp
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, common_dtype, from_tensor, pick_rows
-from truedepth.widening.layout import check_loadable
+from truedepth.widening.layout import Layout, check_loadable
 
 ARCHITECTURE = gguf.MODEL_ARCH.DECI
 
@@ -135,18 +135,18 @@ def _check_source(source: Source) -> None:
             f"{source.path} is not a layer-parallel checkpoint; make one with truedepth convert"
             " (--pairs 0 keeps the model as it is)."
         )
-    if reason := _missing_tensors(source) or _details(
-        transformers_config(source.config, source.path)
-    ):
+    config = transformers_config(source.config, source.path)
+    if reason := _why_not_stored(source) or _why_not_computed(config):
         raise TruedepthError(
             f"{source.path} cannot be exported exactly to llama.cpp's architecture"
             f" {gguf.MODEL_ARCH_NAMES[ARCHITECTURE]!r}: {reason}."
         )
 
 
-def _missing_tensors(source: Source) -> str | None:
+def _why_not_stored(source: Source) -> str | None:
     """Why the architecture has no place for some of the model's tensors, or None."""
-    if source.config.get("side_by_side"):
+    layout = Layout.of(source)
+    if layout.executed_plan != layout.plan:
         return "it runs wide layers, but not layers side by side"
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)
     homeless = {
@@ -161,7 +161,7 @@ def _missing_tensors(source: Source) -> str | None:
     return None
 
 
-def _details(config: Any) -> str | None:
+def _why_not_computed(config: Any) -> str | None:
     """Why the architecture would compute something else with the model's tensors, or None."""
     rope = config.rope_parameters
     window = getattr(config, "sliding_window", None)

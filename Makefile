@@ -13,7 +13,7 @@ demo: .venv/installed ## convert and measure the default model (4 minutes)
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: .venv/installed ## run the tests (9 minutes on two cores)
+test: .venv/installed ## run the tests (5 to 8 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm and not gguf"
 
 test-slow: .venv/installed ## tests that need the default model or minutes (9 minutes)

@@ -167,7 +167,7 @@ def test_a_full_disk_where_nothing_can_be_mounted(command, places, limited_files
 
 def test_a_full_workspace(places, small_disk, prose):
     options = td.Calibration([prose], tokens=1024, workspace=small_disk.place)
-    full = pytest.raises(td.TruedepthError, match=r"workspace .* cannot take 1 MB more of states")
+    full = pytest.raises(td.TruedepthError, match=r"workspace .* cannot hold 1 MB more of states")
     with small_disk.room(1 << 16), full as caught:
         td.calibrate(places["MODEL"], places["OUT"], td.Plan.span(6, 1, 4), options)
     assert caught.value.exit_code == 1

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import forks
 import truedepth as td
 from truedepth.calibration.refit import Calibrator
-from truedepth.calibration.windows import _shares, calibration_windows
+from truedepth.calibration.windows import calibration_windows
 from truedepth.cli import app as cli
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
@@ -116,9 +116,23 @@ def test_every_file_has_its_share_of_the_tokens(make_model, prose, tmp_path):
     found = calibration_windows(source, td.Calibration(text=[prose], **cut), 2, 3)
     uses = [set(map(tuple, part.tolist())) for part in (found.fitted, found.measured, found.check)]
     assert not (uses[0] & uses[1] or uses[0] & uses[2] or uses[1] & uses[2])
-    assert _shares([100, 3, 50], 60) == [29, 3, 28] or _shares([100, 3, 50], 60) == [28, 3, 29]
-    assert sum(_shares([4, 4], 20)) == 8
-    assert _shares([10, 10, 10], 10) in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+
+
+def test_what_a_short_file_lacks_the_others_give(make_model, tmp_path):
+    """Windows of three files, each of a word of its own."""
+    source = td.open_source(make_model())
+    words = {"cat": 4000, "mat": 200, "hat": 2000}
+    for word, times in words.items():
+        (tmp_path / f"{word}.txt").write_text(f"{word} " * times)
+    texts = [tmp_path / f"{word}.txt" for word in words]
+    options = td.Calibration(text=texts, tokens=32 * 60, window=32, check=0)
+    fitted = calibration_windows(source, options, 2).fitted
+    decoded = [source.tokenizer.decode(window) for window in fitted]
+    shares = {word: sum(word in text for text in decoded) for word in words}
+    short = (200 * len(source.tokenizer(" mat")["input_ids"])) // 32
+    assert sum(shares.values()) == len(fitted) == 60
+    assert shares["mat"] <= short < 20
+    assert abs(shares["cat"] - shares["hat"]) <= 1
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Info:
     origin: str
     family: str
     plan: Plan
-    """Of a converted model its own; of any other all layers alone."""
+    """A converted model's own plan; for any other model, every layer alone."""
 
     converted: bool
     parameters: int

@@ -44,7 +44,7 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """As in "must be …"."""
+        """The limit, as the end of "must be …"."""
         if self.above is not None:
             return f"above {self.above}"
         return (
@@ -63,7 +63,7 @@ class OneOf:
         return _name(value) in self.words
 
     def __str__(self) -> str:
-        """As in "must be …"."""
+        """The limit, as the end of "must be …"."""
         return " or ".join(self.words)
 
 
@@ -88,10 +88,10 @@ class Option:
     """`Bounds`, `OneOf` and `Panel`."""
 
     type: Any = None
-    """Of a field, with `TorchDtype` for `torch.dtype` and str for `torch.device`."""
+    """A field's type, with `TorchDtype` for `torch.dtype` and str for `torch.device`."""
 
     default: Any = inspect.Parameter.empty
-    """Of a parameter, where it is a literal."""
+    """A parameter's default, if it is a literal."""
 
     @property
     def panel(self) -> str | None:

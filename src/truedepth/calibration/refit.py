@@ -36,7 +36,7 @@ from truedepth.widening.widen import packed_sizes
 HOLD_OUT_EVERY = 8  # of every 8 windows one is held out, to choose the penalties on
 
 Weights = dict[str, Tensor]
-"""Of one layer, by name within it, float32."""
+"""The weights of one layer by name within it, float32."""
 
 
 @dataclass(frozen=True)

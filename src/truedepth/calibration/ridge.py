@@ -35,14 +35,14 @@ class Fit:
     """Σ‖W⁰ x - z‖² / Σ‖z‖² of the held-out tokens."""
 
     after: float
-    """The same of the map solved on the other tokens."""
+    """The same error for the map that was solved on the other tokens."""
 
 
 class Regression:
     """Sums over tokens that one map is solved from, and the tokens held out."""
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu") -> None:
-        """Of a map from vectors of `inputs` elements to vectors of `outputs`."""
+        """Sums for a map from vectors of `inputs` elements to vectors of `outputs`."""
         self._gram = torch.zeros(inputs, inputs, device=device)
         self._cross = torch.zeros(inputs, outputs, device=device)
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -70,7 +70,7 @@ class Regression:
 
         Args:
             prior: W⁰, `[outputs, inputs]`.
-            lambdas: To choose from on the held-out tokens; one is taken as it is.
+            lambdas: Penalties to choose from on held-out tokens; without any, the first is used.
 
         Raises:
             TruedepthError: The sums are not finite or not positive definite.

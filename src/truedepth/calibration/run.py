@@ -46,7 +46,7 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
     """Refit the wide layers of a conversion, which can be read until the block ends.
 
     Args:
-        layout: Of the conversion.
+        layout: The conversion's layout.
         directory: Where every refitted layer is kept until the block ends without an exception. A
             run that finds layers of the same calibration there resumes after them; layers of
             another calibration are removed.

@@ -127,7 +127,7 @@ class Walk:
 
         Args:
             group: It becomes one wide layer, or keeps its members as they are.
-            weights: Of the wide layer, by name within it; default: the converted ones.
+            weights: The wide layer's weights by name within it; default: the converted ones.
         """
         if not self.layout.is_wide(group):
             return {layer: self.stack.layer(layer) for layer in group}
@@ -142,7 +142,7 @@ class Walk:
 
         Args:
             group: The next layers of the original.
-            weights: Of the wide layer, by name within it; default: the converted ones.
+            weights: The wide layer's weights by name within it; default: the converted ones.
         """
         layers: dict[int, nn.Module] = {}
         if len(group) > 1 or self.converted_states is not self.original_states:
@@ -185,7 +185,7 @@ class Walk:
 
         Args:
             layers: By the original layer whose call each takes.
-            states: Of the windows from `first` on.
+            states: States of the windows from `first` on.
             batches: The windows to run.
             first: Number of the window that `states` begin with.
         """
@@ -232,9 +232,9 @@ def walk_through(
 
     Args:
         stack: The original's layers.
-        layout: Of the conversion.
+        layout: The conversion's layout.
         fitted: `[windows, window]` int64, token ids that maps are fitted to.
-        measured: The same, of windows that are only measured.
+        measured: `[windows, window]` int64, token ids of windows that are only measured.
         options: Batch size, and where and in which dtype states are kept.
     """
     return Walk(

@@ -49,7 +49,7 @@ def measures(logp: Tensor, targets: Tensor, original: FromOriginal | None = None
     Args:
         logp: `[positions, vocabulary]` float32, the model's log probabilities.
         targets: `[positions]` int64, the tokens that were to be predicted.
-        original: To compare them with.
+        original: What the original says at these positions, to compare with.
 
     Returns:
         `[positions, 4]` float64: NLL, the original's NLL and KL(original ‖ model) in nats, and 1

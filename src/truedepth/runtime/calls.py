@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from truedepth.families.family import Family
 
 Calls = Sequence[Mapping[str, Any]]
-"""Of every layer, what its attention is called with for some windows, but for the states."""
+"""One call per layer: its attention's arguments for some windows, except the hidden states."""
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ class LayerStack:
         Args:
             source: The model, of a supported family.
             device: Where layers compute.
-            dtype: In which dtype they do.
+            dtype: The dtype that they compute in.
         """
         self._source, self._family = source, source.family
         self.device, self._dtype = torch.device(device), dtype
@@ -87,7 +87,7 @@ class LayerStack:
 
     @property
     def config(self) -> Any:
-        """The model's, transformers' own."""
+        """The model's config, an instance of transformers' class."""
         return self._model.config
 
     @property
@@ -107,7 +107,7 @@ class LayerStack:
 
         Args:
             group: Consecutive layers of the original.
-            tensors: Its weights by name within it.
+            tensors: The layer's weights by name within it.
 
         Raises:
             TruedepthError: A weight is missing, or is not one of the layer's.
@@ -153,6 +153,6 @@ class LayerStack:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """Of the last layer's output, `[positions, hidden]` to `[positions, vocabulary]`."""
+        """Logits `[positions, vocabulary]` from the last layer's output `[positions, hidden]`."""
         norm = self._whole.get_submodule(self._family.outside[1])
         return self._head(norm(x.to(self.device, self._dtype)))

@@ -44,7 +44,7 @@ class LoadedSublayer:
 
     kind: Kind
     index: int
-    """The original layer whose call the attention takes."""
+    """Number of the original layer whose call the attention takes."""
 
     layer: nn.Module
     form: LayerForm

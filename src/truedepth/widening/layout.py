@@ -31,12 +31,12 @@ class Layout:
     """A source under a plan. Nothing is read before it is asked for, and once."""
 
     def __init__(self, source: Source, plan: Plan, dtype: torch.dtype | None = None) -> None:
-        """Of an original that is not converted yet.
+        """Lay out an original that is not converted yet.
 
         Args:
             source: The original.
             plan: Which of its layers run together.
-            dtype: Of the tensors; by default as in the source.
+            dtype: Dtype of the tensors; default: as in the source.
 
         Raises:
             TruedepthError: The plan is for another number of layers.
@@ -50,7 +50,7 @@ class Layout:
 
     @classmethod
     def of(cls, checkpoint: Source) -> Layout:
-        """Of a checkpoint that is converted, by its config.json; of an original, as it is."""
+        """The layout of a converted checkpoint by its config.json, or of an original as it is."""
         return _Written(checkpoint)
 
     @cached_property
@@ -100,7 +100,7 @@ class Layout:
 
     @cached_property
     def _original(self) -> Any:
-        """The original's config, transformers' own."""
+        """The original's config, an instance of transformers' class."""
         return transformers_config(self.source.config, self.source.path)
 
     @cached_property
@@ -147,7 +147,7 @@ class Layout:
 
         Args:
             group: Layers of the original, whether or not the plan groups them so.
-            dtype: Of the tensors; by default as in the source.
+            dtype: Dtype of the tensors; default: as in the source.
 
         Raises:
             TruedepthError: The layers cannot be widened exactly.

@@ -389,4 +389,4 @@ def test_two_runs_on_one_output():
     for name, (second, said, third, left) in found.items():
         assert (second, third, left) == (2, 0, []), name
         assert len(said.splitlines()) == 1
-        assert "being written by another run" in said or "Another run is at work" in said
+        assert "being written by another run" in said or "Another run is using" in said

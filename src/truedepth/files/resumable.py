@@ -32,12 +32,12 @@ def unfinished(
         The directory.
 
     Raises:
-        TruedepthError: Another run is at work there, a run with other settings left it unfinished,
+        TruedepthError: Another run is using it, a run with other settings left it unfinished,
             or it cannot be written. An OSError in the block, such as a full disk, is raised as one
             too.
     """
     text = json.dumps(settings, indent=1)
-    lock = locked_directory(directory, busy=f"Another run is at work in {directory}.")
+    lock = locked_directory(directory, busy=f"Another run is using {directory}; wait for it to end.")
     try:
         held, used_up = directory / SETTINGS, (directory / USED_UP).exists()
         before = held.read_text(encoding="utf-8") if held.exists() else None

@@ -37,7 +37,9 @@ def unfinished(
             too.
     """
     text = json.dumps(settings, indent=1)
-    lock = locked_directory(directory, busy=f"Another run is using {directory}; wait for it to end.")
+    lock = locked_directory(
+        directory, busy=f"Another run is using {directory}; wait for it to end."
+    )
     try:
         held, used_up = directory / SETTINGS, (directory / USED_UP).exists()
         before = held.read_text(encoding="utf-8") if held.exists() else None

@@ -221,7 +221,7 @@ def test_what_does_not_run_in_llama_cpp(default, prose, tmp_path):
         from truedepth.runtime.generation import answer
 
         answer(td.load(default / "out"), "hello", draft=td.load(default / "out.gguf"))
-    with pytest.raises(td.TruedepthError, match="heal what it was exported from"):
+    with pytest.raises(td.TruedepthError, match="heal the checkpoint it was exported from"):
         td.heal(default / "out.gguf", tmp_path / "healed", teacher="default")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from truedepth.errors import TruedepthError
 from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
-from truedepth.version import __version__
+from truedepth.version import __version__, keep_old_names
 
 if TYPE_CHECKING:
     from truedepth.calibration.options import Calibration
@@ -73,6 +73,9 @@ _LAZY = {
     "study": "truedepth.depth_study.run",
     "task_scores": "truedepth.evaluation.accuracy",
 }
+
+
+keep_old_names()
 
 
 def __getattr__(name: str) -> object:

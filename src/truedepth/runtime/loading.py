@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,11 +18,12 @@ from transformers import (
 from truedepth.errors import TruedepthError, first_line
 from truedepth.families.registration import register
 from truedepth.plan.config import plan_of
+from truedepth.progress import note
 from truedepth.runtime.device import device_of
 from truedepth.runtime.empty import transformers_config
-from truedepth.sources.directory import has_safetensors
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
+from truedepth.tensors import LazyTensor
 
 register()
 
@@ -74,25 +76,19 @@ def load(
     tensors = source.tensors  # opened here, so that the error names a broken file
     try:
         config = transformers_config(source.config, source.path)
-        if source.path.is_dir() and has_safetensors(source.path):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-        else:
-            # Loading and converting read GGUF files and pickles through the same code, so both see
-            # the same weights.
-            loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None,
-                config=config,
-                state_dict={name: tensor.read() for name, tensor in tensors.items()},
-                output_loading_info=True,
-                **options,
-            )
+        # Of transformers' own reader only what fills a model is used: which file holds which tensor
+        # is decided by the source alone, so that all commands compute with the same tensors.
+        loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict={
+                name: _in_memory(tensor, device, dtype) for name, tensor in tensors.items()
+            },
+            output_loading_info=True,
+            **options,
+        )
+        if found := source.generation_config:
+            loaded.generation_config = GenerationConfig.from_dict(dict(found))
     except TruedepthError:
         raise
     except Exception as error:  # an unusual config value can raise anything
@@ -104,7 +100,21 @@ def load(
                 f"{source.path} does not contain the weights that its config.json describes:"
                 f" {len(names)} {kind.replace('_', ' ')}, for example {min(map(str, names))!r}."
             )
+    if unused := {str(name) for name in report["unexpected_keys"]}:
+        note(
+            f"{source.path} holds {len(unused)} tensors that are not part of the model which its"
+            f" config.json describes, such as {min(unused)!r}; they are not used."
+        )
+    source.check_unchanged()
     return Loaded(loaded.eval(), source)
+
+
+def _in_memory(tensor: LazyTensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The whole tensor. What the model would keep as it is does not stay a map of the file, which
+    somebody may overwrite while the model runs.
+    """
+    whole = tensor.read()
+    return whole.clone() if device.type == "cpu" and whole.dtype == dtype else whole
 
 
 def opened(model: str | Path | Source | Loaded) -> Source | Loaded:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from truedepth.errors import TruedepthError
-from truedepth.sources import pickled
 from truedepth.sources.limits import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
-from truedepth.sources.mapped import mapped_tensor
-from truedepth.sources.pickled import open_pickle
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
-from truedepth.tensors import LazyTensor, Stored
+from truedepth.sources.weights import ADAPTER, is_an_adapter, read_tensors, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_NAME_BYTES = 255  # per file name, on every common file system
-MAX_HEADER_BYTES = 16 << 20  # per safetensors file; 100,000 tensors take 10 MB
-
-SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SUFFIX = ".safetensors"
 
 # Files that are copied unread: tokenizers, chat templates, generation config, licence.
 COMPANIONS = (
@@ -71,8 +57,10 @@ def open_directory(
     stamps = Stamps()
     for file in (path / "config.json", *_companions(path)):
         stamps.add(file)
-    missing = f"{path} is not a model directory: it has no"
-    config = read_json(path / "config.json", missing, MAX_CONFIG_BYTES)
+    if not (path / "config.json").exists():
+        names = [file.name for file in path.iterdir()]
+        raise TruedepthError(without_config(str(path), names, path))
+    config = read_json(path / "config.json", most=MAX_CONFIG_BYTES)
 
     def save_companions(out: Path) -> None:
         for file in _companions(path):
@@ -83,6 +71,10 @@ def open_directory(
             else:
                 shutil.copyfile(file, out / file.name)
 
+    def read_generation_config() -> Mapping[str, Any]:
+        file = path / "generation_config.json"
+        return read_json(file, most=MAX_CONFIG_BYTES) if file.exists() else {}
+
     def load_tokenizer() -> PreTrainedTokenizerBase:
         return _tokenizer(path, config, trust_remote_code)
 
@@ -91,11 +83,31 @@ def open_directory(
         origin=origin,
         path=path,
         config=config,
-        read_tensors=lambda: read_tensors(path, stamps, allow_pickle),
+        read_tensors=lambda: read_tensors(path, config, stamps, allow_pickle),
         save_companions=save_companions,
         load_tokenizer=load_tokenizer,
+        read_generation_config=read_generation_config,
         stamps=stamps,
     )
+
+
+def without_config(where: str, names: Sequence[str], path: Path, separator: str = "/") -> str:
+    """Why a directory or hub repository without a config.json is not a model, and what to give.
+
+    Args:
+        where: The directory, or the hub id.
+        names: The files in it.
+        path: A directory that holds its small files.
+        separator: What stands between `where` and a file's name where the file is given by itself.
+    """
+    if ADAPTER in names:
+        return is_an_adapter(where, path / ADAPTER)
+    reason = f"{where} is not a model directory: it has no config.json"
+    if files := sorted(f"{where}{separator}{name}" for name in names if name.endswith(".gguf")):
+        return f"{reason}, but GGUF files; give one of them: {some(files)}."
+    if "params.json" in names:
+        return f"{reason}, but params.json, another format; give its version for transformers."
+    return f"{reason}."
 
 
 def _companions(path: Path) -> list[Path]:
@@ -142,104 +154,3 @@ def _check_link(file: Path) -> None:
             raise TruedepthError(
                 f"{each} is a link to {target}, which is not copied; remove the link."
             )
-
-
-def read_tensors(
-    path: Path, stamps: Stamps, allow_pickle: bool = False
-) -> Mapping[str, LazyTensor]:
-    """The tensors of a model directory, by name.
-
-    Args:
-        path: The directory.
-        stamps: Receives the stamps of the weight files, which are watched from then on.
-        allow_pickle: Read pickled weights if there are no safetensors.
-
-    Raises:
-        TruedepthError: Weights are missing, are pickled without `allow_pickle`, or are broken.
-    """
-    tensors: dict[str, LazyTensor] = {}
-    for index in (INDEX, pickled.INDEX):
-        stamps.add(path / index)
-    for file, expected in _weight_files(path, allow_pickle).items():
-        stamps.add(file)
-        held = _open_file(file) if file.suffix == SUFFIX else open_pickle(file)
-        if lost := expected - set(held):
-            raise TruedepthError(
-                f"The index of {path} places {min(lost)!r} in {file.name}, which does not hold it."
-            )
-        tensors |= {name: stamps.watched(file, tensor) for name, tensor in held.items()}
-    return tensors
-
-
-def has_safetensors(path: Path) -> bool:
-    """Whether a model directory has weights as safetensors."""
-    return any((path / name).exists() for name in (INDEX, SINGLE_FILE))
-
-
-def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
-    """The weight files of a model, each with the tensors that an index, if any, places in it."""
-    index, suffixes = INDEX, [SUFFIX]
-    single: str | None = SINGLE_FILE
-    if not has_safetensors(path):
-        if not any(file.suffix in pickled.SUFFIXES for file in path.iterdir()):
-            raise TruedepthError(f"{path} has no weights: neither {SINGLE_FILE} nor {INDEX}.")
-        if not allow_pickle:
-            raise TruedepthError(
-                f"{path} has pickled weights only, which can run code when they are read; get"
-                " safetensors or, if you trust their author, convert them with truedepth convert"
-                " MODEL OUT --pairs 0 --allow-pickle."
-            )
-        index, suffixes, single = pickled.INDEX, pickled.SUFFIXES, pickled.only_file(path)
-    files: dict[str, set[str]] = {}
-    if (path / index).exists():
-        weight_map = read_json(path / index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise TruedepthError(f"{path / index} has no weight_map.")
-        for tensor, name in weight_map.items():
-            # Only a bare name: a path could leave the directory. Links are followed, because the
-            # hub's cache is made of them.
-            if (
-                not isinstance(name, str)
-                or Path(name).name != name
-                or not name.isprintable()
-                or len(name.encode()) > MAX_NAME_BYTES
-                or Path(name).suffix not in suffixes
-            ):
-                raise TruedepthError(
-                    f"{path / index} names {reprlib.repr(name)}, which is not a plain name of a"
-                    " weight file in this directory."
-                )
-            files.setdefault(name, set()).add(tensor)
-    elif single is not None:
-        files[single] = set()
-    else:
-        raise TruedepthError(f"{path} has several files of pickled weights but no {index}.")
-    for name in files:
-        if not (path / name).is_file():
-            raise TruedepthError(f"The shard {path / name} is missing.")
-    return {path / name: tensors for name, tensors in files.items()}
-
-
-def _open_file(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file. They share its memory map, so reading copies nothing."""
-    try:
-        with file.open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-        if header > MAX_HEADER_BYTES:
-            raise ValueError(f"its header claims {header} bytes, more than {MAX_HEADER_BYTES}")
-        with safe_open(file, framework="pt") as handle:
-            stored = _offsets(file)
-            names = handle.keys()
-            return {name: mapped_tensor(handle.get_tensor(name), stored[name]) for name in names}
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error
-
-
-def _offsets(file: Path) -> dict[str, Stored]:
-    """Where the tensors of a safetensors file that was checked before lie in it."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    header.pop("__metadata__", None)
-    begin = 8 + size
-    return {name: Stored(file, begin + held["data_offsets"][0]) for name, held in header.items()}

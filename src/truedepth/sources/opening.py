@@ -7,6 +7,7 @@ weights are downloaded when its tensors are first asked for.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,8 @@ __all__ = ["DEFAULT_MODEL", "Source", "open_source"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 WEIGHTS = ["*.safetensors"]
 
@@ -36,8 +39,8 @@ def open_source(
     allowed, and every function that takes a model also takes a source.
 
     Args:
-        model: A directory, a `.gguf` file, a hub id, or `default`. An open source is returned
-            unchanged.
+        model: A directory, a `.gguf` file, a hub id, a hub id and a GGUF file in it
+            (`owner/name:file.gguf`), or `default`. An open source is returned unchanged.
         allow_pickle: Read pickled weights (`.bin`, `.pt`) if there are no safetensors; only tensors
             are read from them.
         trust_remote_code: Run a tokenizer's own Python code; read it first. A model's own code is
@@ -60,11 +63,13 @@ def open_source(
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and is_gguf:
         return open_gguf(path)
+    if in_hub := re.fullmatch(rf"({HUB_ID}):([^:]+\.gguf)", str(model), re.IGNORECASE):
+        return _open_hub_gguf(in_hub[1], in_hub[2])
     if path.exists():
         raise TruedepthError(
             f"{path} is not a model: it is neither a directory with a config.json nor a .gguf file."
         )
-    if is_gguf or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+    if is_gguf or not re.fullmatch(HUB_ID, str(model)):
         raise TruedepthError(f"There is no model at {path}.")
     return _open_hub(str(model), False, allow_pickle, trust_remote_code)
 
@@ -75,11 +80,14 @@ def _open_hub(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Source:
-    from truedepth.sources.directory import has_safetensors, open_directory, read_tensors
+    from truedepth.sources.directory import open_directory, without_config
     from truedepth.sources.pickled import PATTERNS
+    from truedepth.sources.weights import has_safetensors, read_tensors
 
     small = SMALL_FILES + ["tokenization_*.py"] * trust_remote_code
     path = _snapshot(repo, small, local_only)
+    if not (path / "config.json").exists():
+        raise TruedepthError(without_config(repo, _listing(repo, path), path, separator=":"))
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
     source = open_directory(path, repo, origin, allow_pickle, trust_remote_code)
 
@@ -87,9 +95,31 @@ def _open_hub(
         directory = _snapshot(repo, small + WEIGHTS, local_only)
         if allow_pickle and not has_safetensors(directory):
             directory = _snapshot(repo, small + WEIGHTS + PATTERNS, local_only)
-        return read_tensors(directory, source.stamps, allow_pickle)
+        return read_tensors(directory, source.config, source.stamps, allow_pickle)
 
     return replace(source, read_tensors=read)
+
+
+def _open_hub_gguf(repo: str, file: str) -> Source:
+    from truedepth.sources.gguf.source import open_gguf
+    from truedepth.sources.weights import some
+
+    path = _snapshot(repo, [glob.escape(file)], local_only=False)
+    if not (path / file).is_file():
+        found = sorted(f"{repo}:{name}" for name in _listing(repo, path) if name.endswith(".gguf"))
+        known = f"it has {some(found)}" if found else "it has no GGUF files"
+        raise TruedepthError(f"{repo} has no file {file!r}; {known}.")
+    return open_gguf(path / file, name=f"{repo}:{file}", origin="GGUF file on the Hugging Face hub")
+
+
+def _listing(repo: str, path: Path) -> list[str]:
+    """The files of a hub repository; where the hub cannot be reached, those in the cache."""
+    from huggingface_hub import HfApi
+
+    try:
+        return list(HfApi().list_repo_files(repo))
+    except Exception:  # offline, or an error of the HTTP library, whose names change
+        return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
 
 
 def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:

@@ -14,8 +14,9 @@ import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.families.family import Family
-from truedepth.families.lookup import family_of, known_family
+from truedepth.families.lookup import family_of
 from truedepth.sources.limits import check_config
+from truedepth.sources.names import current_names
 from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class Source:
     """A model that can be read: config, tensors, tokenizer.
 
-    Openers pass tensors and tokenizer as functions; read them through the properties, which call
-    each function at most once.
+    Openers pass tensors, tokenizer and generation config as functions; read them through the
+    properties, which call each function at most once.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Source:
     save_companions: Callable[[Path], None] = field(repr=False)
     """Writes what is neither config nor weights (tokenizer, generation config) to a directory."""
 
+    read_generation_config: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False)
     stamps: Stamps = field(default_factory=Stamps, repr=False, compare=False)
     """Stamps of the files that were opened."""
 
@@ -74,10 +76,15 @@ class Source:
 
         A hub model's weights are downloaded now. Raises TruedepthError if a file is broken.
         """
-        tensors = self.read_tensors()
-        if family := known_family(self.config):
-            return {family.current_name(name): tensor for name, tensor in tensors.items()}
-        return tensors
+        return current_names(self.read_tensors(), self.config, self.path)
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json, or what a GGUF file says in its place; empty if there is none.
+
+        Raises TruedepthError if the file is broken.
+        """
+        return self.read_generation_config()
 
     def check_unchanged(self) -> None:
         """Raise TruedepthError if a file has changed since it was opened."""

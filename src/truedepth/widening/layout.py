@@ -137,7 +137,9 @@ class Layout:
             elif rest not in source.family.obsolete:
                 layers[layer][rest] = tensor
         if missing := [layer for layer, held in enumerate(layers) if not held]:
-            raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}.")
+            other = f"; its tensors have other names, such as {min(outside)!r}" if outside else ""
+            other *= not any(layers)
+            raise TruedepthError(f"{source.path} has no tensors for layer {missing[0]}{other}.")
         if self._tied:  # the embedding again; transformers ties it on loading
             outside.pop(source.family.tied[0], None)
         return layers, outside

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
@@ -23,7 +22,6 @@ from truedepth.runtime.device import device_of
 from truedepth.runtime.empty import transformers_config
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
-from truedepth.tensors import LazyTensor
 
 register()
 
@@ -81,9 +79,7 @@ def load(
         loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
-            state_dict={
-                name: _in_memory(tensor, device, dtype) for name, tensor in tensors.items()
-            },
+            state_dict={name: tensor.read() for name, tensor in tensors.items()},
             output_loading_info=True,
             **options,
         )
@@ -107,14 +103,6 @@ def load(
         )
     source.check_unchanged()
     return Loaded(loaded.eval(), source)
-
-
-def _in_memory(tensor: LazyTensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The whole tensor. What the model would keep as it is does not stay a map of the file, which
-    somebody may overwrite while the model runs.
-    """
-    whole = tensor.read()
-    return whole.clone() if device.type == "cpu" and whole.dtype == dtype else whole
 
 
 def opened(model: str | Path | Source | Loaded) -> Source | Loaded:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -60,7 +61,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.server.requests += 1
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         if self.server.requests > REQUESTS:
             self.send(503, b"")
         elif path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):

@@ -117,7 +117,7 @@ def _listing(repo: str, path: Path) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        return list(HfApi().list_repo_files(repo))
+        return [file.rfilename for file in HfApi().model_info(repo).siblings or ()]
     except Exception:  # offline, or an error of the HTTP library, whose names change
         return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
 

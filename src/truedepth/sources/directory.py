@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import reprlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from truedepth.errors import TruedepthError
 from truedepth.sources import pickled
-from truedepth.sources.limits import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
+from truedepth.sources.companions import check_companions, companions, copy_companions
+from truedepth.sources.fetched import check_fetched
+from truedepth.sources.limits import MAX_CONFIG_BYTES, read_json
 from truedepth.sources.mapped import mapped_tensor
 from truedepth.sources.pickled import open_pickle
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
+from truedepth.sources.tokenizer import load_tokenizer
 from truedepth.tensors import LazyTensor, Stored
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_NAME_BYTES = 255  # per file name, on every common file system
 MAX_HEADER_BYTES = 16 << 20  # per safetensors file; 100,000 tensors take 10 MB
@@ -29,24 +27,6 @@ MAX_HEADER_BYTES = 16 << 20  # per safetensors file; 100,000 tensors take 10 MB
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-
-# Files that are copied unread: tokenizers, chat templates, generation config, licence.
-COMPANIONS = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def open_directory(
@@ -69,22 +49,15 @@ def open_directory(
         TruedepthError: `path` is not a model directory, or one of its files is broken.
     """
     stamps = Stamps()
-    for file in (path / "config.json", *_companions(path)):
-        stamps.add(file)
+    for file in ("config.json", *companions(path)):
+        stamps.add(path / file)
     missing = f"{path} is not a model directory: it has no"
     config = read_json(path / "config.json", missing, MAX_CONFIG_BYTES)
 
     def save_companions(out: Path) -> None:
-        for file in _companions(path):
-            stamps.add(file)
-            _check_link(file)
-            if file.is_dir():
-                shutil.copytree(file, out / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, out / file.name)
-
-    def load_tokenizer() -> PreTrainedTokenizerBase:
-        return _tokenizer(path, config, trust_remote_code)
+        for file in companions(path):
+            stamps.add(path / file)
+        copy_companions(path, out)
 
     return Source(
         name=name or path.resolve().name,
@@ -92,56 +65,11 @@ def open_directory(
         path=path,
         config=config,
         read_tensors=lambda: read_tensors(path, stamps, allow_pickle),
+        check_companions=lambda: check_companions(path),
         save_companions=save_companions,
-        load_tokenizer=load_tokenizer,
+        load_tokenizer=lambda: load_tokenizer(path, config, trust_remote_code),
         stamps=stamps,
     )
-
-
-def _companions(path: Path) -> list[Path]:
-    return [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
-
-
-def _tokenizer(
-    path: Path, config: dict[str, Any], trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from truedepth.families.registration import register
-
-    for file in _companions(path):
-        if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise TruedepthError(
-                f"{file} is too large for a tokenizer file: {file.stat().st_size} bytes, more"
-                f" than {MAX_TOKENIZER_BYTES}."
-            )
-    register()
-    try:
-        # Given the config, transformers does not look for one, nor for a config's own code.
-        return AutoTokenizer.from_pretrained(
-            path, config=AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        settings = path / "tokenizer_config.json"
-        if trust_remote_code or not settings.exists() or "auto_map" not in read_json(settings):
-            raise
-        raise TruedepthError(
-            f"The tokenizer of {path} needs its own code, which runs only with"
-            " --trust-remote-code (trust_remote_code=True in Python); read that code first."
-        ) from error
-
-
-def _check_link(file: Path) -> None:
-    """Refuse links but those to a file of the same name or into the hub's cache, made of links.
-
-    Otherwise a licence that is a link to somebody's keys would be copied into what they publish.
-    """
-    for each in (file, *(file.rglob("*") if file.is_dir() else ())):
-        target = each.resolve()
-        if each.is_symlink() and target.name != each.name and target.parent.name != "blobs":
-            raise TruedepthError(
-                f"{each} is a link to {target}, which is not copied; remove the link."
-            )
 
 
 def read_tensors(
@@ -215,6 +143,7 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
     else:
         raise TruedepthError(f"{path} has several files of pickled weights but no {index}.")
     for name in files:
+        check_fetched(path / name)
         if not (path / name).is_file():
             raise TruedepthError(f"The shard {path / name} is missing.")
     return {path / name: tensors for name, tensors in files.items()}

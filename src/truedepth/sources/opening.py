@@ -8,7 +8,7 @@ weights are downloaded when its tensors are first asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MODEL", "Source", "open_source"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-WEIGHTS = ["*.safetensors"]
 
 
 def open_source(
@@ -75,24 +72,21 @@ def _open_hub(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Source:
-    from truedepth.sources.directory import has_safetensors, open_directory, read_tensors
-    from truedepth.sources.pickled import PATTERNS
+    from truedepth.sources.directory import open_directory, read_tensors
+    from truedepth.sources.hub import SMALL_FILES, fetch_weights
 
-    small = SMALL_FILES + ["tokenization_*.py"] * trust_remote_code
-    path = _snapshot(repo, small, local_only)
+    path = _snapshot(repo, SMALL_FILES, local_only)
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
     source = open_directory(path, repo, origin, allow_pickle, trust_remote_code)
 
     def read() -> Mapping[str, LazyTensor]:
-        directory = _snapshot(repo, small + WEIGHTS, local_only)
-        if allow_pickle and not has_safetensors(directory):
-            directory = _snapshot(repo, small + WEIGHTS + PATTERNS, local_only)
+        directory = fetch_weights(lambda files: _snapshot(repo, files, local_only), allow_pickle)
         return read_tensors(directory, source.stamps, allow_pickle)
 
     return replace(source, read_tensors=read)
 
 
-def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
+def _snapshot(repo: str, patterns: Sequence[str], local_only: bool) -> Path:
     """A hub repository's directory in the hub's own cache; what is missing is downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -102,9 +96,14 @@ def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
         RepositoryNotFoundError,
     )
 
+    from truedepth.sources.companions import in_folders
+
     try:
         directory = snapshot_download(
-            repo, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=local_only
+            repo,
+            allow_patterns=list(patterns),
+            ignore_patterns=in_folders(patterns),
+            local_files_only=local_only,
         )
     except GatedRepoError as error:
         raise TruedepthError(

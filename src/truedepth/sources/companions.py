@@ -93,11 +93,10 @@ def companions(path: Path, patterns: Sequence[str] = COMPANIONS) -> list[str]:
     for folder in folders & {*names}:
         if (path / folder).is_dir():
             names += [f"{folder}/{file.name}" for file in (path / folder).iterdir()]
-    licences = set(matching(names, LICENCES))
     return [
         name
         for name in matching(names, patterns)
-        if name not in licences or not (path / name).is_dir()  # `licenses/` may hold anything
+        if name in patterns or not (path / name).is_dir()  # `licenses` may be a folder
     ]
 
 

@@ -109,6 +109,8 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
     index, suffixes = INDEX, [SUFFIX]
     single: str | None = SINGLE_FILE
     if not has_safetensors(path):
+        for name in (SINGLE_FILE, INDEX):
+            check_fetched(path / name)
         if not any(file.suffix in pickled.SUFFIXES for file in path.iterdir()):
             raise TruedepthError(f"{path} has no weights: neither {SINGLE_FILE} nor {INDEX}.")
         if not allow_pickle:

@@ -37,6 +37,9 @@ BACKEND = "tokenizer.json"
 OLDER_CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Names of tokenizer classes in transformers 5, and their names in all releases."""
 
+HERE = ("is_local", "local_files_only")
+"""What transformers 5 writes of where a tokenizer was loaded from."""
+
 SAMPLES = ("the cat", "Zwölf Boxkämpfer, 日本語", "12345 + 6.7")
 """Texts by which a tokenizer made from SentencePiece's file is compared with SentencePiece."""
 
@@ -227,12 +230,16 @@ def complete_tokenizer(source: Source, out: Path) -> None:
         return
     before = dict(settings)
     if not (out / BACKEND).exists() or not settings.get("tokenizer_class"):
-        settings |= _saved_again(source, out) | settings
-    name = settings.get("tokenizer_class")
+        saved = _saved_again(source, out)
+        settings = settings or saved
+        if named := settings.get("tokenizer_class") or saved.get("tokenizer_class"):
+            settings["tokenizer_class"] = named
     if (out / BACKEND).exists():
-        settings["tokenizer_class"] = OLDER_CLASS.get(str(name), name) or "PreTrainedTokenizerFast"
+        name = str(settings.get("tokenizer_class") or "TokenizersBackend")
+        settings["tokenizer_class"] = OLDER_CLASS.get(name, name)
     if isinstance(settings.get("extra_special_tokens"), list):  # releases before 5 take a dict
-        settings.setdefault("additional_special_tokens", settings.pop("extra_special_tokens"))
+        more = settings.pop("extra_special_tokens")
+        settings["additional_special_tokens"] = more or settings.get("additional_special_tokens")
     if settings != before:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (out / SETTINGS).write_text(text, encoding="utf-8")
@@ -250,4 +257,5 @@ def _saved_again(source: Source, out: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(saved)
         if (saved / BACKEND).exists() and not (out / BACKEND).exists():
             shutil.copyfile(saved / BACKEND, out / BACKEND)
-        return dict(read_json(saved / SETTINGS)) if (saved / SETTINGS).exists() else {}
+        settings = read_json(saved / SETTINGS) if (saved / SETTINGS).exists() else {}
+        return {key: settings[key] for key in settings if key not in HERE}

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from huggingface_hub.errors import IncompleteSnapshotError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -207,6 +208,15 @@ def test_a_hub_id_without_network(no_network):
     with pytest.raises(td.TruedepthError, match="hub cannot be reached") as caught:
         td.open_source("someone/some-model")
     assert caught.value.exit_code == 2
+
+
+def test_a_hub_cache_that_lacks_files_without_network(monkeypatch):
+    def incomplete(*args, **kwargs):
+        raise IncompleteSnapshotError("1 file(s) are missing", snapshot_path="here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", incomplete)
+    with pytest.raises(td.TruedepthError, match="in the hub's cache without some of the files"):
+        td.open_source("someone/some-model")
 
 
 def test_the_default_model_without_network(no_network):

@@ -114,6 +114,11 @@ def _snapshot(repo: str, patterns: Sequence[str], local_only: bool) -> Path:
             f"{repo} is neither a path here nor a model on the hub that you may read."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:  # the former also offline
+        if hasattr(error, "snapshot_path"):
+            raise TruedepthError(
+                f"{repo} is in the hub's cache without some of the files that are needed, and the"
+                " hub cannot be reached; connect once, and the same command fetches them."
+            ) from error
         raise TruedepthError(
             f"{repo} is not a path here, not in the hub's cache, and the hub cannot be reached;"
             " check the spelling and the network, or give a directory or a .gguf file."

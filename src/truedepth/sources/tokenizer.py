@@ -239,7 +239,7 @@ def complete_tokenizer(source: Source, out: Path) -> None:
         settings["tokenizer_class"] = OLDER_CLASS.get(name, name)
     if isinstance(settings.get("extra_special_tokens"), list):  # releases before 5 take a dict
         more = settings.pop("extra_special_tokens")
-        settings["additional_special_tokens"] = more or settings.get("additional_special_tokens")
+        settings |= {"additional_special_tokens": more} if more else {}
     if settings != before:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (out / SETTINGS).write_text(text, encoding="utf-8")

@@ -139,14 +139,15 @@ def check_conversion(source: Source, out: str | Path, force: bool, pad_heads: in
     """What can be refused is refused before weights are downloaded or a plan is searched.
 
     Raises:
-        TruedepthError: The family is not supported, the model cannot be padded so, or `out` cannot
-            be written to.
+        TruedepthError: The family is not supported, the model cannot be padded so, a file that goes
+            along cannot be copied, or `out` cannot be written to.
     """
     out = Path(out).expanduser().resolve()
     source.family  # noqa: B018
     head_padding(source.config, pad_heads)
     check_apart(source.path, out)
     check_output(out, force)
+    source.check_companions()
 
 
 def calibrate(

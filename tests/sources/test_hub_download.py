@@ -35,7 +35,11 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
-        self.files = {path.name: path.read_bytes() for path in directory.iterdir()}
+        self.files = {
+            str(path.relative_to(directory)): path.read_bytes()
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
         self.cut: dict[str, list[int]] = {}
         """Bytes after which the next downloads of a file break, one after another."""
 

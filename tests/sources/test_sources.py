@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.errors import IncompleteSnapshotError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import truedepth as td
@@ -207,6 +210,15 @@ def test_a_hub_id_without_network(no_network):
     assert caught.value.exit_code == 2
 
 
+def test_a_hub_cache_that_lacks_files_without_network(monkeypatch):
+    def incomplete(*args, **kwargs):
+        raise IncompleteSnapshotError("1 file(s) are missing", snapshot_path="here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", incomplete)
+    with pytest.raises(td.TruedepthError, match="in the hub's cache without some of the files"):
+        td.open_source("someone/some-model")
+
+
 def test_the_default_model_without_network(no_network):
     with pytest.raises(td.TruedepthError, match="connect once") as caught:
         td.open_source("default")
@@ -217,7 +229,7 @@ def test_a_hub_model_is_opened_from_its_snapshot(make_model, monkeypatch):
     asked = []
 
     def snapshot(repo, allow_patterns, ignore_patterns, local_files_only):
-        asked.append((repo, "*.safetensors" in allow_patterns))
+        asked.append((repo, "model.safetensors" in allow_patterns))
         return str(make_model())
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
@@ -226,6 +238,94 @@ def test_a_hub_model_is_opened_from_its_snapshot(make_model, monkeypatch):
     assert asked == [("someone/some-model", False)]
     assert len(source.tensors) == 57
     assert asked == [("someone/some-model", False), ("someone/some-model", True)]
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository on the hub; the files that are downloaded from it are in `cache`."""
+    files, cache = tmp_path / "repository", tmp_path / "cache"
+    cache.mkdir()
+
+    def snapshot(repo, allow_patterns, ignore_patterns, local_files_only):
+        held = [str(file.relative_to(files)) for file in files.rglob("*") if file.is_file()]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in filter_repo_objects(held, **patterns):
+            (cache / name).parent.mkdir(exist_ok=True)
+            if not (cache / name).exists():
+                shutil.copy(files / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return files
+
+
+def downloaded(tmp_path):
+    return {str(f.relative_to(tmp_path / "cache")) for f in (tmp_path / "cache").rglob("*.*")}
+
+
+SMALL = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+COPIES = [
+    *("consolidated.safetensors", "consolidated.00.pth", "model.fp16.safetensors", "flax.msgpack"),
+    *("adapter_model.safetensors", "pytorch_model.bin", "original/consolidated.00.pth"),
+    *("original/params.json", "original/tokenizer.model", "onnx/model.onnx", "model.Q8_0.gguf"),
+    *("model.fp16.safetensors.index.json", "training_args.bin", "README.md", "openvino/a.xml"),
+]
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+def test_only_weights_that_are_read_are_downloaded(make_model, repository, tmp_path, shard_size):
+    shutil.copytree(make_model(shard_size=shard_size), repository)
+    for name in COPIES:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_bytes(b"not read")
+    source = td.open_source("someone/some-model", allow_pickle=True)
+    index = {"model.safetensors.index.json"} if shard_size == "100KB" else set()
+    assert downloaded(tmp_path) == SMALL | index
+    assert len(source.tensors) == 57
+    shards = {file.name for file in make_model(shard_size=shard_size).glob("*.safetensors")}
+    assert downloaded(tmp_path) == SMALL | index | shards
+
+
+def test_shards_beside_a_single_file_that_is_read_are_not_downloaded(
+    make_model, repository, tmp_path
+):
+    shutil.copytree(make_model(), repository)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    (repository / "model-00001-of-00001.safetensors").write_bytes(b"not read")
+    with suppress(td.TruedepthError):
+        td.open_source("someone/some-model").tensors  # noqa: B018
+    assert "model-00001-of-00001.safetensors" not in downloaded(tmp_path)
+
+
+def test_pickled_weights_are_downloaded_only_where_they_are_allowed(
+    make_model, repository, tmp_path
+):
+    shutil.copytree(make_model(), repository)
+    weights = load_file(repository / "model.safetensors")
+    (repository / "model.safetensors").unlink()
+    torch.save(weights, repository / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": dict.fromkeys(weights, "pytorch_model-00001-of-00001.bin")}
+    (repository / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (repository / "pytorch_model.bin").write_bytes(b"not read")
+    with pytest.raises(td.TruedepthError):
+        td.open_source("someone/some-model").tensors  # noqa: B018
+    assert not [name for name in downloaded(tmp_path) if name.endswith(".bin")]
+    source = td.open_source("someone/some-model", allow_pickle=True)
+    assert len(source.tensors) == 57
+    assert "pytorch_model.bin" not in downloaded(tmp_path)
+
+
+def test_what_goes_along_is_downloaded_and_copied(make_model, repository, tmp_path):
+    shutil.copytree(make_model(), repository)
+    names = ["license.txt", "COPYING", "Notice.md", "tokenizer.model.v3", "use_policy.txt"]
+    names += ["additional_chat_templates/tool_use.jinja", "chat_template.jinja"]
+    (repository / "additional_chat_templates").mkdir()
+    for name in names:
+        (repository / name).write_text(f"{{# {name} #}}")
+    td.convert("someone/some-model", tmp_path / "out", td.Plan(6, [[1, 2]]))
+    for name in names:
+        assert (tmp_path / "out" / name).read_text() == f"{{# {name} #}}"
 
 
 def test_the_default_model_prefers_the_hubs_cache(make_model, monkeypatch):

@@ -80,8 +80,9 @@ The number of weights and the size of the KV cache are the original's. The outpu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=False)
 ```
 
-`trust_remote_code` is not needed after `import truedepth`. The licence is the original's.
+`trust_remote_code` is not needed after `import truedepth`. The tokenizer has no code; without the
+argument, transformers 5 asks about the model's. The licence is the original's.
 """

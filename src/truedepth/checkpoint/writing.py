@@ -22,6 +22,7 @@ from truedepth.files.atomic import atomic_directory
 from truedepth.files.copying import Copier, copier
 from truedepth.progress import progress_bar
 from truedepth.sources.source import Source
+from truedepth.sources.tokenizer import complete_tokenizer
 from truedepth.tensors import LazyTensor
 
 FILENAME_PATTERN = "model{suffix}.safetensors"
@@ -82,6 +83,7 @@ def write_checkpoint(
             source.check_unchanged()
             raise
         source.save_companions(partial)
+        complete_tokenizer(source, partial)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)

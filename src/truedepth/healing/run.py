@@ -370,6 +370,7 @@ def _check(source: Source, original: Source, options: Healing) -> None:
                 f" {original.config[name]} and {source.config[name]}."
             )
     check_window(source, options.sequence_length)
+    source.check_companions()
 
 
 def _with_device_and_dtype(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truedepth.errors import TruedepthError
-from truedepth.sources.limits import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
+from truedepth.sources.companions import check_companions, companions, copy_companions
+from truedepth.sources.fetched import check_fetched
+from truedepth.sources.limits import MAX_CONFIG_BYTES, read_json
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
+from truedepth.sources.tokenizer import load_tokenizer
 from truedepth.sources.weights import ADAPTER, is_an_adapter, read_tensors, some
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Files that are copied unread: tokenizers, chat templates, generation config, licence.
-COMPANIONS = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def open_directory(
@@ -55,28 +36,22 @@ def open_directory(
         TruedepthError: `path` is not a model directory, or one of its files is broken.
     """
     stamps = Stamps()
-    for file in (path / "config.json", *_companions(path)):
-        stamps.add(file)
+    for file in ("config.json", *companions(path)):
+        stamps.add(path / file)
+    check_fetched(path / "config.json")
     if not (path / "config.json").exists():
         names = [file.name for file in path.iterdir()]
         raise TruedepthError(without_config(str(path), names, path))
     config = read_json(path / "config.json", most=MAX_CONFIG_BYTES)
 
     def save_companions(out: Path) -> None:
-        for file in _companions(path):
-            stamps.add(file)
-            _check_link(file)
-            if file.is_dir():
-                shutil.copytree(file, out / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, out / file.name)
+        for file in companions(path):
+            stamps.add(path / file)
+        copy_companions(path, out)
 
     def read_generation_config() -> Mapping[str, Any]:
         file = path / "generation_config.json"
         return read_json(file, most=MAX_CONFIG_BYTES) if file.exists() else {}
-
-    def load_tokenizer() -> PreTrainedTokenizerBase:
-        return _tokenizer(path, config, trust_remote_code)
 
     return Source(
         name=name or path.resolve().name,
@@ -84,8 +59,9 @@ def open_directory(
         path=path,
         config=config,
         read_tensors=lambda: read_tensors(path, config, stamps, allow_pickle),
+        check_companions=lambda: check_companions(path),
         save_companions=save_companions,
-        load_tokenizer=load_tokenizer,
+        load_tokenizer=lambda: load_tokenizer(path, config, trust_remote_code),
         read_generation_config=read_generation_config,
         stamps=stamps,
     )
@@ -108,49 +84,3 @@ def without_config(where: str, names: Sequence[str], path: Path, separator: str 
     if "params.json" in names:
         return f"{reason}, but params.json, another format; give its version for transformers."
     return f"{reason}."
-
-
-def _companions(path: Path) -> list[Path]:
-    return [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
-
-
-def _tokenizer(
-    path: Path, config: dict[str, Any], trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from truedepth.families.registration import register
-
-    for file in _companions(path):
-        if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise TruedepthError(
-                f"{file} is too large for a tokenizer file: {file.stat().st_size} bytes, more"
-                f" than {MAX_TOKENIZER_BYTES}."
-            )
-    register()
-    try:
-        # Given the config, transformers does not look for one, nor for a config's own code.
-        return AutoTokenizer.from_pretrained(
-            path, config=AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        settings = path / "tokenizer_config.json"
-        if trust_remote_code or not settings.exists() or "auto_map" not in read_json(settings):
-            raise
-        raise TruedepthError(
-            f"The tokenizer of {path} needs its own code, which runs only with"
-            " --trust-remote-code (trust_remote_code=True in Python); read that code first."
-        ) from error
-
-
-def _check_link(file: Path) -> None:
-    """Refuse links but those to a file of the same name or into the hub's cache, made of links.
-
-    Otherwise a licence that is a link to somebody's keys would be copied into what they publish.
-    """
-    for each in (file, *(file.rglob("*") if file.is_dir() else ())):
-        target = each.resolve()
-        if each.is_symlink() and target.name != each.name and target.parent.name != "blobs":
-            raise TruedepthError(
-                f"{each} is a link to {target}, which is not copied; remove the link."
-            )

@@ -15,6 +15,7 @@ from typing import Any
 
 from truedepth.errors import TruedepthError
 from truedepth.plan.plan import MAX_LAYERS
+from truedepth.sources.fetched import check_fetched
 
 # A character of JSON can become 24 bytes of Python objects, `[{},{},…`.
 MAX_CONFIG_BYTES = 2 << 20
@@ -40,9 +41,10 @@ def read_json(path: Path, missing: str = "There is no", most: int = MAX_INDEX_BY
     """The JSON object in a file of at most `most` bytes, as a dict.
 
     Raises:
-        TruedepthError: The file is missing (`missing` begins the sentence), too large, or does not
-            hold a JSON object.
+        TruedepthError: The file is missing (`missing` begins the sentence), is not fetched yet, is
+            too large, or does not hold a JSON object.
     """
+    check_fetched(path)
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a link to /dev/zero has no size and no end

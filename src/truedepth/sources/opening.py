@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +25,6 @@ __all__ = ["DEFAULT_MODEL", "Source", "open_source"]
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
-
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-WEIGHTS = ["*.safetensors"]
 
 
 def open_source(
@@ -81,20 +78,17 @@ def _open_hub(
     trust_remote_code: bool = False,
 ) -> Source:
     from truedepth.sources.directory import open_directory, without_config
-    from truedepth.sources.pickled import PATTERNS
-    from truedepth.sources.weights import has_safetensors, read_tensors
+    from truedepth.sources.hub import SMALL_FILES, fetch_weights
+    from truedepth.sources.weights import read_tensors
 
-    small = SMALL_FILES + ["tokenization_*.py"] * trust_remote_code
-    path = _snapshot(repo, small, local_only)
+    path = _snapshot(repo, SMALL_FILES, local_only)
     if not (path / "config.json").exists():
         raise TruedepthError(without_config(repo, _listing(repo, path), path, separator=":"))
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
     source = open_directory(path, repo, origin, allow_pickle, trust_remote_code)
 
     def read() -> Mapping[str, LazyTensor]:
-        directory = _snapshot(repo, small + WEIGHTS, local_only)
-        if allow_pickle and not has_safetensors(directory):
-            directory = _snapshot(repo, small + WEIGHTS + PATTERNS, local_only)
+        directory = fetch_weights(lambda files: _snapshot(repo, files, local_only), allow_pickle)
         return read_tensors(directory, source.config, source.stamps, allow_pickle)
 
     return replace(source, read_tensors=read)
@@ -122,7 +116,7 @@ def _listing(repo: str, path: Path) -> list[str]:
         return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
 
 
-def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
+def _snapshot(repo: str, patterns: Sequence[str], local_only: bool) -> Path:
     """A hub repository's directory in the hub's own cache; what is missing is downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -132,9 +126,14 @@ def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
         RepositoryNotFoundError,
     )
 
+    from truedepth.sources.companions import in_folders
+
     try:
         directory = snapshot_download(
-            repo, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=local_only
+            repo,
+            allow_patterns=list(patterns),
+            ignore_patterns=in_folders(patterns),
+            local_files_only=local_only,
         )
     except GatedRepoError as error:
         raise TruedepthError(
@@ -145,6 +144,11 @@ def _snapshot(repo: str, patterns: list[str], local_only: bool) -> Path:
             f"{repo} is neither a path here nor a model on the hub that you may read."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:  # the former also offline
+        if hasattr(error, "snapshot_path"):
+            raise TruedepthError(
+                f"{repo} is in the hub's cache without some of the files that are needed, and the"
+                " hub cannot be reached; connect once, and the same command fetches them."
+            ) from error
         raise TruedepthError(
             f"{repo} is not a path here, not in the hub's cache, and the hub cannot be reached;"
             " check the spelling and the network, or give a directory or a .gguf file."

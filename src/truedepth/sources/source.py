@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,6 +50,9 @@ class Source:
 
     save_companions: Callable[[Path], None] = field(repr=False)
     """Writes what is neither config nor weights (tokenizer, generation config) to a directory."""
+
+    check_companions: Callable[[], None] = field(default=lambda: None, repr=False)
+    """Raises TruedepthError if that could not be done; to be called before any long work."""
 
     read_generation_config: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False)
     stamps: Stamps = field(default_factory=Stamps, repr=False, compare=False)
@@ -113,6 +117,8 @@ class Source:
         except TruedepthError:
             raise
         except Exception as error:  # tokenizers of every kind raise errors of every kind
+            said = textwrap.shorten(str(error), 400, placeholder=" …").rstrip(".")
             raise TruedepthError(
-                f"{self.path} has no tokenizer that transformers can load."
+                f"transformers cannot load the tokenizer of {self.path}:"
+                f" {type(error).__name__}: {said}."
             ) from error

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from truedepth.errors import TruedepthError
 from truedepth.progress import note
 from truedepth.sources import pickled
+from truedepth.sources.fetched import check_fetched
 from truedepth.sources.limits import read_json
 from truedepth.sources.mapped import mapped_tensor
 from truedepth.sources.names import may_be_left_out
@@ -101,6 +102,8 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
     index, suffixes = INDEX, [SUFFIX]
     single: str | None = SINGLE_FILE
     if not has_safetensors(path):
+        for name in (SINGLE_FILE, INDEX):
+            check_fetched(path / name)
         if not any(file.suffix in pickled.SUFFIXES for file in path.iterdir()):
             raise TruedepthError(_no_weights(path))
         if not allow_pickle:
@@ -125,6 +128,7 @@ def _weight_files(path: Path, allow_pickle: bool) -> dict[Path, set[str]]:
     else:
         raise TruedepthError(f"{path} has several files of pickled weights but no {index}.")
     for name in files:
+        check_fetched(path / name)
         if not (path / name).is_file():
             raise TruedepthError(f"The shard {path / name} is missing.")
     return {path / name: tensors for name, tensors in files.items()}

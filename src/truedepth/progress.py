@@ -1,4 +1,4 @@
-"""Progress bars on standard error: removed when done, shown only on a terminal."""
+"""What a run says on standard error while it works: progress on a terminal, and notes."""
 
 from __future__ import annotations
 
@@ -43,3 +43,13 @@ def progress_bar(
     with bar:
         task = bar.add_task(description, total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+def note(sentence: str) -> None:
+    """Say something that the user may want to know and need not act on, once per process."""
+    if sentence not in _noted:
+        _noted.add(sentence)
+        print(f"truedepth: note: {sentence}", file=sys.stderr)
+
+
+_noted: set[str] = set()

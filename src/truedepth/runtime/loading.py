@@ -10,6 +10,7 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,7 +20,9 @@ from truedepth.families.registration import register
 from truedepth.plan.config import plan_of
 from truedepth.runtime.device import device_of
 from truedepth.runtime.empty import transformers_config
+from truedepth.runtime.generation_config import as_written
 from truedepth.sources.directory import has_safetensors
+from truedepth.sources.limits import read_json
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 
@@ -74,6 +77,9 @@ def load(
     tensors = source.tensors  # opened here, so that the error names a broken file
     try:
         config = transformers_config(source.config, source.path)
+        settings = source.path / "generation_config.json"
+        if settings.is_file():
+            options["generation_config"] = GenerationConfig()  # so that it is not read there
         if source.path.is_dir() and has_safetensors(source.path):
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 source.path,
@@ -93,6 +99,8 @@ def load(
                 output_loading_info=True,
                 **options,
             )
+        if settings.is_file():
+            loaded.generation_config = as_written(read_json(settings))
     except TruedepthError:
         raise
     except Exception as error:  # an unusual config value can raise anything

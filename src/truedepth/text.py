@@ -58,6 +58,7 @@ def documents(path: str | Path) -> Iterator[str]:
         raise TruedepthError(
             f"{path} is neither a .txt nor a .jsonl file; save the text as one of these."
         )
+    check_characters(str(path), f"The name of the text {path}")  # checkpoints record it
     empty = True
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -151,10 +152,16 @@ def check_embedded(source: Source, ids: Iterable[int]) -> None:
     """Refuse tokens that the model has no embedding for.
 
     Raises:
-        TruedepthError: A token's id is not below the config's `vocab_size`.
+        TruedepthError: A token's id is not below the config's `vocab_size`, or there is no id.
     """
     rows = source.config.get("vocab_size")
-    highest = max(ids, default=-1)
+    try:
+        highest = max(ids, default=-1)
+    except TypeError as error:  # some tokenizers give None for what they do not know
+        raise TruedepthError(
+            f"The tokenizer of {source.name} has no token for a part of the text, nor one for"
+            " whatever is unknown; use the tokenizer that belongs to the model."
+        ) from error
     if rows is not None and highest >= rows:
         token = source.tokenizer.convert_ids_to_tokens(highest)
         raise TruedepthError(

@@ -43,7 +43,9 @@ def _sentence(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{' '.join(str(error.strerror or error).split())}{where}.", 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+    # torch's own are OutOfMemoryError on a GPU, and any RuntimeError on a CPU.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in str(error):
         return f"There is not enough memory: {first_line(error)}", 1
     said = first_line(error).removesuffix(".")
     return f"unexpected error: {said}; run the command again with {DEBUG} to see where.", 1

@@ -22,6 +22,11 @@ def harness_model(loaded: Loaded, batch_size: int | str) -> Any:
     class Harness(HFLM):  # type: ignore[misc]
         cut = 0
 
+        @property
+        def eot_token_id(self) -> int:
+            end = self.tokenizer.eos_token_id
+            return int(self.prefix_token_id if end is None else end)
+
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
         ) -> Any:

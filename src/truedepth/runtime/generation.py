@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from transformers import (
 from truedepth.errors import TruedepthError, first_line
 from truedepth.options import Bounds, checked
 from truedepth.progress import note, progress_bar
-from truedepth.runtime.generation_config import checked_config, followed, replaced
+from truedepth.runtime.generation_config import checked_config, end_tokens, followed, replaced
 from truedepth.runtime.loading import Loaded
 from truedepth.runtime.prompt import prompt_ids
 from truedepth.sources.source import Source
@@ -112,7 +112,7 @@ def answer(
         options["streamer"] = streamer
     ids = torch.tensor([given], device=model.device)
     with ExitStack() as stack:
-        stack.enter_context(_errors(source))
+        stack.enter_context(_errors(source, own.settings))
         stops = _StopStrings(source, own.stop_strings, len(given)) if own.stop_strings else None
         options["stopping_criteria"] = StoppingCriteriaList([stops] if stops else [])
         stack.enter_context(replaced(model, GenerationConfig()))
@@ -203,8 +203,8 @@ class _StopStrings(StoppingCriteria):  # type: ignore[misc]
 
 
 @contextmanager
-def _errors(source: Source) -> Iterator[None]:
-    """Errors of transformers as one sentence: a generation config may hold anything."""
+def _errors(source: Source, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of transformers as one sentence, which names the settings that a file gave."""
     try:
         yield
     except (TruedepthError, OSError):  # the latter from what the answer is streamed to
@@ -214,7 +214,10 @@ def _errors(source: Source) -> Iterator[None]:
             f"There is not enough memory to generate with {source.name}: {first_line(error)}", 1
         ) from error
     except Exception as error:
-        raise TruedepthError(f"{source.name} cannot generate: {first_line(error)}", 1) from error
+        said = ", ".join(f"{name} {value!r}" for name, value in settings.items() if value)
+        raise TruedepthError(
+            f"{source.name} cannot generate{f' with {said}' * bool(said)}: {first_line(error)}", 1
+        ) from error
 
 
 @contextmanager
@@ -256,7 +259,6 @@ def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor
         TruedepthError: Generation fails.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    end = model.generation_config.eos_token_id
     special = sorted(set(tokenizer.all_special_ids))
     usual = torch.ones(min(len(tokenizer), model.config.vocab_size), dtype=torch.bool)
     usual[[token for token in special if token < len(usual)]] = False
@@ -270,14 +272,15 @@ def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor
         max_length=window,
         min_length=window,
         suppress_tokens=special,
-        eos_token_id=end,  # never sampled either, as no text is shorter than `min_length`
+        # These are not sampled either, as no text is shorter than `min_length`.
+        eos_token_id=end_tokens(model.generation_config) or None,
         pad_token_id=special[0] if special else 0,
     )
     written = []
     with (
         torch.random.fork_rng(),
         progress_bar("Writing text", windows) as advance,
-        _errors(loaded.source),
+        _errors(loaded.source, {}),
         replaced(model, GenerationConfig()),
     ):
         torch.manual_seed(seed)

@@ -82,10 +82,17 @@ def followed(config: GenerationConfig, source: Source, sampled: bool) -> Followe
         sampled: Whether tokens are sampled; else sampling settings are passed over.
 
     Raises:
-        TruedepthError: A stop string is not one.
+        TruedepthError: An end token is not an id, or a stop string not a string.
     """
-    end = config.eos_token_id
-    settings = {"eos_token_id": source.tokenizer.eos_token_id if end is None else end}
+    end = end_tokens(config)
+    if config.eos_token_id is None and source.tokenizer.eos_token_id is not None:
+        end = [source.tokenizer.eos_token_id]
+    elif not end and config.eos_token_id not in (None, []):
+        raise TruedepthError(
+            f"The generation config of {source.name} gives {config.eos_token_id!r} as eos_token_id,"
+            " which must be the id of a token, or a list of ids."
+        )
+    settings: dict[str, Any] = {"eos_token_id": end or None}
     for name in (*FOLLOWED, *(SAMPLING if sampled else ())):
         if (value := getattr(config, name, None)) is not None:
             settings[name] = _as_number(name, value)
@@ -106,11 +113,20 @@ def followed(config: GenerationConfig, source: Source, sampled: bool) -> Followe
     return Followed(settings, tuple(filter(None, strings)), ignored)
 
 
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """The ids of a config's end tokens; what is not an id is left out."""
+    end = config.eos_token_id
+    given = end if isinstance(end, list) else [end]
+    return [int(token) for token in given if isinstance(token, int | float) and token == int(token)]
+
+
 def _as_number(name: str, value: Any) -> Any:
     if name in FRACTIONS and type(value) is int:
         return float(value)
     if name == "top_k" and value == -1:  # as other engines write that there is no limit
         return 0
+    if name == "top_k" and isinstance(value, float) and value.is_integer():
+        return int(value)
     return value
 
 

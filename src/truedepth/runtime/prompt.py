@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from truedepth.errors import TruedepthError, first_line
+from truedepth.progress import note
 from truedepth.sources.source import Source
 from truedepth.text import check_characters, check_embedded, positions_of
 
@@ -36,6 +37,8 @@ def prompt_ids(source: Source, prompt: str, raw: bool) -> list[int]:
             f"The prompt has {len(ids)} tokens, and {source.name} has {positions} positions for"
             " prompt and answer together; give a shorter prompt."
         )
+    if source.tokenizer.chat_template == "" and not raw:
+        note(f"the chat template of {source.name} is empty; the prompt is continued as it is.")
     return ids
 
 

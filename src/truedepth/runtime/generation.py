@@ -131,7 +131,8 @@ def answer(
     if own.ignored:
         said = ", ".join(f"{name} {value!r}" for name, value in own.ignored.items())
         note(f"the answer does not follow {said} in the generation config of {source.name}.")
-    if len(written) == length < max_new_tokens:
+    ended = bool(stops and stops.end) or written[-1] in (own.settings["eos_token_id"] or ())
+    if len(written) == length < max_new_tokens and not ended:
         note(
             f"the answer stops after {length} of {max_new_tokens} tokens, where the {positions}"
             f" positions of {source.name} end."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import huggingface_hub
 import pytest
 import torch
 
 import truedepth as td
+from tiny_models import byte_tokenizer
 from truedepth.healing.options import TextPart
 from truedepth.healing.text import packed, part_documents, training_text
 
@@ -122,12 +124,39 @@ def test_a_dataset_without_text_is_named(monkeypatch):
         ("a.jsonl", '{"content": "x"}', "Line 1 of .*'text'"),
         ("a.txt", "short", "too few to train on"),
         ("a.csv", "x", "neither a .txt nor a .jsonl"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "\\ud83d"}', r"Line 2 of .*\\ud83d"),
     ],
 )
 def test_text_that_cannot_be_trained_on(source, tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(td.TruedepthError, match=words):
         read([TextPart(str(tmp_path / name))], source, tmp_path / "kept", 8, 2)
+
+
+@pytest.mark.parametrize("token", ["<|user|>", "</s>"])
+def test_tokens_that_the_model_has_no_embedding_for(make_model, tmp_path, token):
+    """One in the text, and one that ends every document."""
+    source = td.open_source(make_model(vocab_size=len(byte_tokenizer())))
+    if token == "</s>":
+        source.tokenizer.add_special_tokens({"eos_token": token})
+    else:
+        source.tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    (tmp_path / "a.txt").write_text("the <|user|> cat " * 99)
+    words = rf"gives '{re.escape(token)}' the id {source.config['vocab_size']}"
+    with pytest.raises(td.TruedepthError, match=words):
+        read([TextPart(str(tmp_path / "a.txt"))], source, tmp_path / "kept", 8, 2)
+    assert not (tmp_path / "kept" / "tokens.json").exists()
+
+
+def test_a_dataset_that_breaks_off(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(td.TruedepthError, match="can be read: DatasetGenerationError: An error"):
+        list(part_documents("owner/name"))
 
 
 def test_a_directory_without_text(tmp_path):

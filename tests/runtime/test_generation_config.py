@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -109,7 +110,9 @@ def test_what_changes_no_answer_and_no_text(made, draft, capsys, settings):
 def penalized(penalty):
     def changed(logits, ids):
         for token in set(ids):
-            logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+            logits[token] = (
+                logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+            )
         return logits
 
     return changed
@@ -125,7 +128,7 @@ def without(*tokens):
 
 def unrepeated(logits, ids):
     """No pair of tokens twice."""
-    for first, second in zip(ids, ids[1:], strict=False):
+    for first, second in itertools.pairwise(ids):
         if first == ids[-1]:
             logits[second] = -torch.inf
     return logits
@@ -195,7 +198,7 @@ def test_an_answer_is_as_long_as_the_file_says_at_least(made):
     start = len(loaded.tokenizer(PROMPT)["input_ids"])
     expected = greedy(loaded, late)
     found = answer(loaded, PROMPT, max_new_tokens=LENGTH).ids
-    assert 12 <= len(found) and found == expected[: len(found)]
+    assert len(found) >= 12 and found == expected[: len(found)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -270,7 +273,7 @@ def test_too_little_memory(made, monkeypatch):
 
     monkeypatch.setattr(loaded.model, "generate", full)
     for call in (lambda: answer(loaded, PROMPT), lambda: own_text(loaded, 2, 8)):
-        with pytest.raises(td.TruedepthError, match="not enough memory .*2 GiB") as caught:
+        with pytest.raises(td.TruedepthError, match=r"not enough memory .*2 GiB") as caught:
             call()
         assert caught.value.exit_code == 1
 

@@ -39,7 +39,10 @@ RENDERED = {
         "-a cat",
     ),
     "parts that must be": ("{{ messages[0].content[0]['text'] + '!' }}", "a cat!"),
-    "parts in lines": (EACH + "{% for p in m.content %}+{{ p.text }}{% endfor %}{% endfor %}", "+a cat"),
+    "parts in lines": (
+        EACH + "{% for p in m.content %}+{{ p.text }}{% endfor %}{% endfor %}",
+        "+a cat",
+    ),
 }
 
 

@@ -47,7 +47,7 @@ def main() -> None:
     original = td.load(arguments.original, dtype=dtype)
     drafts = {name: td.load(name, dtype=dtype) for name in arguments.drafts}
     counts = [int(word) for word in arguments.draft_tokens.split(",")]
-    windows = token_windows(original.tokenizer, read_text(arguments.text), PROMPT)
+    windows = token_windows(original.source, read_text(arguments.text), PROMPT)
     windows = windows[:: max(1, len(windows) // arguments.prompts)][: arguments.prompts]
     prompts = [original.tokenizer.decode(ids, skip_special_tokens=True) for ids in windows]
     options: dict[str, Any] = {"max_new_tokens": arguments.tokens, "raw": True}

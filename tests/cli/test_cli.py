@@ -195,6 +195,15 @@ BAD = {
         "320 and 384 entries",
     ),
     "no tokenizer": (["eval", "{tmp}/dumb"], "no tokenizer"),
+    "half a character": (
+        ["eval", "{model}", "--text", "{tmp}/half.jsonl"],
+        "Line 2 of {tmp}/half.jsonl holds half of a character, \\ud83d",
+    ),
+    "a prompt of other bytes": (["generate", "{model}", "a \udcff cat"], "the byte 0xff"),
+    "a long prompt": (
+        ["generate", "{model}", "the cat " * 600],
+        "has 512 positions for prompt and answer together",
+    ),
     "empty prompt": (["generate", "{model}", ""], "prompt is empty"),
     "unknown device": (["eval", "{model}", "--text", "{text}", "--device", "abacus"], "abacus"),
     "unwritable JSON": (["info", "{model}", "--json", "{tmp}/none/x.json"], "Cannot write"),
@@ -210,6 +219,7 @@ def bad_inputs(make_model, tmp_path, text):
     (tmp_path / "deep.yaml").write_text("num_layers: 8\ngroups: [[6, 7]]")
     (tmp_path / "broken.yaml").write_text("num_layers: [")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "the \\ud83d cat"}\n')
     (tmp_path / "empty").mkdir()
     config = json.loads((model / "config.json").read_text())
     changes = {
@@ -235,7 +245,7 @@ def bad_inputs(make_model, tmp_path, text):
 def test_bad_input_gives_one_sentence_and_exit_code_2(run, bad_inputs, arguments, words):
     code, out, err = run(*[argument.format(**bad_inputs) for argument in arguments])
     assert code == 2, err
-    assert words in err
+    assert words.format(**bad_inputs) in err
     assert err.startswith("truedepth: ")
     assert err.endswith(".\n")
     assert err.count("\n") == 1

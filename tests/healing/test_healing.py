@@ -267,8 +267,8 @@ def test_validation_measures_are_those_of_eval(make_model, converted, options, t
         converted, tmp_path / "out", teacher=make_model(), healing=replace(options, tokens=128)
     )
     ours, theirs = td.load(converted).model, td.load(make_model()).model
-    tokenizer = td.open_source(converted).tokenizer
-    windows = list(packed(part_documents(options.text[0].name), tokenizer, 32))
+    source = td.open_source(converted)
+    windows = list(packed(part_documents(options.text[0].name), source, 32))
     aside = torch.tensor(windows[4:12])  # after the four that are trained on
     assert done.record.validation.windows == len(aside)
     rows = []
@@ -397,9 +397,9 @@ def test_the_best_step_is_kept(make_model, converted, options, tmp_path):
     best = min(trained, key=lambda row: row["kl"])
     assert best["step"] < trained[-1]["step"] and best["kl"] < trained[-1]["kl"]
     assert done.record.validation.after == best
-    tokenizer = td.open_source(converted).tokenizer
+    source = td.open_source(converted)
     text = training_text(
-        options.text, tokenizer, tmp_path / "text", length=32, windows=48, validation=8
+        options.text, source, tmp_path / "text", length=32, windows=48, validation=8
     )
     aside = text.validation.long()
     ours, theirs = td.load(tmp_path / "out").model, td.load(make_model()).model

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 
 import huggingface_hub
 import pytest
 import torch
 
 import truedepth as td
+from tiny_models import byte_tokenizer
 from truedepth.healing.options import TextPart
 from truedepth.healing.text import packed, part_documents, training_text
 
 
 @pytest.fixture(scope="module")
-def tokenizer(make_model):
-    return td.open_source(make_model()).tokenizer
+def source(make_model):
+    return td.open_source(make_model())
 
 
 def documents(path, count, letter, words=40):
@@ -24,61 +26,61 @@ def documents(path, count, letter, words=40):
     return TextPart(str(path))
 
 
-def read(parts, tokenizer, directory, windows, validation, length=32):
+def read(parts, source, directory, windows, validation, length=32):
     return training_text(
-        parts, tokenizer, directory, length=length, windows=windows, validation=validation
+        parts, source, directory, length=length, windows=windows, validation=validation
     )
 
 
-def test_documents_are_joined_by_the_end_of_text(tokenizer):
-    windows = list(packed(["one two", "three"], tokenizer, 4))
+def test_documents_are_joined_by_the_end_of_text(source):
+    windows = list(packed(["one two", "three"], source, 4))
     ids = [
-        *tokenizer("one two", add_special_tokens=False)["input_ids"],
-        tokenizer.eos_token_id,
-        *tokenizer("three", add_special_tokens=False)["input_ids"],
-        tokenizer.eos_token_id,
+        *source.tokenizer("one two", add_special_tokens=False)["input_ids"],
+        source.tokenizer.eos_token_id,
+        *source.tokenizer("three", add_special_tokens=False)["input_ids"],
+        source.tokenizer.eos_token_id,
     ]
     assert windows == [ids[i : i + 4] for i in range(0, len(ids) // 4 * 4, 4)]
 
 
-def test_windows_set_aside_are_never_trained_on(tokenizer, tmp_path):
+def test_windows_set_aside_are_never_trained_on(source, tmp_path):
     part = documents(tmp_path / "a.jsonl", 60, "a")
-    text = read([part], tokenizer, tmp_path / "kept", 40, 5)
+    text = read([part], source, tmp_path / "kept", 40, 5)
     assert (text.trained.shape, text.validation.shape) == ((40, 32), (5, 32))
-    everything = list(packed(part_documents(part.name), tokenizer, 32))
+    everything = list(packed(part_documents(part.name), source, 32))
     aside = (7, 15, 23, 31, 39)
     assert text.validation.tolist() == [everything[i] for i in aside]
     assert text.trained.tolist() == [everything[i] for i in range(45) if i not in aside]
     assert text.tokens == {"a.jsonl": 40 * 32}
 
 
-def test_it_is_read_once(tokenizer, tmp_path):
+def test_it_is_read_once(source, tmp_path):
     part = documents(tmp_path / "a.jsonl", 60, "a")
-    first = read([part], tokenizer, tmp_path / "kept", 40, 5)
+    first = read([part], source, tmp_path / "kept", 40, 5)
     (tmp_path / "a.jsonl").unlink()
-    again = read([part], tokenizer, tmp_path / "kept", 40, 5)
+    again = read([part], source, tmp_path / "kept", 40, 5)
     assert torch.equal(first.trained, again.trained)
     assert torch.equal(first.validation, again.validation)
 
 
-def test_a_mixture_has_the_shares_that_weights_say(tokenizer, tmp_path):
+def test_a_mixture_has_the_shares_that_weights_say(source, tmp_path):
     parts = [documents(tmp_path / f"{letter}.jsonl", 90, letter) for letter in "ab"]
     parts[1] = TextPart(parts[1].name, 3.0)
-    text = read(parts, tokenizer, tmp_path / "kept", 80, 8)
+    text = read(parts, source, tmp_path / "kept", 80, 8)
     assert text.tokens == {"a.jsonl": 20 * 32, "b.jsonl": 60 * 32}
 
 
-def test_a_text_that_ends_early_leaves_its_share_to_the_others(tokenizer, tmp_path):
+def test_a_text_that_ends_early_leaves_its_share_to_the_others(source, tmp_path):
     parts = [documents(tmp_path / "a.jsonl", 3, "a"), documents(tmp_path / "b.jsonl", 90, "b")]
-    text = read(parts, tokenizer, tmp_path / "kept", 60, 4)
+    text = read(parts, source, tmp_path / "kept", 60, 4)
     assert len(text.trained) == 60
     assert 0 < text.tokens["a.jsonl"] < 20 * 32
-    short = read(parts[:1], tokenizer, tmp_path / "short", 60, 4)
+    short = read(parts[:1], source, tmp_path / "short", 60, 4)
     assert 8 < len(short.trained) + len(short.validation) < 20
     assert len(short.validation) >= 1
 
 
-def test_directories_are_read_file_by_file(tokenizer, tmp_path):
+def test_directories_are_read_file_by_file(source, tmp_path):
     (tmp_path / "data" / "inner").mkdir(parents=True)
     (tmp_path / "data" / "b.txt").write_text("bee")
     (tmp_path / "data" / "inner" / "c.jsonl").write_text('{"text": "sea"}\n{"text": "see"}')
@@ -122,12 +124,39 @@ def test_a_dataset_without_text_is_named(monkeypatch):
         ("a.jsonl", '{"content": "x"}', "Line 1 of .*'text'"),
         ("a.txt", "short", "too few to train on"),
         ("a.csv", "x", "neither a .txt nor a .jsonl"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "\\ud83d"}', r"Line 2 of .*\\ud83d"),
     ],
 )
-def test_text_that_cannot_be_trained_on(tokenizer, tmp_path, name, content, words):
+def test_text_that_cannot_be_trained_on(source, tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(td.TruedepthError, match=words):
-        read([TextPart(str(tmp_path / name))], tokenizer, tmp_path / "kept", 8, 2)
+        read([TextPart(str(tmp_path / name))], source, tmp_path / "kept", 8, 2)
+
+
+@pytest.mark.parametrize("token", ["<|user|>", "</s>"])
+def test_tokens_that_the_model_has_no_embedding_for(make_model, tmp_path, token):
+    """One in the text, and one that ends every document."""
+    source = td.open_source(make_model(vocab_size=len(byte_tokenizer())))
+    if token == "</s>":
+        source.tokenizer.add_special_tokens({"eos_token": token})
+    else:
+        source.tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    (tmp_path / "a.txt").write_text("the <|user|> cat " * 99)
+    words = rf"gives '{re.escape(token)}' the id {source.config['vocab_size']}"
+    with pytest.raises(td.TruedepthError, match=words):
+        read([TextPart(str(tmp_path / "a.txt"))], source, tmp_path / "kept", 8, 2)
+    assert not (tmp_path / "kept" / "tokens.json").exists()
+
+
+def test_a_dataset_that_breaks_off(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(td.TruedepthError, match="can be read: DatasetGenerationError: An error"):
+        list(part_documents("owner/name"))
 
 
 def test_a_directory_without_text(tmp_path):

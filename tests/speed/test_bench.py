@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import truedepth as td
+from truedepth import progress
 from truedepth.speed import transformers
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import DECODED, Case, Task, interleaved
@@ -63,6 +64,14 @@ def test_one_process(make_model, tmp_path):
     for row in bench(tmp_path / "out", make_model()):
         assert len(row.model.seconds) == len(row.base.seconds) == 2
         assert row.model.collectives is None
+
+
+def test_lengths_beyond_the_positions_are_said(make_model, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_noted", set())
+    model = make_model(max_position_embeddings=8)
+    bench(model, make_model())
+    said = f"truedepth: note: 12 tokens are more than the 8 positions of {model}.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_two_ranks(make_model, tmp_path):

@@ -85,7 +85,7 @@ def given_text(
     own = round(options.own_share * (options.tokens // window))
     check_window(source, window)
     texts = [read_text(path) for path in options.text] or [default_text()]
-    parts = [token_windows(source.tokenizer, text, window) for text in texts]
+    parts = [token_windows(source, text, window) for text in texts]
     uses = [torch.arange(len(part)) % RESERVED_EVERY for part in parts]
     wanted = [(measured, MEASURE), (options.check, CHECK)]
     held = [

@@ -16,6 +16,7 @@ from truedepth.cli import heal as cli_heal
 from truedepth.cli import plan as cli_plan
 from truedepth.cli import speed as cli_speed
 from truedepth.cli.commands import command
+from truedepth.cli.errors import DEBUG, reported
 from truedepth.cli.options import (
     Device,
     DType,
@@ -47,6 +48,12 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _app(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            DEBUG, help="Show where an error comes from; may stand anywhere in a command."
+        ),
+    ] = False,
 ) -> None:
     if version:
         print(f"truedepth {__version__}")
@@ -376,17 +383,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal without Δ or … shows a question mark
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    try:
-        app()
-    except TruedepthError as error:
-        sys.exit(_fail(str(error), error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_fail("Interrupted.", 130))
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(_fail(f"{error.strerror or error}{where}.", 1))
-
-
-def _fail(sentence: str, code: int) -> int:
-    print(f"truedepth: {sentence}", file=sys.stderr)
-    return code
+    sys.exit(reported(app, sys.argv[1:]))

@@ -281,7 +281,7 @@ def _windows(source: Source, text: str | Path | None, window: int, windows: int)
     """The first `windows` windows of the text, `[windows, window]`; fewer are an error."""
     check_window(source, window)
     content = default_text() if text is None else read_text(text)
-    ids = token_windows(source.tokenizer, content, window, windows)
+    ids = token_windows(source, content, window, windows)
     if len(ids) < windows:
         raise TruedepthError(
             f"The text has {len(ids)} windows of {window} tokens, not {windows}; give more text or"

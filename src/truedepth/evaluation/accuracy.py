@@ -12,9 +12,11 @@ import torch
 import transformers
 
 from truedepth.errors import TruedepthError, first_line
+from truedepth.evaluation.harness import as_the_harness_needs, harness_model
 from truedepth.evaluation.local_tasks import local_tasks
 from truedepth.files.descriptors import quiet
 from truedepth.options import Bounds, checked
+from truedepth.progress import note
 from truedepth.runtime.loading import Loaded, load, opened, source_of
 from truedepth.sources.source import Source
 from truedepth.tensors import dtype_name
@@ -218,20 +220,16 @@ class _Run:
 
     def _ask(self, loaded: Loaded) -> dict[str, Any]:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         batch_size = self.batch_size
         if batch_size == "auto" and loaded.model.device.type == "cpu":
             batch_size = CPU_BATCH_SIZE  # the harness would first try 64 of the longest length
         tasks = [config for configs in self.configs.values() for config in configs]
         try:
-            with quiet():
+            with quiet(), as_the_harness_needs(loaded):
+                harness = harness_model(loaded, batch_size)
                 results: dict[str, Any] = simple_evaluate(
-                    HFLM(
-                        pretrained=loaded.model,
-                        tokenizer=loaded.tokenizer,
-                        batch_size=batch_size,
-                    ),
+                    harness,
                     tasks=[dict(task) if isinstance(task, dict) else task for task in tasks],
                     task_manager=self.manager,
                     num_fewshot=self.num_fewshot,
@@ -243,10 +241,17 @@ class _Run:
                     torch_random_seed=self.seed,
                     fewshot_random_seed=self.seed,
                 )
-        except (KeyError, ValueError, OSError, AssertionError, TypeError) as error:
+        except TruedepthError:
+            raise
+        except Exception as error:  # tasks run code of their own
             raise TruedepthError(
                 f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {first_line(error)}"
             ) from error
+        if harness.cut:
+            note(
+                f"{harness.cut} requests were longer than the {harness.max_length} positions of"
+                f" {loaded.source.name}; lm-evaluation-harness left out their beginnings."
+            )
         return results
 
 

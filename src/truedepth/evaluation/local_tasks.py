@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from truedepth.errors import TruedepthError
+from truedepth.text import check_characters, undecodable_line
 
 Item = dict[str, Any]
 
@@ -109,7 +110,10 @@ def _read(path: Path, keys: Sequence[str], exactly: int | None) -> list[Item]:
     except OSError as error:
         raise TruedepthError(f"Cannot read the task file {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise TruedepthError(f"{path} is not UTF-8 text; convert it to UTF-8.") from error
+        number = undecodable_line(path)
+        raise TruedepthError(
+            f"{path}, line {number}: not UTF-8 text; save the file as UTF-8."
+        ) from error
     items = [
         _item(line, path, number, keys, exactly)
         for number, line in enumerate(lines, 1)
@@ -123,7 +127,7 @@ def _read(path: Path, keys: Sequence[str], exactly: int | None) -> list[Item]:
 def _item(line: str, path: Path, number: int, keys: Sequence[str], exactly: int | None) -> Item:
     try:
         item = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TruedepthError(f"{path}, line {number}: not valid JSON.") from error
     if not isinstance(item, dict):
         raise TruedepthError(f"{path}, line {number}: not a JSON object.")
@@ -147,4 +151,6 @@ def _item(line: str, path: Path, number: int, keys: Sequence[str], exactly: int 
                 f"{path}, line {number}: 'gold' must be an integer from 0 to {len(options) - 1},"
                 f" not {item['gold']!r}."
             )
-    return {key: item[key] for key in keys}
+    item = {key: item[key] for key in keys}
+    check_characters(json.dumps(item, ensure_ascii=False), f"{path}, line {number}")
+    return item

@@ -106,7 +106,7 @@ def perplexity(
     # Texts and tokenizers come first: a fault in them is reported before any model is loaded.
     models = [opened(each) for each in (model, against) if each is not None]
     sources = [source_of(each) for each in models]
-    ids, *others = [token_windows(each.tokenizer, content, window, windows) for each in sources]
+    ids, *others = [token_windows(each, content, window, windows) for each in sources]
     if any(not torch.equal(ids, other) for other in others):
         raise TruedepthError(
             f"{' and '.join(each.label for each in sources)} split the text into different tokens;"

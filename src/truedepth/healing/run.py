@@ -233,7 +233,7 @@ class _Run:
         options = self.options
         return training_text(
             options.text,
-            self.source.tokenizer,
+            self.source,
             self.kept,
             length=options.sequence_length,
             windows=options.steps * options.batch_size,

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from truedepth.errors import TruedepthError, first_line
 from truedepth.files.atomic import whole_file
 from truedepth.healing.options import TextPart
 from truedepth.progress import progress_bar
-from truedepth.text import TEXT_SUFFIXES, beginning, documents
+from truedepth.sources.source import Source
+from truedepth.text import TEXT_SUFFIXES, beginning, check_embedded, documents, token_ids
 
 VALIDATION_STRIDE = 8  # every 8th window of a text is for validation, until there are enough
 SHUFFLED_DOCUMENTS = 10_000  # documents in the buffer that shuffles a stream
@@ -44,7 +44,7 @@ class TrainingText:
 
 def training_text(
     parts: Sequence[TextPart],
-    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
     directory: Path,
     *,
     length: int,
@@ -56,8 +56,8 @@ def training_text(
 
     Args:
         parts: The texts to mix.
-        tokenizer: The model's tokenizer. Documents are joined by its end-of-text token; if it puts
-            a BOS token before every text, every window starts with it.
+        source: The model. Documents are joined by its tokenizer's end-of-text token; if that puts a
+            BOS token before every text, every window starts with it.
         directory: Directory for the windows, which are memory-mapped from there.
         length: Tokens per window.
         windows: Number of training windows; there are fewer if the text ends first.
@@ -65,13 +65,14 @@ def training_text(
         seed: Random seed for the order of the documents of a hub dataset.
 
     Raises:
-        TruedepthError: A part cannot be read or is empty, or the whole text is too short.
+        TruedepthError: A part cannot be read, tokenized or embedded, or is empty, or the whole text
+            is too short.
     """
     index = directory / "tokens.json"
     if not index.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        sources = [packed(part_documents(part.name, seed), tokenizer, length) for part in parts]
-        counts = _write(sources, [part.weight for part in parts], directory, windows, validation)
+        windows_of = [packed(part_documents(part.name, seed), source, length) for part in parts]
+        counts = _write(windows_of, [part.weight for part in parts], directory, windows, validation)
         if not counts["held"] or not sum(counts["trained"]):
             count = counts["held"] + sum(counts["trained"])
             raise TruedepthError(
@@ -123,18 +124,22 @@ def _write(
     return {"trained": trained, "held": held}
 
 
-def packed(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
-) -> Iterator[list[int]]:
-    """Concatenated documents, cut into windows of token ids; an incomplete one is dropped."""
+def packed(texts: Iterable[str], source: Source, length: int) -> Iterator[list[int]]:
+    """Concatenated documents, cut into windows of token ids; an incomplete one is dropped.
+
+    Raises:
+        TruedepthError: A document cannot be tokenized, or the model lacks a token's embedding.
+    """
+    tokenizer = source.tokenizer
     prefix = beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     body = length - len(prefix)
     left: list[int] = []
     texts = iter(texts)
     while some := list(islice(texts, TOKENIZED)):
-        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in token_ids(source, some, "A document"):
             left += ids + end
+        check_embedded(source, prefix + left)
         whole = len(left) // body * body
         for start in range(0, whole, body):
             yield prefix + left[start : start + body]
@@ -178,7 +183,9 @@ def _hub_documents(name: str, seed: int) -> Iterator[str]:
                     f" {', '.join(map(repr, row))}."
                 )
             yield row["text"]
-    except (OSError, ValueError, RuntimeError) as error:
+    except TruedepthError:
+        raise
+    except Exception as error:  # datasets, pyarrow and HTTP libraries have errors of their own
         raise TruedepthError(
             f"{name} is neither a path here nor a dataset of the hub that can be read:"
             f" {first_line(error)}"

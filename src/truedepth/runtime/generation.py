@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, TextStreamer
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, first_line
 from truedepth.options import Bounds, checked
-from truedepth.progress import progress_bar
+from truedepth.progress import note, progress_bar
+from truedepth.runtime.generation_config import checked_config, end_tokens, followed, replaced
 from truedepth.runtime.loading import Loaded
-from truedepth.text import beginning
+from truedepth.runtime.prompt import prompt_ids
+from truedepth.sources.source import Source
+from truedepth.text import beginning, check_embedded, positions_of
 
 OWN_TEXT_BATCH = 64  # windows generated in one batch
 DRAFT_TOKENS = 2
@@ -84,60 +93,132 @@ def answer(
         stream: Print the answer while it is generated.
 
     Raises:
-        TruedepthError: The prompt is empty, the draft has another vocabulary, or a draft is used
-            and one of the two models runs in llama.cpp.
+        TruedepthError: The prompt cannot be used (see `prompt_ids`) or generation fails, the draft
+            has another vocabulary, or a draft is used and one of the two models runs in llama.cpp.
     """
-    tokenizer, model = loaded.tokenizer, loaded.model
-    if not prompt.strip():
-        raise TruedepthError("The prompt is empty; give some text.")
-    for each in (loaded, draft) if draft is not None else ():
+    model, source = loaded.model, loaded.source
+    if draft is not None:
+        _check_draft(draft, loaded)
+    given = prompt_ids(source, prompt, raw)
+    own = followed(model.generation_config, source, sampled=temperature > 0)
+    positions = positions_of(source.config)
+    length = max_new_tokens if positions is None else min(max_new_tokens, positions - len(given))
+    config = _config_of_answer(loaded, own.settings, len(given), length, temperature)
+    options: dict[str, Any] = {"generation_config": config}
+    streamer = TextStreamer(source.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    # Several tokens can come at a time from a draft, and some of them from behind a stop string.
+    at_once = draft is not None and bool(own.stop_strings)
+    if stream and not at_once:
+        options["streamer"] = streamer
+    ids = torch.tensor([given], device=model.device)
+    with ExitStack() as stack:
+        stack.enter_context(_errors(source, own.settings))
+        stops = _StopStrings(source, own.stop_strings, len(given)) if own.stop_strings else None
+        options["stopping_criteria"] = StoppingCriteriaList([stops] if stops else [])
+        stack.enter_context(replaced(model, GenerationConfig()))
+        if draft is not None:
+            stack.enter_context(replaced(draft.model, _config_of_draft(draft_tokens)))
+            options["assistant_model"] = draft.model
+        passes = stack.enter_context(_counted(model))
+        drafted = stack.enter_context(_counted(draft.model)) if draft else [0]
+        start = time.perf_counter()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        seconds = time.perf_counter() - start
+        written = output[0, len(given) : stops.end if stops else None].tolist()
+        text = str(source.tokenizer.decode(written, skip_special_tokens=True)).strip()
+    if stream and at_once:
+        print(text, flush=True)
+    if own.ignored:
+        said = ", ".join(f"{name} {value!r}" for name, value in own.ignored.items())
+        note(f"the answer does not follow {said} in the generation config of {source.name}.")
+    ended = bool(stops and stops.end) or written[-1] in (own.settings["eos_token_id"] or ())
+    if len(written) == length < max_new_tokens and not ended:
+        note(
+            f"the answer stops after {length} of {max_new_tokens} tokens, where the {positions}"
+            f" positions of {source.name} end."
+        )
+    return Answer(text, tuple(written), seconds, passes[0], drafted[0])
+
+
+def _check_draft(draft: Loaded, loaded: Loaded) -> None:
+    for each in (loaded, draft):
         if each.model._is_stateful:
             raise TruedepthError(
                 f"{each.source.name} runs in llama.cpp, which cannot draft or check tokens here;"
                 " give the checkpoint that it was exported from."
             )
-    if raw or not tokenizer.chat_template:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options["temperature"] = temperature
-    if stream:
-        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if draft is not None:
-        if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise TruedepthError(
-                f"{draft.source.name} cannot draft for {loaded.source.name}: their vocabularies"
-                " differ. Give a draft with the same tokenizer."
-            )
-        draft.model.generation_config.update(
-            num_assistant_tokens=draft_tokens,
-            num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-        )
-        options["assistant_model"] = draft.model
-    ids = inputs["input_ids"].to(model.device)
-    mask = inputs["attention_mask"].to(model.device)
-    with ExitStack() as stack:
-        passes = stack.enter_context(_counted(model))
-        drafted = stack.enter_context(_counted(draft.model)) if draft else [0]
-        start = time.perf_counter()
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
-        seconds = time.perf_counter() - start
-    written = output[0, ids.shape[1] :]
-    return Answer(
-        text=str(tokenizer.decode(written, skip_special_tokens=True)).strip(),
-        ids=tuple(written.tolist()),
-        seconds=seconds,
-        passes=passes[0],
-        drafted=drafted[0],
+    tokens, sizes = zip(
+        *((each.tokenizer.get_vocab(), each.model.config.vocab_size) for each in (draft, loaded)),
+        strict=True,
     )
+    if tokens[0] != tokens[1] or sizes[0] != sizes[1]:
+        raise TruedepthError(
+            f"{draft.source.name} cannot draft for {loaded.source.name}: their vocabularies"
+            " differ. Give a draft with the same tokenizer."
+        )
+
+
+def _config_of_answer(
+    loaded: Loaded, settings: dict[str, Any], given: int, length: int, temperature: float
+) -> GenerationConfig:
+    """The config of one answer of at most `length` tokens to a prompt of `given` tokens."""
+    settings = dict(settings)
+    for name, most in (("min_new_tokens", length), ("min_length", given + length)):
+        if isinstance(settings.get(name), int):
+            settings[name] = min(settings[name], most)
+    if temperature > 0:
+        settings["temperature"] = temperature
+    return checked_config(
+        loaded.source,
+        **settings,
+        do_sample=temperature > 0,
+        max_new_tokens=length,
+        use_cache=not loaded.model._is_stateful,  # llama.cpp keeps a cache of its own
+    )
+
+
+def _config_of_draft(tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        num_assistant_tokens=tokens,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )
+
+
+class _StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """Ends a text with the first token that completes one of some strings."""
+
+    def __init__(self, source: Source, strings: Sequence[str], given: int) -> None:
+        self._complete = StopStringCriteria(source.tokenizer, list(strings))
+        self._seen = given
+        self.end: int | None = None
+        """Length of the text with that token; None while there is none."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        lengths = range(self._seen + 1, input_ids.shape[1] + 1)
+        self._seen = input_ids.shape[1]
+        if self.end is None:
+            ends = (n for n in lengths if self._complete(input_ids[:, :n], scores).all())
+            self.end = next(ends, None)
+        return torch.full(input_ids.shape[:1], self.end is not None, device=input_ids.device)
+
+
+@contextmanager
+def _errors(source: Source, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of transformers as one sentence, which names the settings that a file gave."""
+    try:
+        yield
+    except (TruedepthError, OSError):  # the latter from what the answer is streamed to
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise TruedepthError(
+            f"There is not enough memory to generate with {source.name}: {first_line(error)}", 1
+        ) from error
+    except Exception as error:
+        said = ", ".join(f"{name} {value!r}" for name, value in settings.items() if value)
+        raise TruedepthError(
+            f"{source.name} cannot generate{f' with {said}' * bool(said)}: {first_line(error)}", 1
+        ) from error
 
 
 @contextmanager
@@ -159,6 +240,8 @@ def _counted(model: nn.Module) -> Iterator[list[int]]:
 def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor:
     """Sample text from the model without a prompt; it resembles the text it was trained on.
 
+    Of the model's generation config only the end tokens are read.
+
     Every window starts with a token drawn uniformly from the vocabulary and continues with samples
     from the model's own distribution (temperature 1, no top-k or top-p). Special tokens are never
     sampled. The same seed gives the same text on the same machine.
@@ -172,12 +255,16 @@ def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor
     Returns:
         `[windows, window]` int64 token ids; each window starts with the BOS token if the tokenizer
         begins texts with one.
+
+    Raises:
+        TruedepthError: Generation fails.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     special = sorted(set(tokenizer.all_special_ids))
     usual = torch.ones(min(len(tokenizer), model.config.vocab_size), dtype=torch.bool)
     usual[[token for token in special if token < len(usual)]] = False
     begun = beginning(tokenizer)
+    check_embedded(loaded.source, begun)
     sampling = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -186,10 +273,17 @@ def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor
         max_length=window,
         min_length=window,
         suppress_tokens=special,
+        # These are not sampled either, as no text is shorter than `min_length`.
+        eos_token_id=end_tokens(model.generation_config) or None,
         pad_token_id=special[0] if special else 0,
     )
     written = []
-    with torch.random.fork_rng(), progress_bar("Writing text", windows) as advance:
+    with (
+        torch.random.fork_rng(),
+        progress_bar("Writing text", windows) as advance,
+        _errors(loaded.source, {}),
+        replaced(model, GenerationConfig()),
+    ):
         torch.manual_seed(seed)
         for start in range(0, windows, OWN_TEXT_BATCH):
             count = min(OWN_TEXT_BATCH, windows - start)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from truedepth.errors import TruedepthError
 from truedepth.runtime.empty import transformers_config
+from truedepth.runtime.generation_config import as_written
 from truedepth.sources.gguf.layout import GENERATION_CONFIG
 from truedepth.sources.source import Source
 
@@ -298,12 +299,17 @@ def load_llama_cpp(source: Source, device: torch.device) -> LlamaCppForCausalLM:
     """
     config = transformers_config(source.config, source.path)
     model = LlamaCppForCausalLM(config, Context(source.path, device=device.type))
-    defaults = model.context.metadata(GENERATION_CONFIG)
-    model.generation_config = (
-        GenerationConfig(**json.loads(defaults))
-        if defaults
-        else GenerationConfig.from_model_config(config)
-    )
-    model.generation_config.use_cache = False
+    if defaults := model.context.metadata(GENERATION_CONFIG):
+        model.generation_config = as_written(_settings(defaults, source))
     model.eval()
     return model
+
+
+def _settings(defaults: str, source: Source) -> dict[str, Any]:
+    try:
+        settings = json.loads(defaults)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise TruedepthError(f"{GENERATION_CONFIG} in {source.path} is not a JSON object.")
+    return settings

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,6 +19,7 @@ from truedepth.plan.config import plan_of
 from truedepth.progress import note
 from truedepth.runtime.device import device_of
 from truedepth.runtime.empty import transformers_config
+from truedepth.runtime.generation_config import as_written
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 
@@ -84,7 +84,7 @@ def load(
             **options,
         )
         if found := source.generation_config:
-            loaded.generation_config = GenerationConfig.from_dict(dict(found))
+            loaded.generation_config = as_written(found)
     except TruedepthError:
         raise
     except Exception as error:  # an unusual config value can raise anything

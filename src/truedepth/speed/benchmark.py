@@ -13,12 +13,13 @@ import torch
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, checked
 from truedepth.plan.config import plan_of
-from truedepth.progress import working
+from truedepth.progress import note, working
 from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.sources.opening import open_source
 from truedepth.speed.ranks import check_accelerator
 from truedepth.speed.timing import REPETITIONS, Case, Engine, Row, Setup, Task
 from truedepth.tensors import dtype_name
+from truedepth.text import positions_of
 from truedepth.widening.padding import check_heads
 
 
@@ -114,6 +115,10 @@ def bench(
     measure, version = _engine(engine)
     with working(f"Timing {len(cases)} cases"):
         rows = measure(setup, cases, repetitions)
+    for name in filter(None, (setup.model, setup.against)):
+        positions = positions_of(open_source(name).config)
+        if positions is not None and max(lengths) > positions:
+            note(f"{max(lengths)} tokens are more than the {positions} positions of {name}.")
     return Benchmark(setup, engine.value, version, rows)
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import tokenizers
 from sentencepiece import SentencePieceProcessor
-from transformers import LlamaTokenizer, MistralConfig, Qwen2Config
+from transformers import (
+    AutoTokenizer,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 from transformers.convert_slow_tokenizer import import_protobuf
 
 import truedepth as td
@@ -78,15 +86,12 @@ def test_sentencepiece_alone(make_model, tmp_path, settings):
     assert (tmp_path / "out" / "tokenizer.model").exists()
 
 
-def test_a_class_that_splits_otherwise_than_sentencepiece_is_refused(
-    make_model, tmp_path, monkeypatch
-):
+def test_a_class_that_splits_otherwise_than_sentencepiece_is_refused(make_model, tmp_path):
     source = without_tokenizer(make_model(), tmp_path)
     sentencepiece(source / "tokenizer.model")
     edit(source / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     with pytest.raises(td.TruedepthError, match=r"splits text otherwise than .*tokenizer\.model"):
         td.open_source(source).tokenizer  # noqa: B018
-    monkeypatch.setattr(LlamaTokenizer, "from_pretrained", None)  # a class that is named is kept
 
 
 def tekken(file, **changes):
@@ -140,12 +145,33 @@ def test_a_tokenizer_that_cannot_be_loaded_here_goes_along(make_model, tmp_path,
     assert (tmp_path / "out" / "tekken.json").read_bytes() == (source / "tekken.json").read_bytes()
 
 
-def test_an_original_and_what_is_made_of_it_are_read_by_one_class(make_model, tmp_path):
-    source = copy_of(make_model(family=Qwen2Config), tmp_path)
+@pytest.mark.parametrize(
+    ("family", "named", "read_by"),
+    [
+        (LlamaConfig, "LlamaTokenizerFast", "TokenizersBackend"),  # the file is byte-level
+        (Qwen2Config, "PreTrainedTokenizerFast", "TokenizersBackend"),  # as it is
+        (Qwen2Config, "TokenizersBackend", "TokenizersBackend"),
+        (Qwen2Config, "Qwen2Tokenizer", "Qwen2Tokenizer"),
+        (Qwen2Config, "LlamaTokenizerFast", "Qwen2Tokenizer"),  # wrong, as transformers knows
+        (MistralConfig, "LlamaTokenizer", "TokenizersBackend"),
+        (GraniteConfig, "GPT2Tokenizer", "TokenizersBackend"),
+        (GemmaConfig, "GPT2Tokenizer", "GPT2Tokenizer"),
+    ],
+)
+def test_an_original_and_what_is_made_of_it_are_read_by_one_class(
+    make_model, tmp_path, family, named, read_by
+):
+    """Also where transformers reads it, which does not know the type of what is made."""
+    source = copy_of(make_model(family=family), tmp_path)
+    edit(source / "tokenizer_config.json", tokenizer_class=named)
     td.convert(source, tmp_path / "out", PLAN)
     ours, theirs = (td.open_source(each).tokenizer for each in (tmp_path / "out", source))
-    assert type(ours) is type(theirs)
-    assert ours.get_vocab() == theirs.get_vocab()
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path / "out", config=PreTrainedConfig())
+    for each in (ours, theirs, elsewhere):
+        assert type(each).__name__ == read_by
+        assert each.get_vocab() == theirs.get_vocab()
+        for text in (*TEXTS, "it's 1234  or\n\nso"):
+            assert each(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 def cut(source):
@@ -206,7 +232,7 @@ def bad_added(source):
         (no_merges, ["vocab.json but neither merges.txt nor tokenizer.json"]),
         (unknown_class, ["tokenizer_config.json names the class 'OwnTokenizer'"]),
         (nothing, ["has no tokenizer: it has none of tokenizer.json, tokenizer.model,"]),
-        (ranks("qwen.tiktoken"), ["is qwen.tiktoken", "pip install tiktoken"]),
+        (ranks("qwen.tiktoken"), ["is qwen.tiktoken", "add a tokenizer.json"]),
         (ranks("tokenizer.model"), ["is tokenizer.model", "pip install tiktoken"]),
         (bad_added, ["TypeError", "added_tokens_decoder"]),
     ],

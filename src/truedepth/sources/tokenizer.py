@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 BACKEND = "tokenizer.json"
 
-OLDER_CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-"""Names of tokenizer classes in transformers 5, and their names in all releases."""
+AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
+"""Names of the class that takes tokenizer.json as it is; releases before 5 know the first."""
 
 HERE = ("is_local", "local_files_only")
 """What transformers 5 writes of where a tokenizer was loaded from."""
@@ -69,7 +69,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             path,
             # Given a config, transformers does not look for one, nor for a config's own code.
-            config=_config(config),
+            config=_config(path, config),
             trust_remote_code=trust_remote_code,
             # The same tokenizer whether or not mistral-common is installed.
             mistral_format=False,
@@ -81,15 +81,39 @@ def load_tokenizer(
     return _like_sentencepiece(path, config, tokenizer)
 
 
-def _config(config: Mapping[str, Any]) -> Any:
-    """What decides between tokenizer classes: a config of the original's type, and its entries."""
+def _config(path: Path, config: Mapping[str, Any]) -> Any:
+    """What decides between tokenizer classes: a config of the original's type, and its entries.
+
+    For some types transformers takes a class of its own whatever tokenizer_config.json says, but
+    a file that is to be taken as it is stays so.
+    """
     from transformers import AutoConfig, PreTrainedConfig
 
     said = {key: config[key] for key in ("tokenizer_class", "_name_or_path") if config.get(key)}
+    settings = read_json(path / SETTINGS) if (path / SETTINGS).exists() else {}
+    if settings.get("tokenizer_class") in AS_IT_IS and (path / BACKEND).exists():
+        return PreTrainedConfig(**said)
     try:
         return AutoConfig.for_model(unconverted(str(config.get("model_type"))), **said)
     except Exception:  # a type that transformers does not know
         return PreTrainedConfig(**said)
+
+
+def _class_in_use(model_type: str, name: str) -> str:
+    """The class by which transformers 5 reads an original's tokenizer.json.
+
+    Where it knows that the files of a type name the wrong class, it does not follow them. It does
+    not know our types, so theirs must name the right one.
+    """
+    from transformers.models.auto.tokenization_auto import (
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+        TOKENIZER_MAPPING_NAMES,
+    )
+
+    own = TOKENIZER_MAPPING_NAMES.get(model_type)
+    if name in AS_IT_IS or own in (*AS_IT_IS, "MistralCommonBackend"):
+        return AS_IT_IS[0]
+    return own if own and model_type in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS else name
 
 
 def _reason(path: Path, trust_remote_code: bool) -> str | None:
@@ -108,12 +132,17 @@ def _reason(path: Path, trust_remote_code: bool) -> str | None:
             read_json(path / name)
     if BACKEND in found:
         return _why_not_parsed(path / BACKEND)
-    for name in found:
+    for name in (name for name in found if not name.endswith(".tiktoken")):
         if missing := _missing_package(path / name):
             return (
                 f"The tokenizer of {path} is {name}, for which transformers needs the package"
                 f" {missing}, which is not installed: pip install {missing}."
             )
+    if all(name.endswith(".tiktoken") for name in found):
+        return (
+            f"The tokenizer of {path} is {found[0]}, which transformers reads only with code of its"
+            f" own, and {SETTINGS} names none; add a {BACKEND}."
+        )
     if "vocab.json" in found and not (path / "merges.txt").exists():
         return f"{path} has a vocab.json but neither merges.txt nor tokenizer.json."
     if (named := settings.get("tokenizer_class")) and not _is_known(str(named)):
@@ -142,7 +171,7 @@ def _missing_package(vocabulary: Path) -> str | None:
     needed = []
     if vocabulary.name == "tekken.json":
         needed = [] if "special_tokens" in read_json(vocabulary) else ["mistral-common"]
-    elif vocabulary.suffix == ".tiktoken" or _is_tiktoken(vocabulary):
+    elif _is_tiktoken(vocabulary):
         needed = ["tiktoken"]
     elif vocabulary.suffix == ".model":
         needed = ["sentencepiece", "protobuf"]
@@ -235,8 +264,9 @@ def complete_tokenizer(source: Source, out: Path) -> None:
         if named := settings.get("tokenizer_class") or saved.get("tokenizer_class"):
             settings["tokenizer_class"] = named
     if (out / BACKEND).exists():
-        name = str(settings.get("tokenizer_class") or "TokenizersBackend")
-        settings["tokenizer_class"] = OLDER_CLASS.get(name, name)
+        model_type = unconverted(str(source.config.get("model_type")))
+        name = str(settings.get("tokenizer_class") or AS_IT_IS[0])
+        settings["tokenizer_class"] = _class_in_use(model_type, name)
     if isinstance(settings.get("extra_special_tokens"), list):  # releases before 5 take a dict
         more = settings.pop("extra_special_tokens")
         settings |= {"additional_special_tokens": more} if more else {}

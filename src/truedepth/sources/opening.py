@@ -8,6 +8,7 @@ weights are downloaded when its tensors are first asked for.
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -128,6 +129,8 @@ def _snapshot(repo: str, patterns: Sequence[str], local_only: bool) -> Path:
 
     from truedepth.sources.companions import in_folders
 
+    # Of a repository without such files the caller says more than its warning does.
+    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
     try:
         directory = snapshot_download(
             repo,

@@ -1,8 +1,8 @@
 """A GGUF file as a source: tensors under transformers' names, dequantized as they are read.
 
-transformers rebuilds the tokenizer, except for the split of digits, which it ignores (5.23). Config
-and tensors are read here, because transformers fills what a file does not say with its own
-defaults, drops Llama 3's RoPE scaling, and reads all tensors at once.
+All of it is read here: transformers (5.23) fills what a file does not say with its own defaults,
+drops Llama 3's RoPE scaling, reads all tensors at once, and passes over most of what files say of
+their tokenizers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ from truedepth.families.family import Family
 from truedepth.families.lookup import original_family
 from truedepth.plan.config import plan_of
 from truedepth.sources.gguf.layout import ARCHITECTURES, CONFIG, from_llama_cpp
-from truedepth.sources.gguf.reader import checked_reader
+from truedepth.sources.gguf.reader import checked_reader, value
+from truedepth.sources.gguf.tokenizer import (
+    NO_TOKENIZER,
+    build_tokenizer,
+    chat_templates,
+    check_tokenizer,
+)
+from truedepth.sources.gguf.vocabulary import Vocabulary, read_vocabulary
 from truedepth.sources.limits import check_config
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
@@ -32,17 +40,6 @@ from truedepth.tensors import LazyTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# llama.cpp's pre-tokenizers that split off single digits before GPT-2's split (llama-vocab.cpp).
-SINGLE_DIGITS = (
-    "smollm",
-    "starcoder",
-    "refact",
-    "command-r",
-    "codeshell",
-    "exaone",
-    "minerva-7b",
-)
 
 PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -59,12 +56,11 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
     """
     stamps = Stamps()
     stamps.add(path)
-    try:
-        reader = checked_reader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-    except Exception as error:  # the reader raises whatever a bad offset causes
-        raise TruedepthError(f"{path} is not a GGUF file, or is truncated.") from error
-    if (parts := _value(reader, "split.count", 1)) not in (0, 1):
+    reader = checked_reader(path)
+    architecture = value(reader, "general.architecture")
+    if not isinstance(architecture, str):
+        raise TruedepthError(f"{path} lacks the metadata 'general.architecture'.")
+    if (parts := value(reader, "split.count", 1)) not in (0, 1):
         raise TruedepthError(
             f"{path} is one of {reprlib.repr(parts)} parts of a model; merge the parts with"
             " llama-gguf-split --merge."
@@ -74,23 +70,21 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
             f"{path} has the GGUF architecture {reprlib.repr(architecture)}, which is not"
             f" supported; supported: {', '.join(sorted(ARCHITECTURES))}."
         )
-    config = _exported_config(path, reader) if architecture == "deci" else _config(path, reader)
+    tokens = read_vocabulary(path, reader)
+    if architecture == "deci":
+        config = _exported_config(path, reader)
+    else:
+        config = _config(path, reader, tokens)
+        if value(reader, gguf.Keys.Tokenizer.MODEL) not in NO_TOKENIZER:
+            check_tokenizer(path, reader, tokens)
 
+    @cache
     def load_tokenizer() -> PreTrainedTokenizerBase:
-        from tokenizers import pre_tokenizers
-        from transformers import AutoTokenizer
-
         if architecture == "deci":
-            return _original_tokenizer(reader)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        if _value(reader, "tokenizer.ggml.pre") in SINGLE_DIGITS:
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-                ]
-            )
-        return tokenizer
+            return _original_tokenizer(path, reader)
+        check_tokenizer(path, reader, tokens)
+        assert tokens is not None
+        return build_tokenizer(path, reader, tokens)
 
     def save_companions(out: Path) -> None:
         from transformers import GenerationConfig
@@ -124,26 +118,12 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
     )
 
 
-def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """The value of a metadata key, or `default` if the file lacks it.
-
-    Raises:
-        TruedepthError: The value is malformed, for example text that is not UTF-8.
-    """
-    if key not in reader.fields:
-        return default
-    try:
-        return reader.fields[key].contents()
-    except (ValueError, IndexError) as error:
-        raise TruedepthError(f"The GGUF metadata {key!r} is malformed: {error}.") from error
-
-
-def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+def _config(path: Path, reader: gguf.GGUFReader, tokens: Vocabulary | None) -> dict[str, Any]:
     """The config.json that a file of the llama architecture amounts to."""
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
 
-    def value(key: str, default: Any = None) -> Any:
-        found = _value(reader, f"llama.{key}", default)
+    def number(key: str, default: Any = None) -> Any:
+        found = value(reader, f"llama.{key}", default)
         if found is None:
             raise TruedepthError(f"{path} lacks the metadata 'llama.{key}'.")
         if type(found) not in (int, float) or not 0 < found < math.inf:
@@ -154,38 +134,40 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
 
     if len(shapes.get("token_embd.weight", ())) != 2:
         raise TruedepthError(f"{path} lacks the matrix 'token_embd.weight'.")
-    heads = value("attention.head_count")
-    head_dim = value("attention.key_length", value("embedding_length") // heads)
-    if value("rope.dimension_count", head_dim) != head_dim:
+    heads = number("attention.head_count")
+    head_dim = number("attention.key_length", number("embedding_length") // heads)
+    if number("rope.dimension_count", head_dim) != head_dim:
         raise TruedepthError(f"{path} applies RoPE to a part of each head, which is not supported.")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": value("embedding_length"),
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
+        "hidden_size": number("embedding_length"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": value("rope.freq_base", 10000.0),
+            "rope_theta": number("rope.freq_base", 10000.0),
         },
         "vocab_size": int(shapes["token_embd.weight"][1]),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in shapes,
-        **{
-            f"{name}_token_id": _value(reader, f"tokenizer.ggml.{key}_token_id")
-            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-        },
+        **_token_ids(tokens),
     }
-    if (scaling := _value(reader, "llama.rope.scaling.type", "none")) != "none":
+    if (scaling := value(reader, "llama.rope.scaling.type", "none")) != "none":
         raise TruedepthError(
             f"{path} scales RoPE by {reprlib.repr(scaling)}, which is not supported."
+        )
+    if tokens is not None and len(tokens.names) > config["vocab_size"]:
+        raise TruedepthError(
+            f"{path} has {len(tokens.names)} tokens, but embeds only {config['vocab_size']}"
+            " (token_embd.weight); convert the original model again."
         )
     check_config(config, path)  # before anything as large as it says is made
     for tensor in reader.tensors:
@@ -194,10 +176,22 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     return config
 
 
+def _token_ids(tokens: Vocabulary | None) -> dict[str, Any]:
+    """The special tokens of config.json; several that end a text are a list, EOS first."""
+    if tokens is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ends = tokens.ends if len(tokens.ends) > 1 else next(iter(tokens.ends), None)
+    return {
+        "bos_token_id": tokens.roles.get("bos"),
+        "eos_token_id": ends,
+        "pad_token_id": tokens.roles.get("pad"),
+    }
+
+
 def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     """The config.json of the checkpoint that truedepth exported to the file."""
     try:
-        config: dict[str, Any] = json.loads(_value(reader, CONFIG, "{}"))
+        config: dict[str, Any] = json.loads(value(reader, CONFIG, "{}"))
         plan = plan_of(config)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TruedepthError(f"{path} has no valid config.json as metadata {CONFIG!r}.") from error
@@ -214,29 +208,22 @@ def _exported_config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     return config
 
 
-def _original_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
+def _original_tokenizer(path: Path, reader: gguf.GGUFReader) -> PreTrainedTokenizerBase:
     """The tokenizer.json in the file, with the special tokens that llama.cpp's metadata name."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer.from_str(_value(reader, gguf.Keys.Tokenizer.HF_JSON))
+    backend = Tokenizer.from_str(value(reader, gguf.Keys.Tokenizer.HF_JSON))
     ids = {
-        f"{name}_token": _value(reader, f"tokenizer.ggml.{key}_token_id")
+        f"{name}_token": value(reader, f"tokenizer.ggml.{key}_token_id")
         for name, key in (
             *(("bos", "bos"), ("eos", "eos"), ("unk", "unknown")),
             *(("pad", "padding"), ("sep", "seperator")),  # llama.cpp's spelling
         )
     }
-    template = _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE)
-    if others := _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATES):
-        named = {
-            name: _value(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name))
-            for name in others
-        }
-        template = named | ({"default": template} if template else {})
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=template,
+        chat_template=chat_templates(path, reader),
         **{name: backend.id_to_token(token) for name, token in ids.items() if token is not None},
     )
 
@@ -293,7 +280,7 @@ def _tensors(
 
 def _transformers_names(family: Family, num_layers: int, reader: gguf.GGUFReader) -> dict[str, str]:
     """GGUF name -> transformers' name, for every tensor that a model of the family may have."""
-    architecture = ARCHITECTURES[_value(reader, "general.architecture")]
+    architecture = ARCHITECTURES[value(reader, "general.architecture")]
     to_gguf = gguf.get_tensor_name_map(architecture, num_layers)
     modules = list(family.outside) + [
         family.layer.format(layer) + module

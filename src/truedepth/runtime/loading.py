@@ -77,9 +77,9 @@ def load(
     tensors = source.tensors  # opened here, so that the error names a broken file
     try:
         config = transformers_config(source.config, source.path)
+        # transformers refuses to load a model for values there that only `generate` reads.
         settings = source.path / "generation_config.json"
-        if settings.is_file():
-            options["generation_config"] = GenerationConfig()  # so that it is not read there
+        options["generation_config"] = GenerationConfig() if source.path.is_dir() else None
         if source.path.is_dir() and has_safetensors(source.path):
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 source.path,
@@ -99,8 +99,9 @@ def load(
                 output_loading_info=True,
                 **options,
             )
-        if settings.is_file():
-            loaded.generation_config = as_written(read_json(settings))
+        if source.path.is_dir():
+            written = read_json(settings) if settings.is_file() else source.config
+            loaded.generation_config = as_written(written)
     except TruedepthError:
         raise
     except Exception as error:  # an unusual config value can raise anything

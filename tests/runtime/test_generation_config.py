@@ -236,9 +236,12 @@ def test_sampling_settings_are_followed_where_tokens_are_sampled(made):
 
 
 WRONG = {
-    "a penalty that is text": ({"repetition_penalty": "high"}, "with .*repetition_penalty 'high'"),
-    "a penalty below zero": ({"repetition_penalty": -1.0}, "with .*repetition_penalty -1.0"),
-    "words beyond the vocabulary": ({"bad_words_ids": [[99999]]}, r"bad_words_ids \[\[99999\]\]"),
+    "a penalty that is text": ({"repetition_penalty": "high"}, "with repetition_penalty 'high'"),
+    "a penalty below zero": ({"repetition_penalty": -1.0}, "with repetition_penalty -1.0"),
+    "words beyond the vocabulary": (
+        {"bad_words_ids": [[99999]]},
+        r"with bad_words_ids \[\[99999\]\] in its generation config: ValueError",
+    ),
     "words that are none": ({"bad_words_ids": "x"}, "bad_words_ids 'x'"),
     "an end that is text": ({"eos_token_id": "</s>"}, "'</s>' as eos_token_id"),
     "stops that are numbers": ({"stop_strings": [1]}, r"\[1\] as stop_strings"),

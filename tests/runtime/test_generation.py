@@ -54,6 +54,16 @@ def test_temperature_samples(loaded):
     assert sample(1, 1e-4) == sample(2, 1e-4) == answer(loaded, "the cat", max_new_tokens=12)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers(make_model, loaded, temperature):
+    broken = td.load(make_model())
+    broken.model.lm_head.weight.data[0, 0] = float("nan")
+    for options in ({}, {"draft": loaded}):
+        with pytest.raises(td.TruedepthError, match=r"logits of .* are not finite") as caught:
+            answer(broken, "the cat", temperature=temperature, **options)
+        assert caught.value.exit_code == 1
+
+
 def test_streaming_prints_the_answer(loaded, capsys):
     text = answer(loaded, "the cat", max_new_tokens=9, stream=True)
     assert text in capsys.readouterr().out

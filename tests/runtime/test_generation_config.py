@@ -236,9 +236,12 @@ def test_sampling_settings_are_followed_where_tokens_are_sampled(made):
 
 
 WRONG = {
-    "a penalty that is text": ({"repetition_penalty": "high"}, "with .*repetition_penalty 'high'"),
-    "a penalty below zero": ({"repetition_penalty": -1.0}, "with .*repetition_penalty -1.0"),
-    "words beyond the vocabulary": ({"bad_words_ids": [[99999]]}, r"bad_words_ids \[\[99999\]\]"),
+    "a penalty that is text": ({"repetition_penalty": "high"}, "with repetition_penalty 'high'"),
+    "a penalty below zero": ({"repetition_penalty": -1.0}, "with repetition_penalty -1.0"),
+    "words beyond the vocabulary": (
+        {"bad_words_ids": [[99999]]},
+        r"with bad_words_ids \[\[99999\]\] in its generation config: ValueError",
+    ),
     "words that are none": ({"bad_words_ids": "x"}, "bad_words_ids 'x'"),
     "an end that is text": ({"eos_token_id": "</s>"}, "'</s>' as eos_token_id"),
     "stops that are numbers": ({"stop_strings": [1]}, r"\[1\] as stop_strings"),
@@ -278,13 +281,36 @@ def test_too_little_memory(made, monkeypatch):
         assert caught.value.exit_code == 1
 
 
-def test_settings_in_the_models_own_config(made, make_model, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "use_cache": False, "max_length": 4},
+        {"num_return_sequences": 2},
+        {"cache_implementation": "bogus"},
+        {"max_new_tokens": 0, "early_stopping": "bogus"},
+        {"watermarking_config": {"bogus": 1}},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_settings_in_the_models_own_config(made, make_model, tmp_path, settings):
     """Old checkpoints name settings of generation in config.json."""
     expected = greedy(made())
     source = tmp_path / "old"
     shutil.copytree(make_model(), source)
     (source / "generation_config.json").unlink()
     config = json.loads((source / "config.json").read_text())
-    config |= {"num_beams": 3, "num_return_sequences": 2, "use_cache": False, "max_length": 4}
+    (source / "config.json").write_text(json.dumps(config | settings))
+    td.convert(source, tmp_path / "out", td.Plan(6))
+    draft = td.load(tmp_path / "out")
+    assert answer(td.load(source), PROMPT, max_new_tokens=LENGTH).ids == expected
+    assert answer(td.load(source), PROMPT, draft=draft, max_new_tokens=LENGTH).ids == expected
+
+
+def test_a_penalty_in_the_models_own_config(made, make_model, tmp_path):
+    expected = greedy(made(), penalized(1.4))
+    source = tmp_path / "old"
+    shutil.copytree(make_model(), source)
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text()) | {"repetition_penalty": 1.4}
     (source / "config.json").write_text(json.dumps(config))
     assert answer(td.load(source), PROMPT, max_new_tokens=LENGTH).ids == expected

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from truedepth.errors import TruedepthError, first_line
+from truedepth.runtime.generation_config import without_generation
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 
@@ -31,7 +32,7 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
         TruedepthError: transformers does not know the model type or refuses a value.
     """
     try:
-        return AutoConfig.for_model(**config)
+        return AutoConfig.for_model(**without_generation(config))
     except Exception as error:  # config classes raise exceptions of any type
         reason = first_line(error)
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error

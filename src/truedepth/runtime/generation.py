@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -115,6 +117,7 @@ def answer(
         stack.enter_context(_errors(source, own.settings))
         stops = _StopStrings(source, own.stop_strings, len(given)) if own.stop_strings else None
         options["stopping_criteria"] = StoppingCriteriaList([stops] if stops else [])
+        options["logits_processor"] = LogitsProcessorList([_Numbers(source)])
         stack.enter_context(replaced(model, GenerationConfig()))
         if draft is not None:
             stack.enter_context(replaced(draft.model, _config_of_draft(draft_tokens)))
@@ -185,6 +188,20 @@ def _config_of_draft(tokens: int) -> GenerationConfig:
     )
 
 
+class _Numbers(LogitsProcessor):  # type: ignore[misc]
+    """Refuses logits that are not numbers, among which there is no likeliest token."""
+
+    def __init__(self, source: Source) -> None:
+        self._name = source.name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise TruedepthError(
+                f"The logits of {self._name} are not finite numbers; try --dtype float32.", 1
+            )
+        return scores
+
+
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]
     """Ends a text with the first token that completes one of some strings."""
 
@@ -215,9 +232,10 @@ def _errors(source: Source, settings: Mapping[str, Any]) -> Iterator[None]:
             f"There is not enough memory to generate with {source.name}: {first_line(error)}", 1
         ) from error
     except Exception as error:
-        said = ", ".join(f"{name} {value!r}" for name, value in settings.items() if value)
+        given = [f"{name} {settings[name]!r}" for name in settings if name != "eos_token_id"]
+        said = f" with {', '.join(given)} in its generation config" if given else ""
         raise TruedepthError(
-            f"{source.name} cannot generate{f' with {said}' * bool(said)}: {first_line(error)}", 1
+            f"{source.name} cannot generate{said}: {first_line(error)}", 1
         ) from error
 
 

@@ -51,6 +51,12 @@ SILENT = (
 """Settings that are not followed without a word: they change no text, or others say their part."""
 
 
+_ONLY_GENERATION = vars(GenerationConfig()).keys() - {
+    *("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "transformers_version"),
+    *("output_attentions", "output_hidden_states"),
+}
+
+
 @dataclass(frozen=True)
 class Followed:
     """What an answer follows of a model's generation config, and what it does not."""
@@ -71,6 +77,14 @@ def as_written(settings: Mapping[str, Any]) -> GenerationConfig:
     for name in vars(config).keys() & settings.keys():
         setattr(config, name, settings[name])
     return config
+
+
+def without_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without settings of `generate`, which old ones hold.
+
+    transformers checks them whenever it builds a model, and refuses some.
+    """
+    return {key: value for key, value in config.items() if key not in _ONLY_GENERATION}
 
 
 def followed(config: GenerationConfig, source: Source, sampled: bool) -> Followed:

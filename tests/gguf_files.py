@@ -8,8 +8,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 import truedepth as td
+from gguf_vocabularies import add_fields
 from tiny_models import TINY
-from truedepth.engines.gguf.tokenizer import WORDS
+from truedepth.sources.gguf.words import GPT2, WORDS, published
 
 
 def interleave(matrix, heads):
@@ -31,8 +32,13 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, rope_factors=None, skip=()):
-    """A GGUF file of a small Llama, written from its state dict by hand."""
+def write_gguf(
+    path, model, kind=gguf.GGMLQuantizationType.F32, rope_factors=None, skip=(), fields=None
+):
+    """A GGUF file of a small Llama, written from its state dict by hand.
+
+    `fields` are the metadata of its tokenizer; by default it has one that splits as SmolLM's.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -46,16 +52,7 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, rope_factors=Non
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    alphabet = gguf_alphabet()
-    tokens = ["<end>", *alphabet, *[f"Ġ{c}" for c in alphabet]][: config.vocab_size]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(
-        [f"Ġ {token[1:]}" for token in tokens if token[:1] == "Ġ" and token[1:]]
-    )
-    writer.add_eos_token_id(0)
+    add_fields(writer, fields or smollm(config.vocab_size))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -88,8 +85,21 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, rope_factors=Non
     return path
 
 
-def gguf_alphabet():
+def smollm(tokens):
+    """Metadata of so many tokens of single bytes, and of single bytes after a space."""
+    alphabet = gguf_alphabet()
+    names = ["<end>", *alphabet, *[f"Ġ{byte}" for byte in alphabet]][:tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(names) - 1),
+        "tokenizer.ggml.merges": [f"Ġ {name[1:]}" for name in names if name[:1] == "Ġ" != name],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
 
+
+def gguf_alphabet():
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -133,22 +143,27 @@ MERGES = (
 """Most across places where one way of splitting into words splits and another does not."""
 
 
-def with_words(name):
-    """A byte-level tokenizer that splits text as llama.cpp's `name` does."""
-    words = WORDS[name]
+PUBLISHED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")
+"""Ways of splitting of which published tokenizers are exported."""
+
+
+def with_words(name, patterns=None):
+    """A byte-level tokenizer that splits text as a published one that llama.cpp calls `name`."""
+    patterns = patterns or published(name)
     vocabulary = {token: index for index, token in enumerate(["<end>", *gguf_alphabet()])}
     merges = [tuple(merge.split()) for merge in MERGES]
     for left, right in merges:
         vocabulary.setdefault(left, len(vocabulary))
         vocabulary.setdefault(left + right, len(vocabulary))
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=words.whole))
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=WORDS[name].whole))
+    gpt2 = patterns[-1] == GPT2
     steps = [
         pre_tokenizers.Digits(individual_digits=True)
-        if pattern == "digit"
+        if pattern == r"\p{N}"
         else pre_tokenizers.Split(Regex(pattern), "isolated")
-        for pattern in words.patterns
+        for pattern in (patterns[:-1] if gpt2 else patterns)
     ]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.then_gpt2))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")

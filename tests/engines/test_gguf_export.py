@@ -28,8 +28,8 @@ from gguf_files import (
 from tiny_models import byte_tokenizer
 from truedepth.cli.app import app
 from truedepth.engines.gguf import export as exporter
-from truedepth.engines.gguf.tokenizer import WORDS
 from truedepth.files.atomic import atomic_file
+from truedepth.sources.gguf.words import WORDS, canonical, published
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -220,12 +220,38 @@ def test_a_chat_template_goes_along(pairs, tmp_path):
 # Tokenizers
 
 
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("name", canonical())
 def test_splits_into_words_are_recognised(pairs, name, tmp_path):
-    with_words(name).save_pretrained(pairs)
-    td.export(pairs, tmp_path / "out.gguf")
-    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
-    assert fields["tokenizer.ggml.pre"].contents() == name
+    """Those of published tokenizers, and those that GGUF files have become here."""
+    for patterns in (published(name), WORDS[name].patterns):
+        with_words(name, patterns).save_pretrained(pairs)
+        td.export(pairs, tmp_path / "out.gguf", force=True)
+        fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+        assert fields["tokenizer.ggml.pre"].contents() == name
+
+
+def test_tokens_that_end_a_turn(make_model, tmp_path, capsys):
+    """llama.cpp has two places for them, and finds those of usual names by itself."""
+    checkpoint = converted(make_model, tmp_path, {"vocab_size": 324}, PAIRS)
+    tokenizer, names = byte_tokenizer(), ["<|eot_id|>", "<a>", "<b>", "<c>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": names})
+    tokenizer.save_pretrained(checkpoint)
+    usual, a, b, c = tokenizer.convert_tokens_to_ids(names)
+    for ends, eot, eom in (
+        ([0], None, None),
+        ([0, usual], usual, None),
+        ([0, usual, a], a, None),
+        ([a, 0, b, c], a, b),
+    ):
+        defaults = json.dumps({"eos_token_id": ends})
+        (checkpoint / "generation_config.json").write_text(defaults)
+        td.export(checkpoint, tmp_path / "out.gguf", force=True)
+        fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+        found = {name: field.contents() for name, field in fields.items()}
+        assert found["tokenizer.ggml.eos_token_id"] == 0
+        assert found.get("tokenizer.ggml.eot_token_id") == eot
+        assert found.get("tokenizer.ggml.eom_token_id") == eom
+    assert f"also ends texts with token {c} ('<c>')" in capsys.readouterr().err
 
 
 def test_qwen2s_normalizer_is_left_out_and_others_are_refused(pairs, tmp_path):

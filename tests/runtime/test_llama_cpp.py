@@ -9,10 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import truedepth as td
-from gguf_files import MODELS, PAIRS, converted, sentencepiece, with_words
+from gguf_files import MODELS, PAIRS, PUBLISHED, converted, sentencepiece, with_words
 from tiny_models import random_ids
 from truedepth.cli.app import app
-from truedepth.engines.gguf.tokenizer import WORDS
 from truedepth.runtime.llama_cpp import Context
 from truedepth.speed.timing import Engine, Task
 
@@ -162,12 +161,12 @@ def test_k_quants(default, tmp_path):
 
 def test_splits_into_words_differ():
     """Or the next test would say nothing."""
-    found = {name: [with_words(name)(text)["input_ids"] for text in TEXTS] for name in WORDS}
-    for name, other in itertools.combinations(WORDS, 2):
+    found = {name: [with_words(name)(text)["input_ids"] for text in TEXTS] for name in PUBLISHED}
+    for name, other in itertools.combinations(found, 2):
         assert found[name] != found[other], (name, other)
 
 
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_tokens_are_the_originals(make_model, llama_cpp, name, tmp_path):
     checkpoint = converted(make_model, tmp_path, {}, PAIRS)
     tokenizer = with_words(name)

@@ -4,65 +4,25 @@ Two of llama.cpp's tokenizer models matter here: byte-level BPE (`gpt2`), whose 
 text into words llama.cpp knows by name, and SentencePiece's BPE (`llama`), which merges by scores.
 The original tokenizer.json is stored as well, unchanged, for programs that can use it.
 
-llama.cpp differs in small ways with any GGUF file: it does not normalize text (Qwen2's NFC), its
-pattern for Tekken takes accented capitals for the ends of words, and if a SentencePiece tokenizer
-puts a space before a text, llama.cpp puts one after special tokens too.
+llama.cpp differs in small ways with any GGUF file: it does not normalize text (Qwen2's NFC), it
+splits some words otherwise than published tokenizers (`sources/gguf/words.py`), and if a
+SentencePiece tokenizer puts a space before a text, llama.cpp puts one after special tokens too.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, Keys, TokenType
 
 from truedepth.errors import TruedepthError
 from truedepth.runtime.empty import transformers_config
+from truedepth.sources.gguf.reader import note
+from truedepth.sources.gguf.vocabulary import ENDS
+from truedepth.sources.gguf.words import GPT2, canonical, name_of
 from truedepth.sources.source import Source
 from truedepth.text import beginning
-
-
-@dataclass(frozen=True)
-class Words:
-    """How text is split into words before BPE merges are applied."""
-
-    patterns: tuple[str, ...] = ()
-    """Regular expressions, applied in order; `digit` splits off single digits."""
-
-    then_gpt2: bool = False
-    """Whether GPT-2's own pattern is applied after them."""
-
-    whole: bool = False
-    """Whether a word that is a token is taken whole, without merging (`ignore_merges`)."""
-
-
-WORDS = {
-    "gpt-2": Words(then_gpt2=True),
-    "smollm": Words(("digit",), then_gpt2=True),
-    "llama-bpe": Words(
-        (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        whole=True,
-    ),
-    "qwen2": Words(
-        (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-    ),
-    "tekken": Words(
-        (
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        whole=True,
-    ),
-}
-"""Ways of splitting by llama.cpp's names for them (src/llama-vocab.cpp)."""
 
 SPACE = "▁"
 
@@ -74,7 +34,14 @@ def check_tokenizer(source: Source) -> None:
         TruedepthError: llama.cpp is not known to have it, or no token ends a text.
     """
     _kind(source, _definition(source))
-    _special(source)
+    special = _special(source)
+    names = _names(source)
+    for token in _other_ends(source, special["eos"]):
+        if token not in special.values() and names[token] not in ENDS:
+            note(
+                f"{source.path} also ends texts with token {token} ({names[token]!r}), for which"
+                " llama.cpp has no place; there it does not."
+            )
 
 
 def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
@@ -136,7 +103,7 @@ def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
     steps = _steps(definition.get("pre_tokenizer"))
     refused = TruedepthError(
         f"The tokenizer of {source.path} cannot be exported: llama.cpp is only known to have"
-        f" byte-level BPE that splits words like {', '.join(WORDS)}, and SentencePiece's BPE."
+        f" byte-level BPE that splits words like {', '.join(canonical())}, and SentencePiece's BPE."
     )
     model, normalizers = definition["model"], _steps(definition.get("normalizer"))
     kinds = {step["type"] for step in steps}
@@ -154,14 +121,9 @@ def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
         or {step["type"] for step in normalizers} - {"NFC"}
     ):
         raise refused
-    found = Words(
-        tuple(map(_pattern, before)),
-        bool(last.get("use_regex", True)),
-        bool(model.get("ignore_merges")),
-    )
-    for name, words in WORDS.items():
-        if found == words:
-            return "gpt2", name
+    patterns = (*map(_pattern, before), *([GPT2] if last.get("use_regex", True) else []))
+    if name := name_of(patterns, bool(model.get("ignore_merges"))):
+        return "gpt2", name
     raise refused
 
 
@@ -177,7 +139,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _pattern(step: dict[str, Any]) -> str:
     if step["type"] == "Digits" and step["individual_digits"]:
-        return "digit"
+        return r"\p{N}"
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return str(step["pattern"].get("Regex"))
     return str(step["type"])
@@ -204,7 +166,30 @@ def _special(source: Source) -> dict[str, int]:
             f"Neither tokenizer nor config of {source.path} names the token that ends a text"
             " (eos_token); add it to tokenizer_config.json."
         )
+    names, others = _names(source), _other_ends(source, found["eos"])
+    # llama.cpp has two places for others, and finds those of usual names by itself.
+    found |= zip(
+        ("eot", "eom"), [token for token in others if names[token] not in ENDS], strict=False
+    )
+    for token in others:
+        if names[token] in ENDS:
+            found.setdefault("eom" if names[token] == "<|eom_id|>" else "eot", token)
     return found
+
+
+def _names(source: Source) -> dict[int, str]:
+    return {index: name for name, index in source.tokenizer.get_vocab().items()}
+
+
+def _other_ends(source: Source, eos: int) -> list[int]:
+    """Tokens besides EOS that end a text or a turn."""
+    defaults = source.path / "generation_config.json"
+    held = json.loads(defaults.read_text(encoding="utf-8")) if defaults.exists() else {}
+    names = _names(source)
+    ends: dict[Any, None] = {}
+    for said in (held.get("eos_token_id"), source.config.get("eos_token_id")):
+        ends |= dict.fromkeys(said if isinstance(said, list) else [said])
+    return [token for token in ends if token in names and token != eos]
 
 
 def _tokens(

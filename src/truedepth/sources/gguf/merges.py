@@ -103,20 +103,23 @@ def sentencepiece_merges(tokens: Vocabulary, scores: list[Any]) -> list[Pair]:
     for name, pairs in parts.items():
         if math.isnan(score[name]):
             raise TruedepthError(f"{tokens.path} gives no number as the score of {name!r}.")
-        for character in {part for pair in pairs for part in pair if part not in tokens.ids}:
+        lost = [part for pair in pairs for part in pair if part not in tokens.ids]
+        if lost and not _never_in_text(tokens, name):
             raise TruedepthError(
-                f"{tokens.path} has the token {name!r}, but none for {character!r} in it, which"
+                f"{tokens.path} has the token {name!r}, but none for {lost[0]!r} in it, which"
                 " tokenizers cannot merge; give the original checkpoint."
             )
     _check_order(tokens, parts, score)
     ranked = sorted(parts, key=lambda name: (-score[name], tokens.ids[name]))
-    return [pair for name in ranked for pair in parts[name]]
+    return [pair for name in ranked for pair in parts[name] if {*pair} <= tokens.ids.keys()]
 
 
 def _parts(tokens: Vocabulary) -> dict[str, list[Pair]]:
     """The pairs of neighbours that give each token, for tokens that texts can lead to."""
     parts: dict[str, list[Pair]] = {}
     for name in sorted(tokens.names, key=len):
+        if " " in name:  # spaces are written otherwise before anything is merged
+            continue
         found = [
             (name[:at], name[at:])
             for at in range(1, len(name))

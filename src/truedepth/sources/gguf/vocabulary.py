@@ -105,7 +105,10 @@ def read_vocabulary(path: Path, reader: gguf.GGUFReader) -> Vocabulary | None:
     model = value(reader, Keys.Tokenizer.MODEL)
     if model not in MODELS or Keys.Tokenizer.LIST not in reader.fields:
         return None
-    names = [name or f"[EMPTY_{index}]" for index, name in enumerate(strings(reader, "LIST"))]
+    names = [  # llama.cpp cuts names at a NUL
+        name.split("\0", 1)[0] or f"[EMPTY_{index}]"
+        for index, name in enumerate(strings(reader, "LIST"))
+    ]
     ids: dict[str, int] = {}
     for index, name in enumerate(names):
         if ids.setdefault(name, index) != index:

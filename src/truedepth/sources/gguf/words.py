@@ -130,7 +130,7 @@ WORDS: dict[str, Words] = {
     **_names(Words((_LLAMA3,)), "dbrx smaug-bpe chatglm-bpe"),
     **_names(Words((_LLAMA3,), whole=True), "glm4 glm5"),
     **_names(Words((_QWEN2,)), "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan"),
-    **_names(Words((_QWEN2,)), "solar-open grok-2"),
+    **_names(Words((_QWEN2,)), "solar-open grok-2 bailingmoe bailingmoe2 llada-moe"),
     "tekken": Words((_cased(r"\p{L}", "", r"\p{N}"),), whole=True, begins=True),
     **_names(
         Words((_cased(r"\p{L}", f"(?:{_SHORT})?", r"\p{N}{1,3}"),)),
@@ -167,10 +167,6 @@ WORDS: dict[str, Words] = {
     "jais-2": Words(
         (_modern(r"\p{N}{1,3}", space=rf"\s*[\r\n]+|{_RUNS}|\s{{1,2}}(?!\S)|\s{{1}}"),)
     ),
-    **_names(
-        Words((_modern(r"\p{N}", space=r"\s*[\r\n]|\s+(?!\S)|\s+"),)),
-        "bailingmoe bailingmoe2 llada-moe",
-    ),
     "seed-coder": Words((_modern(r"\p{N}", signs=r" ?[^\s\p{L}\p{N}\r\n]+"),)),
     "ufakzeka": Words((rf"{_WORD}|\p{{N}}|{_SIGNS}|{_SPACE}",)),
     "laguna": Words((r"[^\n]+|[\n]+", _QWEN2)),
@@ -180,7 +176,6 @@ WORDS: dict[str, Words] = {
                 r"\p{N}",
                 word=r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+",
                 signs=r" ?[^\s\p{L}\p{N}]+[\r\n/]?",
-                space=r"\s*[\r\n]|\s+(?!\S)|\s+",
             ),
         )
     ),
@@ -222,6 +217,12 @@ def published(name: str) -> tuple[str, ...]:
     if name == "tekken":
         return (_PUBLISHED_TEKKEN,)
     return tuple(pattern.replace(_SHORT, _PUBLISHED_SHORT) for pattern in WORDS[name].patterns)
+
+
+def canonical() -> list[str]:
+    """One name for every way of splitting."""
+    found = {(words.patterns, words.whole): name for name, words in reversed(WORDS.items())}
+    return [*found.values()][::-1]
 
 
 def name_of(patterns: tuple[str, ...], whole: bool) -> str | None:

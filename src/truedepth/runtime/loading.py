@@ -74,7 +74,6 @@ def load(
     tensors = source.tensors  # opened here, so that the error names a broken file
     try:
         config = transformers_config(source.config, source.path)
-<<<<<<< HEAD
         # Of transformers' own reader only what fills a model is used: which file holds which tensor
         # is decided by the source alone, so that all commands compute with the same tensors.
         loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -86,33 +85,6 @@ def load(
         )
         if source.path.is_dir() or source.generation_config:
             loaded.generation_config = as_written(source.generation_config or source.config)
-=======
-        # transformers refuses to load a model for values there that only `generate` reads.
-        settings = source.path / "generation_config.json"
-        options["generation_config"] = GenerationConfig() if source.path.is_dir() else None
-        if source.path.is_dir() and has_safetensors(source.path):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-        else:
-            # Loading and converting read GGUF files and pickles through the same code, so both see
-            # the same weights.
-            loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None,
-                config=config,
-                state_dict={name: tensor.read() for name, tensor in tensors.items()},
-                output_loading_info=True,
-                **options,
-            )
-        if source.path.is_dir():
-            written = read_json(settings) if settings.is_file() else source.config
-            loaded.generation_config = as_written(written)
->>>>>>> calls
     except TruedepthError:
         raise
     except Exception as error:  # an unusual config value can raise anything

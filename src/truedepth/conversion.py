@@ -14,11 +14,13 @@ from truedepth.calibration.run import calibrated
 from truedepth.checkpoint.card import model_card
 from truedepth.checkpoint.records import CalibrationRecord
 from truedepth.checkpoint.writing import write_checkpoint
+from truedepth.errors import TruedepthError
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
 from truedepth.plan.plan import Plan
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
+from truedepth.tensors import NotFiniteError, dtype_name, first_not_finite
 from truedepth.version import __version__
 from truedepth.widening.layout import Layout, check_loadable
 from truedepth.widening.padding import head_padding, padded_tensors
@@ -122,7 +124,10 @@ def convert(
             config |= padding
             check_loadable(config, tensors, source.path)
         card = model_card(source, plan, layout.all_reduces, record)
-        size = write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
+        try:
+            size = write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)
+        except NotFiniteError as error:
+            raise _why_not_finite(error, layout, tensors[error.name].dtype) from error
     return Conversion(
         path=out,
         plan=plan,
@@ -132,6 +137,29 @@ def convert(
         executed_plan=layout.executed_plan,
         quantization=source.quantization,
         calibration=record,
+    )
+
+
+def _why_not_finite(error: NotFiniteError, layout: Layout, dtype: torch.dtype) -> TruedepthError:
+    """The exception for a weight that cannot be written.
+
+    Args:
+        error: Where NaN or an infinity was found.
+        layout: The conversion's layout.
+        dtype: The dtype that the tensor was to be written in.
+    """
+    where = layout.source.path
+    for name, tensor in layout.made_from(error.name).items():
+        if (found := first_not_finite(name, tensor)) is not None:
+            return TruedepthError(
+                f"{where} cannot be converted: its {name!r} holds {found.value} in row {found.row}."
+            )
+    way_out = "no dtype holds it"
+    if dtype is torch.float16:
+        way_out = "write it with --dtype bfloat16 or --dtype float32 (dtype=torch.bfloat16)"
+    return TruedepthError(
+        f"{error.name!r} of the converted model would hold {error.value} in row {error.row}, from a"
+        f" value beyond the {torch.finfo(dtype).max:g} of {dtype_name(dtype)}; {way_out}."
     )
 
 

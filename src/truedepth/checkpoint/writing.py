@@ -23,7 +23,7 @@ from truedepth.files.copying import Copier, copier
 from truedepth.progress import progress_bar
 from truedepth.sources.source import Source
 from truedepth.sources.tokenizer import complete_tokenizer
-from truedepth.tensors import LazyTensor
+from truedepth.tensors import LazyTensor, finite
 
 FILENAME_PATTERN = "model{suffix}.safetensors"
 
@@ -72,6 +72,7 @@ def write_checkpoint(
         The number of bytes of all weights.
 
     Raises:
+        NotFiniteError: A tensor holds NaN or an infinity; nothing is kept.
         TruedepthError: `out` cannot be written, or the source changed while it was read.
     """
     with atomic_directory(out, force, kept) as partial:
@@ -79,7 +80,7 @@ def write_checkpoint(
         try:
             with progress_bar("Writing", total, unit="bytes") as advance:
                 size = write_weights(partial, tensors, shard_size, advance)
-        except OSError:  # also when a block is missing because its file was cut short
+        except OSError:
             source.check_unchanged()
             raise
         source.save_companions(partial)
@@ -111,6 +112,7 @@ def write_weights(
         The number of bytes of all tensors.
 
     Raises:
+        NotFiniteError: A tensor holds NaN or an infinity.
         TruedepthError: `shard_size` is not a size.
     """
     split = split_state_dict_into_shards_factory(
@@ -167,6 +169,6 @@ def _write_shard(
         file.flush()
         offset = 8 + len(encoded)
         for name in ordered:
-            for written in copies.copy(tensors[name], file.fileno(), offset):
+            for written in copies.copy(finite(name, tensors[name]), file.fileno(), offset):
                 progress(written)
             offset += tensors[name].nbytes

@@ -98,6 +98,23 @@ class Layout:
             for member, layer in zip(group, layers, strict=True)
         }
 
+    def made_from(self, name: str) -> dict[str, LazyTensor]:
+        """The original's tensors that a tensor of the converted model may be made from, by name.
+
+        For one of a layer these are all tensors of the original layers that it stands for.
+        """
+        layer, _ = self.source.family.split(name)
+        if layer is None:
+            return {each: tensor for each, tensor in self._members[1].items() if each == name}
+        pairs = zip(self.plan.groups, self.layers, strict=True)
+        group, places = next(pair for pair in pairs if layer in pair[1])
+        members = group if len(places) < len(group) else [group[places.index(layer)]]
+        return {
+            self.source.family.layer.format(member) + rest: tensor
+            for member in members
+            for rest, tensor in self._members[0][member].items()
+        }
+
     @cached_property
     def _original(self) -> Any:
         """The original's config, an instance of transformers' class."""

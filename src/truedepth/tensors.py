@@ -36,6 +36,9 @@ class LazyTensor:
     rows: Callable[[int, int], Tensor]
     """`rows(start, stop)`: rows start to stop - 1, as `[stop - start, *shape[1:]]`."""
 
+    stored: Stored | None = None
+    """Where a file holds exactly these bytes; None if no file does."""
+
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
@@ -71,12 +74,13 @@ class LazyTensor:
         )
 
 
-def from_tensor(tensor: Tensor) -> LazyTensor:
+def from_tensor(tensor: Tensor, stored: Stored | None = None) -> LazyTensor:
     """A tensor that is already in memory, or mapped into it, as a lazy tensor."""
     return LazyTensor(
         tuple(tensor.shape),
         tensor.dtype,
         lambda start, stop: tensor[start:stop] if tensor.shape else tensor,
+        stored,
     )
 
 
@@ -91,47 +95,38 @@ class NotFiniteError(TruedepthError):
             row: Index along its first dimension.
             value: What is there.
         """
-        super().__init__(f"{name!r} holds {value} in row {row}.", exit_code=1)
+        super().__init__(f"{name!r} would hold {value} in row {row}; it is not written.", 1)
         self.name, self.row, self.value = name, row, value
 
 
-def finite(name: str, tensor: LazyTensor) -> LazyTensor:
-    """The tensor, whose values are looked at whenever they are read.
+def check_finite(name: str, block: Tensor, first: int = 0) -> None:
+    """Raise NotFiniteError if a block of a tensor's rows holds NaN or an infinity.
 
-    Its blocks raise NotFiniteError where one holds NaN or an infinity.
+    Args:
+        name: The tensor's name.
+        block: `[rows, …]`, or one number.
+        first: The index of its first row.
     """
-
-    def rows(start: int, stop: int) -> Tensor:
-        block = tensor.rows(start, stop)
-        if not is_finite(block):
-            each = block.reshape(max(1, stop - start), -1).float()
-            row, column = (~each.isfinite()).nonzero()[0].tolist()
-            raise NotFiniteError(name, start + row, each[row, column].item())
-        return block
-
-    return LazyTensor(tensor.shape, tensor.dtype, rows)
+    if not block.is_floating_point():
+        return
+    values = block if block.itemsize > 1 else block.float()  # torch computes little with float8
+    # A sum is finite only if all its terms are, and takes a fiftieth of the time of `isfinite` for
+    # 16-bit numbers. If it overflows, every value is looked at.
+    if values.sum().isfinite() or values.isfinite().all():
+        return
+    rows = values.reshape(len(block) if block.ndim else 1, -1).float()
+    row, column = (~rows.isfinite()).nonzero()[0].tolist()
+    raise NotFiniteError(name, first + row, rows[row, column].item())
 
 
 def first_not_finite(name: str, tensor: LazyTensor) -> NotFiniteError | None:
     """Where a tensor holds NaN or an infinity; None if it holds neither. Reads all of it."""
     try:
-        for _ in finite(name, tensor).blocks(1 << 22):
-            pass
+        for start, stop in tensor.ranges(1 << 22):
+            check_finite(name, tensor.rows(start, stop), start)
     except NotFiniteError as error:
         return error
     return None
-
-
-def is_finite(block: Tensor) -> bool:
-    """Whether a block holds neither NaN nor an infinity.
-
-    A sum is finite only if all its terms are, and takes a fiftieth of the time of `isfinite` for
-    16-bit numbers. If it overflows, every value is looked at.
-    """
-    if not block.is_floating_point():
-        return True
-    summed = block if block.itemsize > 1 else block.float()
-    return bool(summed.sum().isfinite()) or bool(summed.isfinite().all())
 
 
 def remembered(tensor: LazyTensor) -> LazyTensor:

@@ -23,7 +23,7 @@ from truedepth.files.copying import Copier, copier
 from truedepth.progress import progress_bar
 from truedepth.sources.source import Source
 from truedepth.sources.tokenizer import complete_tokenizer
-from truedepth.tensors import LazyTensor, finite
+from truedepth.tensors import LazyTensor
 
 FILENAME_PATTERN = "model{suffix}.safetensors"
 
@@ -80,7 +80,7 @@ def write_checkpoint(
         try:
             with progress_bar("Writing", total, unit="bytes") as advance:
                 size = write_weights(partial, tensors, shard_size, advance)
-        except OSError:
+        except OSError:  # also when a block is missing because its file was cut short
             source.check_unchanged()
             raise
         source.save_companions(partial)
@@ -169,6 +169,6 @@ def _write_shard(
         file.flush()
         offset = 8 + len(encoded)
         for name in ordered:
-            for written in copies.copy(finite(name, tensors[name]), file.fileno(), offset):
+            for written in copies.copy(name, tensors[name], file.fileno(), offset):
                 progress(written)
             offset += tensors[name].nbytes

@@ -23,7 +23,7 @@ def mapped_tensor(tensor: Tensor, stored: Stored) -> LazyTensor:
         tensor: The tensor on the map.
         stored: Its place in the file.
     """
-    lazy = from_tensor(tensor)
+    lazy = from_tensor(tensor, stored)
     count = lazy.shape[0] if lazy.shape else 1
     row_bytes = lazy.nbytes // max(1, count)
 
@@ -36,7 +36,7 @@ def mapped_tensor(tensor: Tensor, stored: Stored) -> LazyTensor:
             _will_need(stored, begin, end - begin)
         return lazy.rows(start, stop)
 
-    return LazyTensor(lazy.shape, lazy.dtype, rows)
+    return LazyTensor(lazy.shape, lazy.dtype, rows, stored)
 
 
 def _will_need(stored: Stored, begin: int, count: int) -> None:

@@ -38,6 +38,7 @@ from truedepth.widening.layout import Layout, check_loadable
 
 ARCHITECTURE = gguf.MODEL_ARCH.DECI
 
+MAX_FLOAT16 = 65504
 BLOCK_BYTES = 1 << 22
 """Bytes of a tensor that are in memory at a time."""
 
@@ -242,14 +243,16 @@ def _write_block(
     if ggml is GGMLQuantizationType.BF16:
         rounded = values.to(torch.bfloat16)
         data: Any = rounded.view(torch.uint8).numpy()
-        finite = rounded.isfinite().all()
+        finite = bool(rounded.isfinite().all())
     else:
         with np.errstate(all="ignore"):
             data = np.ascontiguousarray(gguf.quantize(values.numpy(), ggml))
-        finite = values.isfinite().all() and (data.dtype.kind != "f" or np.isfinite(data).all())
+        finite = bool(values.isfinite().all())
+        if finite and values.abs().max() > MAX_FLOAT16:  # quantized blocks have float16 scales
+            finite = bool(np.isfinite(gguf.dequantize(data, ggml)).all())
     if not finite:
         raise TruedepthError(
-            f"{name} has values that are not finite in {ggml.name.lower()}; try --type f32."
+            f"{name} has values that are not finite in {ggml.name.lower()}; try --type bf16 or f32."
         )
     file.write(data.data)
 

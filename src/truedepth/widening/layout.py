@@ -75,7 +75,8 @@ class Layout:
     def executed_plan(self) -> Plan:
         """The plan as engines run it: layers that run side by side are by themselves."""
         pairs = zip(self.plan.groups, self.layers, strict=True)
-        return Plan(self.plan.num_layers, [g for g, layers in pairs if len(layers) < len(g)])
+        groups = [group for group, layers in pairs if len(layers) < len(group)]
+        return Plan(self.plan.num_layers, groups, stages=self.plan.merged)
 
     @property
     def all_reduces(self) -> int:
@@ -194,8 +195,8 @@ class Layout:
         config["auto_map"] = modeling.auto_map(family.classes)
         config["tie_word_embeddings"] = self._tied
         pairs = list(zip(self.plan.groups, self.layers, strict=True))
-        config |= plan_entries((len(group), len(layers)) for group, layers in pairs)
-        if "side_by_side" in config:
+        config |= plan_entries(self.plan, self.layers)
+        if "side_by_side" in config or "stages" in config:
             config["sublayers"] = family.layer_form(original)
         # Of a wide layer these do not follow from the number of heads.
         config["head_dim"] = head_dim(original.to_dict())

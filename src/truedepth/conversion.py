@@ -16,7 +16,9 @@ from truedepth.checkpoint.records import CalibrationRecord
 from truedepth.checkpoint.writing import write_checkpoint
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
+from truedepth.errors import TruedepthError
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import said
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.version import __version__
@@ -99,6 +101,11 @@ def convert(
     check_conversion(source, out, force)
     padding = head_padding(source.config, pad_heads)
     layout = Layout(source, plan, dtype)
+    if calibration is not None and plan.merged:
+        raise TruedepthError(
+            f"Groups of layers can be calibrated, stages of sub-layers such as"
+            f" {said(plan.merged[0])} cannot; convert them with --no-calibrate."
+        )
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {
         "version": __version__,

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 PREFIX = "Truedepth"
 
@@ -200,6 +201,9 @@ class LayerForm:
     multiplier: str | None
     """The layer's attribute by which attention's and the FFN's outputs are multiplied, if any."""
 
+    writes: Sequence[str] | None = None
+    """Names of the linear maps of attention and FFN that write to the residual stream."""
+
 
 class Staged:
     """Mixed into the layers that have a sub-layer in a stage of several:
@@ -207,7 +211,8 @@ class Staged:
         y = x + Σ_s s(N_s x)
 
     A layer at whose end a stage is open passes on x and the sum so far, `[2, batch, length,
-    hidden]`.
+    hidden]`. Under tensor parallelism the sum is of this rank's parts, until the stage ends in one
+    all-reduce.
     """
 
     continues = joined = leaves_open = False
@@ -218,12 +223,57 @@ class Staged:
 
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
         """From the stream, or x and a sum, to the stream, or x and a sum."""
-        x, added = hidden_states.unbind(0) if self.continues else (hidden_states, 0)
-        added = added + run_sublayer(self, self.form, "attention", x, *args, **call)
+        attention, ffn = self.form.writes or (None, None)
+        x, added = hidden_states.unbind(0) if self.continues else (hidden_states, None)
+        added = plus(added, run_sublayer(self, self.form, "attention", x, *args, **call))
         if not self.joined:
-            x, added = x + added, 0
-        added = added + run_sublayer(self, self.form, "ffn", x)
-        return torch.stack([x, added]) if self.leaves_open else x + added
+            x, added = x + self._whole(added, attention), None
+        added = plus(added, run_sublayer(self, self.form, "ffn", x))
+        if self.leaves_open:
+            return torch.stack([x, added])
+        return x + self._whole(added, ffn)
+
+    def _whole(self, added: Tensor, writer: str | None) -> Tensor:
+        """The sum over all ranks of a stage that ends with this writing map."""
+        module = None if writer is None else self.get_submodule(writer)  # type: ignore[attr-defined]
+        return module.summed(added) if isinstance(module, PartOfSum) else added
+
+
+def plus(sum_so_far: Tensor | None, more: Tensor) -> Tensor:
+    """A sum and one more, which may be the first."""
+    return more if sum_so_far is None else sum_so_far + more
+
+
+class PartOfSum(nn.Linear):
+    """A map that writes to the residual stream, in a stage of several.
+
+    Under tensor parallelism transformers puts a function into the place of `forward` that ends in
+    an all-reduce. That is left out here: the stage has one of its own, behind the sum.
+    """
+
+    def _part(self, features: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if isinstance(weight, DTensor):
+            first = weight.device_mesh.get_local_rank() == 0
+            weight = weight.to_local()
+            bias = bias.to_local() if isinstance(bias, DTensor) else bias
+            bias = bias if first else None  # once in the sum
+        return nn.functional.linear(features, weight, bias)
+
+    forward = property(lambda self: self._part, lambda self, replacement: None)  # type: ignore[assignment]
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, `[batch, length, hidden]`."""
+        if not isinstance(self.weight, DTensor):
+            return part
+        mesh = self.weight.device_mesh
+        if not part.requires_grad:
+            torch.distributed.all_reduce(part, group=mesh.get_group())
+            return part
+        return (
+            DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()]).to_local()
+        )
 
 
 def merge_stage(layers: Any, form: LayerForm, places: Sequence[int]) -> None:
@@ -238,6 +288,8 @@ def merge_stage(layers: Any, form: LayerForm, places: Sequence[int]) -> None:
         layer = layers[place // 2]
         if not isinstance(layer, Staged):
             mix_into(layer, Staged, form)
+        if form.writes:
+            layer.get_submodule(form.writes[place % 2]).__class__ = PartOfSum
     for before in places[:-1]:
         if before % 2:
             layers[before // 2].leaves_open = layers[before // 2 + 1].continues = True

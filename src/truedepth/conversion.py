@@ -14,9 +14,9 @@ from truedepth.calibration.run import calibrated
 from truedepth.checkpoint.card import model_card
 from truedepth.checkpoint.records import CalibrationRecord
 from truedepth.checkpoint.writing import write_checkpoint
+from truedepth.errors import TruedepthError
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
-from truedepth.errors import TruedepthError
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import said
 from truedepth.sources.opening import open_source

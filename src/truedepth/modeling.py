@@ -261,7 +261,7 @@ class PartOfSum(nn.Linear):
             bias = bias if first else None  # once in the sum
         return nn.functional.linear(features, weight, bias)
 
-    forward = property(lambda self: self._part, lambda self, replacement: None)  # type: ignore[assignment]
+    forward = property(lambda self: self._part, lambda self, replacement: None)
 
     def summed(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, `[batch, length, hidden]`."""

@@ -167,7 +167,8 @@ def convert(
     _check_needed(calibration, searched, calibrate)
     limit = parse_loss(max_loss) if max_loss is not None else None
     chosen = Plan.from_yaml(plan) if plan is not None else None
-    span = parse_span(layers or staggered or "") if layers or staggered else None
+    given = layers if staggered is None else staggered
+    span = parse_span(given) if given is not None else None
     options = calibration.over()
 
     from truedepth.calibration.windows import given_text
@@ -181,7 +182,7 @@ def convert(
     if calibrate and searched:
         given_text(source, options, max_group)
     found = None
-    if span is not None and staggered:
+    if span is not None and staggered is not None:
         chosen = Plan.staggered(source.num_layers, *span)
     elif span is not None:
         chosen = Plan.span(source.num_layers, *span, group=2 if group is None else group)

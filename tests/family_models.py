@@ -158,19 +158,31 @@ class Off:
         return torch.zeros_like(output)
 
 
-@torch.no_grad()
 def side_by_side(
     model: Any, ids: Tensor, groups: Sequence[Sequence[int]], parallel: bool
 ) -> Tensor:
-    """Logits of a model whose layers run in groups, from whole layers of its own.
+    """Logits of a model whose layers run in groups.
+
+    a = x + Σ_i A_i(x)        y = a + Σ_i F_i(a)        or F_i(x), where layers are parallel
+    """
+    stages: list[list[str]] = []
+    for group in sorted(groups):
+        attentions, ffns = ([f"{kind}{layer}" for layer in group] for kind in "AF")
+        stages += [attentions + ffns] if parallel else [attentions, ffns]
+    return staged(model, ids, stages)
+
+
+@torch.no_grad()
+def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]]) -> Tensor:
+    """Logits of a model whose sub-layers run in stages, from whole layers of its own.
 
     With the FFN switched off a layer gives x + A(x), with the attention switched off x + F(x), with
     all norms, windows and multipliers that are its own; so nothing of truedepth is used here.
 
-        a = x + Σ_i A_i(x)        y = a + Σ_i F_i(a)        or F_i(x), where layers are parallel
+        y = x + Σ_s s(x)
     """
     body = model.base_model
-    layers, group_of = list(body.layers), {group[0]: group for group in groups}
+    layers = list(body.layers)
     calls: dict[int, tuple[Any, Any]] = {}
 
     def keep(index: int) -> Any:
@@ -189,17 +201,17 @@ def side_by_side(
     for hook in hooks:
         hook.remove()
 
-    def added(index: int, x: Tensor, off: Sequence[str]) -> Tensor:
-        given, call = calls[index]
-        (name,) = (name for name in off if hasattr(layers[index], name))
-        with Off(getattr(layers[index], name)):
-            return layers[index](x, *given, **call) - x
+    def added(name: str, x: Tensor) -> Tensor:
+        layer = layers[int(name[1:])]
+        given, call = calls[int(name[1:])]
+        others = ["mlp"] if name[0] == "A" else ["self_attn", "attention"]
+        (other,) = (other for other in others if hasattr(layer, other))
+        with Off(getattr(layer, other)):
+            return layer(x, *given, **call) - x
 
     x = entered[0]
-    for first in sorted(group_of):
-        a = x + sum(added(index, x, ["mlp"]) for index in group_of[first])
-        seen = x if parallel else a
-        x = a + sum(added(i, seen, ["self_attn", "attention"]) for i in group_of[first])
+    for stage in stages:
+        x = x + sum(added(name, x) for name in stage)
 
     # what is behind the layers: they are passed by, the last of them giving x
     hook = layers[-1].register_forward_hook(lambda *_: x)

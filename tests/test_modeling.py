@@ -1,4 +1,5 @@
-"""The model class: everything that transformers does with a Llama works with a wide one."""
+"""The model class: everything that transformers does with a Llama works with wide layers and with
+stages of sub-layers."""
 
 from __future__ import annotations
 
@@ -17,10 +18,16 @@ from transformers import (
 )
 
 import truedepth as td
-from tiny_models import TINY, random_ids, reference_logits
+from tiny_models import TINY, random_ids, staged_logits
 from truedepth import modeling
 
-GROUPS = [[0, 1], [2], [3, 4, 5]]
+PLANS = {
+    "groups": td.Plan(6, [[0, 1], [2], [3, 4, 5]]),
+    "stages": td.Plan(6, [[1, 2]], stages=[["A0", "F0"], ["F3", "A4"], ["F4", "A5", "F5"]]),
+}
+HEADS = {"groups": [2, 1, 3], "stages": [1, 2, 1, 1, 1]}
+"""Widths of the layers."""
+
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
@@ -29,10 +36,20 @@ def source(make_model):
     return make_model(attention_bias=True)
 
 
+@pytest.fixture(scope="module", params=PLANS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def checkpoint(source, tmp_path_factory):
+def stages(kind):
+    return [list(map(str, stage)) for stage in PLANS[kind].stages]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source, kind, tmp_path_factory):
     out = tmp_path_factory.mktemp("wide") / "out"
-    td.convert(source, out, td.Plan(6, GROUPS))
+    td.convert(source, out, PLANS[kind])
     return out
 
 
@@ -42,18 +59,18 @@ def model(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def expected(source):
+def expected(source, stages):
     original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
-    return reference_logits(original, random_ids(), GROUPS)
+    return staged_logits(original, random_ids(), stages)
 
 
-def test_layers_have_their_widths(model):
-    for layer, width in zip(model.model.layers, [2, 1, 3], strict=True):
+def test_layers_have_their_widths(model, kind):
+    for layer, width in zip(model.model.layers, HEADS[kind], strict=True):
         assert layer.self_attn.q_proj.out_features == width * 64
         assert layer.self_attn.k_proj.out_features == width * 32
         assert layer.self_attn.num_key_value_groups == 2
         assert layer.mlp.up_proj.out_features == width * 96
-    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+    assert len(model.model.layers) == model.config.num_hidden_layers == len(HEADS[kind])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -80,10 +97,10 @@ def test_cached_decoding(model, expected, make_cache):
     torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
 
 
-def test_early_initialized_static_cache(model, expected):
+def test_early_initialized_static_cache(model, expected, kind):
     """What `generate` does for compiled prefill: it sizes every layer by its own config."""
     heads, head_dim = model._get_static_cache_init_shape()
-    assert heads == [4, 2, 6]
+    assert heads == [2 * width for width in HEADS[kind]]
     cache = StaticCache(model.config, max_cache_len=32)
     cache.early_initialization(2, heads, head_dim, torch.float32, torch.device("cpu"))
     logits = model(random_ids(), past_key_values=cache).logits
@@ -118,15 +135,15 @@ def test_compiled_decoding_with_a_static_cache(model, expected):
     torch.testing.assert_close(torch.cat(logits, 1), expected[:, :9], **CLOSE)
 
 
-def greedy_by_the_formula(source, ids, steps):
+def greedy_by_the_formula(source, stages, ids, steps):
     original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     for _ in range(steps):
-        ids = torch.cat([ids, reference_logits(original, ids, GROUPS)[:, -1:].argmax(-1)], 1)
+        ids = torch.cat([ids, staged_logits(original, ids, stages)[:, -1:].argmax(-1)], 1)
     return ids
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generate(model, source, cache):
+def test_generate(model, source, stages, cache):
     ids = random_ids(batch=1, length=7)
     tokens = model.generate(
         ids,
@@ -137,7 +154,7 @@ def test_generate(model, source, cache):
         cache_implementation=cache,
     )
     # min_new_tokens forbids the end token, which the formula might choose.
-    expected = greedy_by_the_formula(source, ids, 12)
+    expected = greedy_by_the_formula(source, stages, ids, 12)
     assert not (expected == TINY["eos_token_id"]).any()
     assert torch.equal(tokens, expected)
 
@@ -180,11 +197,12 @@ def test_gradient_checkpointing(model):
         torch.testing.assert_close(parameter.grad, plain[name])
 
 
-def test_hidden_states_and_attentions_are_recorded(model):
+def test_hidden_states_and_attentions_are_recorded(model, kind):
     model.set_attn_implementation("eager")
     output = model(random_ids(), output_hidden_states=True, output_attentions=True)
-    assert len(output.hidden_states) == 4
-    assert [attention.shape[1] for attention in output.attentions] == [8, 4, 12]
+    assert len(output.hidden_states) == len(HEADS[kind]) + 1
+    heads = [attention.shape[1] for attention in output.attentions]
+    assert heads == [4 * width for width in HEADS[kind]]
 
 
 def test_tensor_parallel_plan_is_the_familys(model):
@@ -199,12 +217,13 @@ def test_auto_model(checkpoint, model):
     torch.testing.assert_close(body(random_ids()).last_hidden_state, hidden)
 
 
-def test_copies_and_saved_models_are_the_same_model(model, expected, tmp_path):
+def test_copies_and_saved_models_are_the_same_model(model, expected, kind, tmp_path):
     torch.testing.assert_close(copy.deepcopy(model)(random_ids()).logits, expected, **CLOSE)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(random_ids()).logits, expected, **CLOSE)
-    assert again.config.truedepth["plan"]["groups"] == [[0, 1], [3, 4, 5]]
+    planned = {"model": again.config.truedepth["source"], **PLANS[kind].to_dict()}
+    assert again.config.truedepth["plan"] == planned
     assert (tmp_path / "modeling.py").exists()
 
 

@@ -66,7 +66,6 @@ def random_ids(batch: int = 2, length: int = 17, seed: int = 1) -> Tensor:
     return torch.randint(1, TINY["vocab_size"], (batch, length), generator=generator)
 
 
-@torch.no_grad()
 def reference_logits(
     original: Any, ids: Tensor, groups: Sequence[Sequence[int]], window: int | None = None
 ) -> Tensor:
@@ -76,6 +75,15 @@ def reference_logits(
 
     With a window no token sees further back than so many, itself included.
     """
+    stages = [[f"{kind}{layer}" for layer in group] for group in groups for kind in "AF"]
+    return staged_logits(original, ids, stages, window)
+
+
+@torch.no_grad()
+def staged_logits(
+    original: Any, ids: Tensor, stages: Sequence[Sequence[str]], window: int | None = None
+) -> Tensor:
+    """Stages of sub-layers, such as `["F2", "A3"]`: y = x + Σ_s s(N_s x), one after another."""
     body = original.model
     x = body.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
@@ -84,18 +92,18 @@ def reference_logits(
     mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
     if window is not None:
         mask = mask + torch.full((length, length), float("-inf")).tril(-window)
-    for group in groups:
-        layers = [body.layers[index] for index in group]
-        a = x.clone()
-        for layer in layers:
-            a += layer.self_attn(
-                hidden_states=layer.input_layernorm(x),
-                position_embeddings=rotary,
-                attention_mask=mask,
-            )[0]
-        x = a.clone()
-        for layer in layers:
-            x += layer.mlp(layer.post_attention_layernorm(a))
+    for stage in stages:
+        y = x.clone()
+        for name in stage:
+            layer = body.layers[int(name[1:])]
+            if name[0] == "A":
+                normed = layer.input_layernorm(x)
+                y += layer.self_attn(
+                    hidden_states=normed, position_embeddings=rotary, attention_mask=mask
+                )[0]
+            else:
+                y += layer.mlp(layer.post_attention_layernorm(x))
+        x = y
     return original.lm_head(body.norm(x))
 
 

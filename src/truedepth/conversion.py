@@ -18,6 +18,7 @@ from truedepth.errors import TruedepthError
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import said
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.tensors import NotFiniteError, dtype_name, first_not_finite
@@ -101,6 +102,11 @@ def convert(
     check_conversion(source, out, force)
     padding = head_padding(source.config, pad_heads)
     layout = Layout(source, plan, dtype)
+    if calibration is not None and plan.merged:
+        raise TruedepthError(
+            f"Groups of layers can be calibrated, stages of sub-layers such as"
+            f" {said(plan.merged[0])} cannot; convert them with --no-calibrate."
+        )
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {
         "version": __version__,

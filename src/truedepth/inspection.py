@@ -23,7 +23,7 @@ class Saving:
 
     pairs: int
     paired_layers: int
-    effective_depth: int
+    effective_depth: int | float
     all_reduces_per_token: int
     """At any tensor-parallel size above 1."""
 
@@ -118,7 +118,7 @@ def inspect_model(model: str | Path | Source) -> Info:
         executed_plan=layout.executed_plan,
         side_by_side=tuple(reasons),
         side_by_side_reason=next(iter(reasons.values()), ""),
-        engines=refused_by(family.model_type, refused),
+        engines=refused_by(family.model_type, refused, stages=bool(plan.merged)),
     )
 
 

@@ -5,8 +5,10 @@ the model family's own decoder layer, built from the model's config with head co
 multiplied by that number. The rest of the model is the family's own code, so attention back ends,
 caches, generation and tensor-parallel plans are those of the original.
 
-Layers that cannot be merged into one wide layer stay as they are: `config.side_by_side` says which
-of them read the same input, and `config.sublayers` how such a layer computes.
+Other layers stay as they are. `config.stages` says which of their sub-layers read the same state,
+for example `["F14", "A15"]`: the FFN of layer 14 and the attention of layer 15. Layers that cannot
+be merged into one wide layer read the same input by `config.side_by_side`. `config.sublayers` says
+how such layers compute.
 
 `TruedepthLlamaForCausalLM` is made from `transformers.LlamaForCausalLM` when it is first asked for,
 and so for every family. This file is copied into every checkpoint and imports only torch and
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 PREFIX = "Truedepth"
 
@@ -49,11 +52,13 @@ class LayerConfig:
 
 
 class LayerWidthsConfig:
-    """Adds to a config `layer_widths` (one integer per layer), `side_by_side` (groups of layers
-    that run on one input), `sublayers` (their `LayerForm`) and `truedepth` (how it was made).
+    """Adds to a config `layer_widths` (one integer per layer), `stages` (neighbouring sub-layers
+    that read one state), `side_by_side` (groups of layers that run on one input), `sublayers`
+    (their `LayerForm`) and `truedepth` (how it was made).
     """
 
     layer_widths: list[int] | None = None
+    stages: list[list[str]] | None = None
     side_by_side: list[list[int]] | None = None
     sublayers: dict[str, Any] | None = None
     truedepth: dict[str, Any] | None = None
@@ -78,6 +83,12 @@ class LayerWidthsConfig:
                     f"side_by_side must hold groups of consecutive layers, not {group}"
                 )
 
+        for stage in self.stages or ():
+            places = [_place(name) for name in stage]
+            first, size = places[0], len(places)
+            if places != list(range(first, first + size)) or first < 0 or first + size > 2 * depth:
+                raise ValueError(f"stages must hold neighbouring sub-layers, not {stage}")
+
     def validate_architecture(self) -> None:
         """Check nothing: heads need not divide the hidden size, for `head_dim` is given."""
 
@@ -93,9 +104,16 @@ class LayerWidthsConfig:
         raise ValueError("per_layer_config follows from layer_widths and cannot be set")
 
 
+def _place(sublayer: str) -> int:
+    """The place of `A14` or `F14` in the order A0 F0 A1 F1 …; -1 if it is neither."""
+    kind, layer = sublayer[:1], sublayer[1:]
+    return 2 * int(layer) + (kind == "F") if kind in ("A", "F") and layer.isdecimal() else -1
+
+
 class LayerWidthsModel:
     """Replaces layers of width 2 and more by the family's own layer, built wider, and makes the
-    layers of each group in `side_by_side` run on one input.
+    sub-layers of each stage in `stages`, and the layers of each group in `side_by_side`, read one
+    state.
     """
 
     def __init__(self, config: Any) -> None:
@@ -112,9 +130,11 @@ class LayerWidthsModel:
         for index, width in enumerate(config.layer_widths):
             if width > 1:
                 layers[index] = wide_layer(layers[index], config, width, index)
+        for stage in config.stages or ():
+            merge_stage(layers, LayerForm(**config.sublayers), [_place(name) for name in stage])
         for group in config.side_by_side or ():
             for index in group:
-                SideBySide.mix_into(layers[index], LayerForm(**config.sublayers))
+                mix_into(layers[index], SideBySide, LayerForm(**config.sublayers))
             layers[group[0]].is_first, layers[group[-1]].is_last = True, True
             # a tuple, so that they do not become submodules of the last layer
             layers[group[-1]].members = tuple(layers[index] for index in group)
@@ -181,6 +201,108 @@ class LayerForm:
     multiplier: str | None
     """The layer's attribute by which attention's and the FFN's outputs are multiplied, if any."""
 
+    writes: Sequence[str] | None = None
+    """Names of the linear maps of attention and FFN that write to the residual stream."""
+
+
+class Staged:
+    """Mixed into the layers that have a sub-layer in a stage of several:
+
+        y = x + Σ_s s(N_s x)
+
+    A layer at whose end a stage is open passes on x and the sum so far, `[2, batch, length,
+    hidden]`. Under tensor parallelism the sum is of this rank's parts, until the stage ends in one
+    all-reduce.
+    """
+
+    continues = joined = leaves_open = False
+    """Whether the attention is in the stage of the layer before, whether the FFN is in that of the
+    attention, and whether the next layer's attention is in that of the FFN."""
+
+    form: LayerForm
+
+    def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
+        """From the stream, or x and a sum, to the stream, or x and a sum."""
+        attention, ffn = self.form.writes or (None, None)
+        x, added = hidden_states.unbind(0) if self.continues else (hidden_states, None)
+        added = plus(added, run_sublayer(self, self.form, "attention", x, *args, **call))
+        if not self.joined:
+            x, added = x + self._whole(added, attention), None
+        added = plus(added, run_sublayer(self, self.form, "ffn", x))
+        if self.leaves_open:
+            return torch.stack([x, added])
+        return x + self._whole(added, ffn)
+
+    def _whole(self, added: Tensor, writer: str | None) -> Tensor:
+        """The sum over all ranks of a stage that ends with this writing map."""
+        module = None if writer is None else self.get_submodule(writer)  # type: ignore[attr-defined]
+        return module.summed(added) if isinstance(module, PartOfSum) else added
+
+
+def plus(sum_so_far: Tensor | None, more: Tensor) -> Tensor:
+    """A sum and one more, which may be the first."""
+    return more if sum_so_far is None else sum_so_far + more
+
+
+class PartOfSum(nn.Linear):
+    """A map that writes to the residual stream, in a stage of several.
+
+    Under tensor parallelism transformers puts a function into the place of `forward` that ends in
+    an all-reduce. That is left out here: the stage has one of its own, behind the sum.
+    """
+
+    def _part(self, features: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if isinstance(weight, DTensor):
+            first = weight.device_mesh.get_local_rank() == 0
+            weight = weight.to_local()
+            bias = bias.to_local() if isinstance(bias, DTensor) else bias
+            bias = bias if first else None  # once in the sum
+        return nn.functional.linear(features, weight, bias)
+
+    forward = property(lambda self: self._part, lambda self, replacement: None)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, `[batch, length, hidden]`."""
+        if not isinstance(self.weight, DTensor):
+            return part
+        mesh = self.weight.device_mesh
+        if not part.requires_grad:
+            torch.distributed.all_reduce(part, group=mesh.get_group())
+            return part
+        return (
+            DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()]).to_local()
+        )
+
+
+def merge_stage(layers: Any, form: LayerForm, places: Sequence[int]) -> None:
+    """Let neighbouring sub-layers read one state, in place.
+
+    Args:
+        layers: A model's decoder layers.
+        form: How they compute.
+        places: The sub-layers' places in the order A0 F0 A1 F1 …
+    """
+    for place in places:
+        layer = layers[place // 2]
+        if not isinstance(layer, Staged):
+            mix_into(layer, Staged, form)
+        if form.writes:
+            layer.get_submodule(form.writes[place % 2]).__class__ = PartOfSum
+    for before in places[:-1]:
+        if before % 2:
+            layers[before // 2].leaves_open = layers[before // 2 + 1].continues = True
+        else:
+            layers[before // 2].joined = True
+
+
+def mix_into(layer: Any, behaviour: type, form: LayerForm) -> None:
+    """Give a layer the forward of `Staged` or `SideBySide`, in place."""
+    own = type(layer)
+    layer.__class__ = type(own.__name__, (behaviour, own), {"__module__": own.__module__})
+    layer.form = form
+
 
 class SideBySide:
     """Mixed into the layers of a group that run on one input x:
@@ -194,13 +316,6 @@ class SideBySide:
     is_first = is_last = False
     members: tuple[Any, ...] = ()
     form: LayerForm
-
-    @classmethod
-    def mix_into(cls, layer: Any, form: LayerForm) -> None:
-        """Turn a layer into a member of such a group, in place."""
-        own = type(layer)
-        layer.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__})
-        layer.form = form
 
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
         """From x (the first layer) or x and a: x and a, or y (the last layer)."""

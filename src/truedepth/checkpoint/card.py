@@ -63,8 +63,8 @@ tags: [truedepth, layer-parallelism]
 
 # {source.name.rpartition("/")[2]}, {plan.num_layers} layers at depth {plan.effective_depth}
 
-{source.name} with {plan.paired_layers} of its {plan.num_layers} layers running side by side
-(Layer Parallelism, arXiv 2502.02790), made by truedepth {__version__}{without}.
+{source.name} {_what_runs_together(plan)},
+made by truedepth {__version__}{without}.
 
     {plan}
 
@@ -86,3 +86,18 @@ tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=False)
 `trust_remote_code` is not needed after `import truedepth`. The tokenizer has no code; without the
 argument, transformers 5 asks about the model's. The licence is the original's.
 """
+
+
+def _what_runs_together(plan: Plan) -> str:
+    parts = []
+    if plan.paired_layers or not plan.merged:
+        parts.append(
+            f"with {plan.paired_layers} of its {plan.num_layers} layers running side by side\n"
+            "(Layer Parallelism, arXiv 2502.02790)"
+        )
+    if plan.merged:
+        parts.append(
+            f"with {len(plan.merged)} stages in which sub-layers (A: attention, F: FFN) read one"
+            " state"
+        )
+    return ", and\n".join(parts)

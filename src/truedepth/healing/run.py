@@ -40,6 +40,7 @@ from truedepth.healing.teacher import KeptPredictions, Original, Teacher
 from truedepth.healing.text import TrainingText, training_text
 from truedepth.healing.training import last_whole, passes_per_step, run_training
 from truedepth.plan.config import plan_of
+from truedepth.plan.stages import said
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
@@ -355,6 +356,11 @@ def _check(source: Source, original: Source, options: Healing) -> None:
     if source.path.is_file():
         raise TruedepthError(
             f"{source.path} is a GGUF file; heal the checkpoint it was exported from."
+        )
+    if plan.merged:
+        raise TruedepthError(
+            f"{source.path} runs stages of sub-layers ({said(plan.merged[0])}), which cannot be"
+            " healed; heal a checkpoint of groups of layers."
         )
     if not plan.paired_layers:
         raise TruedepthError(f"No layers of {source.path} are paired: there is nothing to heal.")

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from truedepth.errors import TruedepthError
 from truedepth.plan.plan import MAX_LAYERS, Plan
+from truedepth.plan.stages import Sublayer, stage_of
 
 GroupLayers = tuple[tuple[int, ...], ...]
 """For each group of a plan, its layers in the converted model: one wide layer, or every member."""
 
 
-def plan_entries(widths: Iterable[tuple[int, int]]) -> dict[str, Any]:
+def plan_entries(plan: Plan, layers: GroupLayers) -> dict[str, Any]:
     """The entries of config.json that hold a plan.
 
     Args:
-        widths: For every group, its numbers of layers in the original and in the converted model;
-            the second is 1 for a wide layer, else the same as the first.
+        plan: The plan.
+        layers: For each of its groups, its layers in the converted model.
     """
-    entries: list[int] = []
-    side_by_side: list[list[int]] = []
-    for members, layers in widths:
-        if layers > 1:
-            side_by_side.append(list(range(len(entries), len(entries) + layers)))
-        entries += [members] if layers == 1 else [1] * layers
-    beside = {"side_by_side": side_by_side} if side_by_side else {}
-    return {"num_hidden_layers": len(entries), "layer_widths": entries, **beside}
+    pairs = list(zip(plan.groups, layers, strict=True))
+    widths = [len(group) if len(at) == 1 else 1 for group, at in pairs for _ in at]
+    entries: dict[str, Any] = {"num_hidden_layers": len(widths), "layer_widths": widths}
+    if side_by_side := [list(at) for _, at in pairs if len(at) > 1]:
+        entries["side_by_side"] = side_by_side
+    if plan.merged:
+        now = {group[0]: at[0] for group, at in pairs}
+        entries["stages"] = [
+            [str(Sublayer(now[each.layer], each.kind)) for each in stage] for stage in plan.merged
+        ]
+    return entries
 
 
 def plan_of(config: Mapping[str, Any]) -> Plan | None:
     """The plan of a converted checkpoint, from its config.json; None for any other model.
 
     Raises:
-        TruedepthError: `layer_widths` is out of range, or `side_by_side` is malformed.
+        TruedepthError: `layer_widths` is out of range, or `side_by_side` or `stages` is malformed.
     """
     widths = config.get("layer_widths")
     if not isinstance(widths, list) or not all(type(width) is int for width in widths):
@@ -47,7 +52,18 @@ def plan_of(config: Mapping[str, Any]) -> Plan | None:
     Plan(sum(widths))  # refuses too many layers
     members = iter(range(sum(widths)))
     sizes = [sum(widths[layer] for layer in layers) for layers in group_layers(config)]
-    return Plan(sum(widths), [[next(members) for _ in range(size)] for size in sizes])
+    groups = [[next(members) for _ in range(size)] for size in sizes]
+    first = list(accumulate(widths, initial=0))  # the original's layer that a layer begins with
+    try:
+        stages = [
+            [Sublayer(first[each.layer], each.kind) for each in stage_of(names)]
+            for names in config.get("stages") or ()
+        ]
+        return Plan(sum(widths), groups, stages=stages)
+    except (TruedepthError, TypeError, IndexError) as error:
+        raise TruedepthError(
+            f"stages must be a list of lists of neighbouring sub-layers: {error}"
+        ) from error
 
 
 def group_layers(config: Mapping[str, Any]) -> GroupLayers:

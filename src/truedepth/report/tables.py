@@ -46,7 +46,9 @@ def print_rows(
 
 def plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]]:
     """The rows that describe a plan; `executed` is the plan as engines run it, if that differs."""
-    depths = f"{plan.num_layers} -> {plan.effective_depth} (Δ = {plan.paired_layers})"
+    depths = f"{plan.num_layers} -> {plan.effective_depth}"
+    if not plan.merged:  # Δ, the paper's, counts layers in groups
+        depths += f" (Δ = {plan.paired_layers})"
     before, after = plan.unpaired.all_reduces, (executed or plan).all_reduces
     return [
         ("plan", str(plan)),

@@ -77,6 +77,7 @@ def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         "num_hidden_layers": sum(config.get("layer_widths") or [1] * config["num_hidden_layers"]),
         "layer_widths": None,
         "side_by_side": None,
+        "stages": None,
         **dict.fromkeys(original_family(config, "The model").per_layer),
         "model_type": CONVERTED + unconverted(config["model_type"]),
     }

@@ -39,7 +39,8 @@ class Layout:
             dtype: Dtype of the tensors; default: as in the source.
 
         Raises:
-            TruedepthError: The plan is for another number of layers.
+            TruedepthError: The plan is for another number of layers, or merges sub-layers of a
+                family whose sub-layers cannot share a stage.
         """
         if plan.num_layers != source.num_layers:
             raise TruedepthError(
@@ -47,6 +48,11 @@ class Layout:
                 f" {source.num_layers}."
             )
         self.source, self.plan, self._dtype = source, plan, dtype
+        if plan.merged and (reason := source.family.why_no_stages(self._original)):
+            raise TruedepthError(
+                f"Sub-layers of {source.name} ({source.family.model_type}) cannot share a stage:"
+                f" {reason}; give a plan of groups of layers."
+            )
 
     @classmethod
     def of(cls, checkpoint: Source) -> Layout:
@@ -75,7 +81,8 @@ class Layout:
     def executed_plan(self) -> Plan:
         """The plan as engines run it: layers that run side by side are by themselves."""
         pairs = zip(self.plan.groups, self.layers, strict=True)
-        return Plan(self.plan.num_layers, [g for g, layers in pairs if len(layers) < len(g)])
+        groups = [group for group, layers in pairs if len(layers) < len(group)]
+        return Plan(self.plan.num_layers, groups, stages=self.plan.merged)
 
     @property
     def all_reduces(self) -> int:
@@ -213,9 +220,11 @@ class Layout:
         config["auto_map"] = modeling.auto_map(family.classes)
         config["tie_word_embeddings"] = self._tied
         pairs = list(zip(self.plan.groups, self.layers, strict=True))
-        config |= plan_entries((len(group), len(layers)) for group, layers in pairs)
-        if "side_by_side" in config:
+        config |= plan_entries(self.plan, self.layers)
+        if "side_by_side" in config or "stages" in config:
             config["sublayers"] = family.layer_form(original)
+        if "stages" in config:
+            config["sublayers"]["writes"] = list(family.writes)
         # Of a wide layer these do not follow from the number of heads.
         config["head_dim"] = head_dim(original.to_dict())
         if key_value := getattr(original, KEY_VALUE, None):

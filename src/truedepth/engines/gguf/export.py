@@ -28,6 +28,7 @@ from truedepth.errors import TruedepthError
 from truedepth.families.lookup import original_family, unconverted
 from truedepth.files.atomic import atomic_file, check_apart, check_output
 from truedepth.plan.config import plan_of
+from truedepth.plan.stages import said
 from truedepth.progress import progress_bar, working
 from truedepth.runtime.empty import transformers_config
 from truedepth.sources.gguf.layout import CONFIG, GENERATION_CONFIG, to_llama_cpp
@@ -147,6 +148,11 @@ def _check_source(source: Source) -> None:
 def _why_not_stored(source: Source) -> str | None:
     """Why the architecture has no place for some of the model's tensors, or None."""
     layout = Layout.of(source)
+    if layout.plan.merged:
+        return (
+            f"it runs groups of layers, not stages such as {said(layout.plan.merged[0])}; convert"
+            " the original with --layers or --pairs"
+        )
     if layout.executed_plan != layout.plan:
         return "it runs wide layers, but not layers side by side"
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)

@@ -35,6 +35,10 @@ def layer_config(whole: Any, prefix: str) -> Any:
         raise ValueError(
             "vLLM does not run layers side by side, only wide layers; use transformers"
         )
+    if whole.stages:
+        raise ValueError(
+            "vLLM does not run stages of sub-layers, only wide layers; use transformers"
+        )
     width = whole.layer_widths[extract_layer_index(prefix)]
     if width == 1:
         return whole

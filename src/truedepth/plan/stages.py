@@ -1,0 +1,101 @@
+"""Sub-layers, and the stages in which they read one state.
+
+A decoder layer k is two sub-layers, its attention `Ak` and its FFN `Fk`. Each adds to the residual
+stream what it computes from it. A stage is a set of sub-layers that read the same state; under
+tensor parallelism it costs one all-reduce. In an original every sub-layer is a stage of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from truedepth.errors import TruedepthError
+
+ATTENTION: Literal["A"] = "A"
+FFN: Literal["F"] = "F"
+
+
+@dataclass(frozen=True, order=True)
+class Sublayer:
+    """The attention or the FFN of a layer; ordered as an original runs them: A0 F0 A1 F1 …"""
+
+    layer: int
+    kind: Literal["A", "F"]
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.layer}"
+
+    @property
+    def position(self) -> int:
+        """Its place in the original's order: 0 for A0, 1 for F0, 2 for A1, …"""
+        return 2 * self.layer + (self.kind == FFN)
+
+    @classmethod
+    def at(cls, position: int) -> Sublayer:
+        """The sub-layer at a place in the original's order."""
+        return cls(position // 2, FFN if position % 2 else ATTENTION)
+
+    @classmethod
+    def parse(cls, text: object) -> Sublayer:
+        """`A14` or `F14`.
+
+        Raises:
+            TruedepthError: The text has another form.
+        """
+        match = re.fullmatch(r"([AF])(\d{1,6})", text) if isinstance(text, str) else None
+        if match is None:
+            raise TruedepthError(
+                f"{reprlib.repr(text)} is not a sub-layer; write the attention of layer 14 as A14"
+                " and its FFN as F14."
+            )
+        return cls(int(match[2]), ATTENTION if match[1] == "A" else FFN)
+
+
+Stage = tuple[Sublayer, ...]
+"""Sub-layers that read one state, in the original's order."""
+
+
+def stage_of(names: Iterable[object]) -> Stage:
+    """`["F14", "A15"]` as a stage.
+
+    Raises:
+        TruedepthError: A name is not a sub-layer's.
+    """
+    return tuple(name if isinstance(name, Sublayer) else Sublayer.parse(name) for name in names)
+
+
+def said(stage: Sequence[Sublayer]) -> str:
+    """`[F14 A15]`; a sub-layer alone without brackets."""
+    names = " ".join(map(str, stage))
+    return f"[{names}]" if len(stage) > 1 else names
+
+
+def staggered_stages(first: int, last: int) -> list[Stage]:
+    """The stages `[Fk Ak+1]` between neighbouring layers of a span, `first` to `last` inclusive."""
+    return [(Sublayer(k, FFN), Sublayer(k + 1, ATTENTION)) for k in range(first, last)]
+
+
+def check_stage(stage: Stage, num_layers: int) -> None:
+    """Refuse a stage that is empty, leaves the model, or is not of neighbours in their order.
+
+    Raises:
+        TruedepthError: It is; the sentence names the sub-layer.
+    """
+    if not stage:
+        raise TruedepthError("A stage is empty; it needs at least one sub-layer.")
+    for sublayer in stage:
+        if not 0 <= sublayer.layer < num_layers:
+            raise TruedepthError(
+                f"{sublayer} is out of range: the model has layers 0 to {num_layers - 1}."
+            )
+    for before, after in itertools.pairwise(stage):
+        if after.position != before.position + 1:
+            raise TruedepthError(
+                f"In the stage {said(stage)} {before} is followed by {after} instead of"
+                f" {Sublayer.at(before.position + 1)}; a stage holds neighbours, in their order."
+            )

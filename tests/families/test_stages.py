@@ -1,0 +1,116 @@
+"""Stages of sub-layers, for every family against its own layers."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import truedepth as td
+from family_models import CASES, options_of, staged
+from tiny_models import random_ids, torchrun
+from truedepth.plan.config import plan_of
+
+CLOSE = {"atol": 1e-4, "rtol": 0}
+REFUSED = {
+    **dict.fromkeys(("cohere", "cohere, norms", "cohere2"), "read one state already"),
+    **dict.fromkeys(("pythia",), "read one state already"),
+    **dict.fromkeys(("gemma2", "gemma3", "olmo2", "olmo3", "glm4"), "a norm after"),
+    **dict.fromkeys(("gpt-neox, sequential",), "more heads than the model"),
+}
+STAGED = [case for case in CASES if case not in REFUSED]
+
+FIRST_AND_LAST = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
+BESIDE_A_GROUP = td.Plan(6, [[1, 2]], stages=[["F3", "A4"], ["F4", "A5"]])
+
+
+@pytest.mark.parametrize("case", STAGED)
+@pytest.mark.parametrize("plan", [FIRST_AND_LAST, BESIDE_A_GROUP], ids=str)
+def test_stages_are_exact(make_model, case, plan, tmp_path):
+    source, ids = make_model(**options_of(case)), random_ids()
+    done = td.convert(source, tmp_path / "out", plan)
+    wide = max(td.open_source(tmp_path / "out").config["layer_widths"]) > 1
+    merges = sum(len(stage) - 1 for stage in plan.merged)
+    assert done.executed_plan.all_reduces == 12 - merges - 2 * wide
+    original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    expected = staged(original, ids, [list(map(str, stage)) for stage in plan.stages])
+    assert (original(ids).logits - expected).abs().max() > 1e-2
+    model = td.load(tmp_path / "out").model
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+        padding = torch.zeros(2, 3, dtype=torch.int64)
+        mask = torch.cat([padding, torch.ones_like(ids)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = model(torch.cat([padding, ids], 1), attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(padded.logits[:, 3:], expected, **CLOSE)
+        greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        tokens = model.generate(ids, **greedy)
+        assert torch.equal(tokens, model.generate(ids, use_cache=False, **greedy))
+
+
+@pytest.mark.parametrize("case", STAGED)
+def test_stages_change_the_config_alone(make_model, case, tmp_path):
+    source = td.open_source(make_model(**options_of(case)))
+    td.convert(source, tmp_path / "out", FIRST_AND_LAST)
+    written = td.open_source(tmp_path / "out")
+    assert written.tensors.keys() == source.tensors.keys()
+    for name, tensor in source.tensors.items():
+        assert torch.equal(written.tensors[name].read(), tensor.read())
+    assert plan_of(written.config) == FIRST_AND_LAST
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_families_whose_sublayers_cannot_share_a_stage(make_model, case, tmp_path):
+    with pytest.raises(td.TruedepthError, match=f"cannot share a stage: .*{REFUSED[case]}"):
+        td.convert(make_model(**options_of(case)), tmp_path / "out", FIRST_AND_LAST)
+
+
+RANK = """
+import sys, torch, truedepth
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from truedepth.speed.collectives import watched
+where, *cases = sys.argv[1:]
+ids, found = torch.load(f"{where}/ids"), {}
+for case in cases:
+    ranks = DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(f"{where}/{case}", distributed_config=ranks)
+    with torch.no_grad(), watched() as traffic:
+        logits = model(ids).logits
+    model(ids, labels=ids).loss.backward()
+    ffn = model.model.layers[2].mlp
+    gradient = getattr(ffn, "down_proj", None) or ffn.c_proj
+    gradient = gradient.weight.grad.full_tensor()
+    embedding = model.model.embed_tokens.weight
+    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
+    found[case] = logits, traffic.calls["all_reduce"] - shared, gradient
+torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+CASES_OF_RANKS = ["llama", "qwen2", "granite", "starcoder2"]
+"""With and without biases, and with a multiplier."""
+
+
+def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
+    ids = random_ids()
+    torch.save(ids, tmp_path / "ids")
+    for case in CASES_OF_RANKS:
+        td.convert(make_model(**options_of(case)), tmp_path / case, FIRST_AND_LAST)
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [*torchrun(2), str(tmp_path / "rank.py"), str(tmp_path)]
+    subprocess.run([*command, *CASES_OF_RANKS], check=True)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"found.{rank}")
+        for case, (logits, all_reduces, gradient) in found.items():
+            assert all_reduces == len(FIRST_AND_LAST.stages) == 7, case
+            model = td.load(tmp_path / case).model
+            output = model(ids, labels=ids)
+            output.loss.backward()
+            torch.testing.assert_close(logits, output.logits, **CLOSE)
+            expected = model.model.layers[2].mlp
+            expected = getattr(expected, "down_proj", None) or expected.c_proj
+            torch.testing.assert_close(gradient, expected.weight.grad, atol=1e-5, rtol=1e-4)

@@ -173,7 +173,8 @@ def test_refusals(read, name):
 
 def test_a_character_that_is_no_token(read):
     fields = sentencepiece()
-    fields[f"{GGML}.tokens"][-1] = "q🧿"
+    for key, more in (("tokens", "q🧿"), ("scores", -9e5), ("token_type", NORMAL)):
+        fields[f"{GGML}.{key}"].append(more)
     with pytest.raises(td.TruedepthError, match="'q🧿', but none for '🧿' in it"):
         read(fields)
 

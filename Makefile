@@ -24,7 +24,7 @@ test-vllm: .venv-vllm/installed ## tests that need vLLM, its build for CPUs (15 
 
 test-gguf: .venv/installed ## build llama.cpp and run the tests that need it (5 minutes and the build)
 	$(BIN)/python $(INSTALL) -e '.[gguf]'
-	$(BIN)/python -m pytest -m gguf tests/runtime/test_llama_cpp.py
+	$(BIN)/python -m pytest -m gguf tests/runtime/test_llama_cpp.py tests/sources/test_llama_cpp_tokens.py
 
 check: .venv/installed ## linters, spelling and types (1 minute)
 	$(BIN)/ruff check .

@@ -268,10 +268,16 @@ def test_qwen2s_normalizer_is_left_out_and_others_are_refused(pairs, tmp_path):
     refused(pairs, "cannot be exported: llama")
 
 
-def test_words_that_are_tokens(pairs):
-    """Llama 3 takes them whole, and so does llama.cpp."""
+def test_words_that_are_tokens(pairs, tmp_path):
+    """Llama 3 takes them whole, DBRX with the same split does not, and Qwen2 never does."""
     tokenizer = with_words("llama-bpe")
     tokenizer.backend_tokenizer.model = with_words("qwen2").backend_tokenizer.model
+    tokenizer.save_pretrained(pairs)
+    td.export(pairs, tmp_path / "out.gguf")
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "dbrx"
+    tokenizer = with_words("qwen2")
+    tokenizer.backend_tokenizer.model = with_words("llama-bpe").backend_tokenizer.model
     tokenizer.save_pretrained(pairs)
     refused(pairs, "cannot be exported: llama")
 

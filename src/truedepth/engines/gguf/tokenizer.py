@@ -21,6 +21,7 @@ from truedepth.runtime.empty import transformers_config
 from truedepth.sources.gguf.reader import note
 from truedepth.sources.gguf.vocabulary import ENDS
 from truedepth.sources.gguf.words import GPT2, canonical, name_of
+from truedepth.sources.limits import read_json
 from truedepth.sources.source import Source
 from truedepth.text import beginning
 
@@ -184,7 +185,7 @@ def _names(source: Source) -> dict[int, str]:
 def _other_ends(source: Source, eos: int) -> list[int]:
     """Tokens besides EOS that end a text or a turn."""
     defaults = source.path / "generation_config.json"
-    held = json.loads(defaults.read_text(encoding="utf-8")) if defaults.exists() else {}
+    held = read_json(defaults, f"{source.path} has no") if defaults.exists() else {}
     names = _names(source)
     ends: dict[Any, None] = {}
     for said in (held.get("eos_token_id"), source.config.get("eos_token_id")):

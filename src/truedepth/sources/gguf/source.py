@@ -30,6 +30,7 @@ from truedepth.sources.gguf.tokenizer import (
     build_tokenizer,
     chat_templates,
     check_tokenizer,
+    save_tokenizer,
 )
 from truedepth.sources.gguf.vocabulary import Vocabulary, read_vocabulary
 from truedepth.sources.limits import check_config
@@ -89,7 +90,7 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
     def save_companions(out: Path) -> None:
         from transformers import GenerationConfig
 
-        load_tokenizer().save_pretrained(out)
+        save_tokenizer(load_tokenizer(), out)
         GenerationConfig(
             **{key: config[key] for key in config if key.endswith("_token_id")}
         ).save_pretrained(out)

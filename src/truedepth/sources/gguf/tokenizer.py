@@ -6,6 +6,7 @@ other metadata. A file whose ids cannot be given is refused by name.
 
 from __future__ import annotations
 
+import json
 import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,15 @@ def build_tokenizer(
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a tokenizer to a directory, under the name of class that every release knows."""
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    held = json.loads(path.read_text(encoding="utf-8"))
+    held["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def chat_templates(path: Path, reader: gguf.GGUFReader) -> str | dict[str, str] | None:
     """The chat template, or all of them by name.
 
@@ -131,7 +141,7 @@ def chat_templates(path: Path, reader: gguf.GGUFReader) -> str | dict[str, str] 
 
 def _words(path: Path, reader: gguf.GGUFReader) -> Words | None:
     """How byte-level BPE splits text; None for SentencePiece, which does not."""
-    name = value(reader, Keys.Tokenizer.PRE, "default")
+    name = value(reader, Keys.Tokenizer.PRE) or "default"
     if name not in WORDS:
         reason = REFUSED.get(name, "not one that llama.cpp is known to have")
         raise TruedepthError(
@@ -264,7 +274,7 @@ def _named(backend: Tokenizer, tokens: Vocabulary) -> dict[str, str]:
 def _say(tokens: Vocabulary, reader: gguf.GGUFReader, begins: bool) -> None:
     """Say what was decided about odd metadata."""
     path = tokens.path
-    if Keys.Tokenizer.PRE not in reader.fields and tokens.model == "gpt2":
+    if not value(reader, Keys.Tokenizer.PRE) and tokens.model == "gpt2":
         note(
             f"{path} does not say how text is split ({Keys.Tokenizer.PRE}); it is split as"
             " llama.cpp does then, by 'default'."

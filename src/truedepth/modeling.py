@@ -6,9 +6,8 @@ multiplied by that number. The rest of the model is the family's own code, so at
 caches, generation and tensor-parallel plans are those of the original.
 
 Other layers stay as they are. `config.stages` says which of their sub-layers read the same state,
-for example `["F14", "A15"]`: the FFN of layer 14 and the attention of layer 15. Layers that cannot
-be merged into one wide layer read the same input by `config.side_by_side`. `config.sublayers` says
-how such layers compute.
+such as `["F14", "A15"]`, an FFN and the next layer's attention; `config.side_by_side`, which layers
+that cannot be merged read the same input; and `config.sublayers`, how such layers compute.
 
 `TruedepthLlamaForCausalLM` is made from `transformers.LlamaForCausalLM` when it is first asked for,
 and so for every family. This file is copied into every checkpoint and imports only torch and
@@ -211,8 +210,7 @@ class Staged:
         y = x + Σ_s s(N_s x)
 
     A layer at whose end a stage is open passes on x and the sum so far, `[2, batch, length,
-    hidden]`. Under tensor parallelism the sum is of this rank's parts, until the stage ends in one
-    all-reduce.
+    hidden]`. Over several ranks that is the sum of a rank's parts; the stage ends in an all-reduce.
     """
 
     continues = joined = leaves_open = False
@@ -224,11 +222,14 @@ class Staged:
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
         """From the stream, or x and a sum, to the stream, or x and a sum."""
         attention, ffn = self.form.writes or (None, None)
-        x, added = hidden_states.unbind(0) if self.continues else (hidden_states, None)
-        added = plus(added, run_sublayer(self, self.form, "attention", x, *args, **call))
-        if not self.joined:
-            x, added = x + self._whole(added, attention), None
-        added = plus(added, run_sublayer(self, self.form, "ffn", x))
+        x, so_far = hidden_states.unbind(0) if self.continues else (hidden_states, None)
+        added = run_sublayer(self, self.form, "attention", x, *args, **call)
+        added = added if so_far is None else so_far + added
+        if self.joined:
+            added = added + run_sublayer(self, self.form, "ffn", x)
+        else:
+            x = x + self._whole(added, attention)
+            added = run_sublayer(self, self.form, "ffn", x)
         if self.leaves_open:
             return torch.stack([x, added])
         return x + self._whole(added, ffn)
@@ -237,11 +238,6 @@ class Staged:
         """The sum over all ranks of a stage that ends with this writing map."""
         module = None if writer is None else self.get_submodule(writer)  # type: ignore[attr-defined]
         return module.summed(added) if isinstance(module, PartOfSum) else added
-
-
-def plus(sum_so_far: Tensor | None, more: Tensor) -> Tensor:
-    """A sum and one more, which may be the first."""
-    return more if sum_so_far is None else sum_so_far + more
 
 
 class PartOfSum(nn.Linear):
@@ -271,9 +267,8 @@ class PartOfSum(nn.Linear):
         if not part.requires_grad:
             torch.distributed.all_reduce(part, group=mesh.get_group())
             return part
-        return (
-            DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()]).to_local()
-        )
+        whole = DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()])
+        return whole.to_local()
 
 
 def merge_stage(layers: Any, form: LayerForm, places: Sequence[int]) -> None:

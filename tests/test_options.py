@@ -144,7 +144,8 @@ def test_what_is_out_of_bounds_is_refused_in_a_sentence(make, sentence):
 def test_what_is_within_bounds_is_taken():
     assert Baking(1).minutes == 1 and Baking(60, heat="bottom").heat == "bottom"
     assert bake(0.5, loaves=(1, 2)) == 0.5
-    assert Healing(max_grad_norm=0.0, warmup=1.0, keep_predictions=1).steps == 976
+    options = Healing(max_grad_norm=0.0, warmup=1.0, keep_predictions=1, sequence_length=512)
+    assert options.steps == 976
     assert td.Calibration(own_text=0.0, check=0, tokens=1024).own_share == 0
 
 

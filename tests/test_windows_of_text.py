@@ -10,7 +10,7 @@ import torch
 
 import truedepth as td
 from tiny_models import byte_tokenizer
-from truedepth.text import check_window, documents, positions_of, read_text, token_windows
+from truedepth.text import documents, positions_of, read_text, token_windows, window_of
 
 LINE = json.dumps({"text": "the cat"}) + "\n"
 
@@ -152,11 +152,14 @@ def test_positions(make_model, key, written, scaling, positions):
     source = replace(source, config=rest | {"max_position_embeddings": written, key: scaling})
     assert positions_of(source.config) == positions
     if positions is None:
-        check_window(source, 1 << 30)
+        assert window_of(source, 1 << 30) == 1 << 30
+        assert window_of(source, None) == 512
         return
-    check_window(source, positions)
+    assert window_of(source, positions) == positions
+    assert window_of(source, None) == min(512, positions)
+    assert window_of(source, None, 256) == min(256, positions)
     with pytest.raises(td.TruedepthError, match=f"longer than the {positions} positions"):
-        check_window(source, positions + 1)
+        window_of(source, positions + 1)
 
 
 def test_windows_hold_the_text(lacking):

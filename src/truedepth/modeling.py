@@ -122,7 +122,8 @@ class LayerWidthsModel:
         if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
             raise ValueError(
                 f"{heads} heads and {kv_heads} KV heads are not divisible by {ranks}"
-                f" tensor-parallel ranks; convert the original with --pad-heads {ranks}"
+                f" tensor-parallel ranks; convert the original with truedepth convert --pad-heads"
+                f" {ranks}"
             )
         super().__init__(config)  # type: ignore[call-arg]
         layers = self.base_model.layers  # type: ignore[attr-defined]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 
+WINDOW = 512
+"""Tokens per window, where nothing else is said and the model has as many positions."""
+
 STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of rotary embeddings that extend a model's positions by a factor."""
 
@@ -223,18 +226,26 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     return max(positions, int(original * factor))
 
 
-def check_window(source: Source, window: int) -> None:
-    """Refuse windows of more tokens than a model has positions.
+def window_of(source: Source, window: int | None, usual: int = WINDOW) -> int:
+    """Tokens per window for a model.
+
+    Args:
+        source: The model.
+        window: What the user asks for; None: the default.
+        usual: The default for a model that has as many positions; others get all of theirs.
 
     Raises:
         TruedepthError: `window` exceeds the model's positions.
     """
     positions = positions_of(source.config)
+    if window is None:
+        return usual if positions is None else min(usual, positions)
     if positions is not None and window > positions:
         raise TruedepthError(
             f"A window of {window} tokens is longer than the {positions} positions of"
             f" {source.name}; use windows of at most {positions} tokens."
         )
+    return window
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,7 +19,8 @@ class Calibration:
     """What to calibrate on, and how.
 
     Raises:
-        TruedepthError: A value is out of bounds, or the tokens make fewer than two windows.
+        TruedepthError: A value is out of bounds, or the tokens make fewer than two windows of the
+            size that is given.
     """
 
     text: Sequence[str | Path] = ()
@@ -35,8 +36,8 @@ class Calibration:
     tokens: Annotated[int, Bounds(1)] = 1 << 16
     """Number of tokens to calibrate on."""
 
-    window: Annotated[int, Bounds(2)] = 512
-    """Tokens per window."""
+    window: Annotated[int | None, Bounds(2)] = None
+    """Tokens per window. Default: 512, or the model's positions if these are fewer."""
 
     check: Annotated[int, Bounds(0)] = 16
     """Windows, in addition to these tokens, on which the calibrated model is compared with the
@@ -65,7 +66,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.tokens < 2 * self.window:
+        if self.window is not None and self.tokens < 2 * self.window:
             raise TruedepthError(
                 f"{self.tokens} calibration tokens are too few: two windows of {self.window} are"
                 " the least, one to fit on and one to choose penalties on."

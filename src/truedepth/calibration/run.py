@@ -59,7 +59,8 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
     if not any(map(layout.is_wide, plan.groups)):
         raise TruedepthError(
             f"No group of the plan becomes a wide layer of {source.config['model_type']}: its"
-            " layers run side by side as they are. Convert it with --no-calibrate."
+            " layers run side by side as they are. Give --no-calibrate (truedepth.convert without"
+            " `calibration` in Python)."
         )
     text = calibration_windows(source, options, max(plan.widths))
     _, dtype = placement(source, options)
@@ -67,7 +68,7 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
         "tokens": text.fitted.numel(),
         "own_text": options.own_share,
-        "window": options.window,
+        "window": text.window,
         "seed": options.seed,
         "dtype": dtype_name(dtype),
         "activation_dtype": dtype_name(activation_dtype(options)),
@@ -103,7 +104,7 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
                     prefix = source.family.layer.format(*layers)
                     refitted |= {prefix + name: tensor for name, tensor in weights.items()}
                 advance(1)
-        check = loss_of(walk.losses()[0], options.window) if len(text.check) else None
+        check = loss_of(walk.losses()[0], text.window) if len(text.check) else None
         del walk, calibrator, stack  # their states are not needed for writing
         record = CalibrationRecord(
             **settings,

@@ -15,7 +15,7 @@ from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.generation import own_text
 from truedepth.runtime.loading import load
 from truedepth.sources.source import Source
-from truedepth.text import check_window, default_text, read_text, token_windows
+from truedepth.text import default_text, read_text, token_windows, window_of
 
 RESERVED_EVERY = 8  # of every 8 windows of a text one is for measuring and one for checks
 MEASURE, CHECK = 3, 7  # which of them
@@ -37,6 +37,11 @@ class CalibrationText:
 
     check: Tensor
     """Windows that nothing is fitted to or chosen by."""
+
+    @property
+    def window(self) -> int:
+        """Tokens per window."""
+        return self.fitted.shape[1]
 
 
 def placement(source: Source, options: Calibration) -> tuple[torch.device, torch.dtype]:
@@ -69,7 +74,7 @@ def calibration_windows(
         return text
     device, dtype = placement(source, options)
     loaded = load(source, device=device, dtype=dtype)
-    written = own_text(loaded, own, options.window, options.seed)
+    written = own_text(loaded, own, text.window, options.seed)
     return replace(text, fitted=_mixed([text.fitted, written], options.seed))
 
 
@@ -81,9 +86,9 @@ def given_text(
     Each use is spread evenly over every file. This takes seconds, and the model's own text minutes:
     call this alone to find out before a search whether text and options fit.
     """
-    window = options.window
+    window = window_of(source, options.window)
+    options = replace(options, window=window)  # which looks at the number of tokens
     own = round(options.own_share * (options.tokens // window))
-    check_window(source, window)
     texts = [read_text(path) for path in options.text] or [default_text()]
     parts = [token_windows(source, text, window) for text in texts]
     uses = [torch.arange(len(part)) % RESERVED_EVERY for part in parts]

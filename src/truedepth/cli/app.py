@@ -97,7 +97,7 @@ def study(
         ),
     ],
     text: Path | None,
-    window: int,
+    window: int | None,
     windows: int,
     stride: int,
     permutations: int,
@@ -151,7 +151,7 @@ def evaluate(
         str | None, typer.Option(help="The original, measured on the same tokens or items.")
     ] = None,
     text: Path | None,
-    window: int,
+    window: int | None,
     windows: Annotated[
         int,
         Bounds(0),

@@ -19,7 +19,7 @@ from truedepth.plan.plan import Plan
 from truedepth.plan.spans import parse_span
 from truedepth.planning.options import SEARCH_CALIBRATION
 
-PYTHON_ONLY = ("window", "check", "batch_size")
+PYTHON_ONLY = ("check", "batch_size")
 RENAMED = {"dtype": "compute_dtype"}  # of `convert`, whose --dtype is that of the written weights
 
 PLAN, CALIBRATION = Panel("The plan"), "Calibration"
@@ -196,7 +196,9 @@ def convert(
             max_loss=limit,
             max_group=max_group,
             calibrate=calibrate,
-            calibration=replace(options, tokens=SEARCH_CALIBRATION.tokens),
+            calibration=replace(
+                options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * (options.window or 0))
+            ),
             budget=budget,
         )
         chosen = found.plan
@@ -221,7 +223,7 @@ def _check_needed(calibration: Given[Calibration], searched: bool, calibrate: bo
     """Refuse options of a calibration that nothing would use."""
     unused = ["tokens", "own_text"]
     if not searched:  # a search measures plans on this text, in this way
-        unused += ["text", "activation_dtype", "workspace", "dtype"]
+        unused += ["text", "window", "activation_dtype", "workspace", "dtype"]
     for name in unused:
         if name in calibration.said and not calibrate:
             raise TruedepthError(

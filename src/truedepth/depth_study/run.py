@@ -27,7 +27,7 @@ from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.tensors import dtype_name
-from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
+from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows, window_of
 from truedepth.version import __version__
 
 Matrix = list[list[float | None]]
@@ -37,6 +37,7 @@ of a pair. None where nothing was measured."""
 Cells = dict[Cell, Schedule]
 """The whole model's schedule for each cell."""
 
+WINDOW = 256  # tokens, where nothing else is said and the model has as many positions
 MIN_SPANS = 5  # fewest spans of one length for a rank correlation among them
 
 
@@ -136,7 +137,7 @@ def study(
     out: str | Path,
     *,
     text: str | Path | None = None,
-    window: Annotated[int, Bounds(2)] = 256,
+    window: Annotated[int | None, Bounds(2)] = None,
     windows: Annotated[int, Bounds(1)] = 16,
     stride: Annotated[int, Bounds(1)] = 1,
     permutations: Annotated[int, Bounds(1)] = 2,
@@ -152,7 +153,7 @@ def study(
         out: The study's directory. Every measurement is written there as it comes, and is not made
             again by later runs. Other transformations that are complete there are reported too.
         text: A `.txt` or `.jsonl` file. Default: Python's own documentation.
-        window: Tokens per window.
+        window: Tokens per window. Default: 256, or the model's positions if these are fewer.
         windows: Number of windows, from the beginning of the text.
         stride: Study only spans that begin and end at multiples of this number of layers.
         permutations: Number of random layer orders per span.
@@ -172,7 +173,7 @@ def study(
         )
     source = open_source(model)
     source.family  # noqa: B018  an unsupported family is refused before anything is loaded
-    ids = _windows(source, text, window, windows)
+    ids = _windows(source, text, window_of(source, window, WINDOW), windows)
     device = torch.device(device or default_device())
     dtype = dtype or fast_dtype(source, device)
     identity = _identity(source, ids, dtype)
@@ -279,7 +280,6 @@ def _dependence(runner: Runner) -> dict[str, Matrix]:
 
 def _windows(source: Source, text: str | Path | None, window: int, windows: int) -> torch.Tensor:
     """The first `windows` windows of the text, `[windows, window]`; fewer are an error."""
-    check_window(source, window)
     content = default_text() if text is None else read_text(text)
     ids = token_windows(source, content, window, windows)
     if len(ids) < windows:

@@ -17,7 +17,7 @@ from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
 from truedepth.runtime.loading import Loaded, load, opened, source_of
 from truedepth.sources.source import Source
-from truedepth.text import DEFAULT_TEXT, check_window, default_text, read_text, token_windows
+from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows, window_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def perplexity(
     *,
     against: str | Path | Source | Loaded | None = None,
     text: str | Path | None = None,
-    window: Annotated[int, Bounds(2)] = 512,
+    window: Annotated[int | None, Bounds(2)] = None,
     windows: Annotated[int | None, Bounds(1)] = 64,
     batch_size: Annotated[int, Bounds(1)] = 4,
     device: str | torch.device | None = None,
@@ -92,7 +92,7 @@ def perplexity(
         model: The model to measure: anything that `load` takes, or a `Loaded`.
         against: The original, run on the same tokens; default: the model is measured alone.
         text: A `.txt` or `.jsonl` file; default: the documentation that comes with Python.
-        window: Tokens per window.
+        window: Tokens per window. Default: 512, or the model's positions if these are fewer.
         windows: Use at most this many windows, from the beginning of the text; None for all.
         batch_size: Windows per forward pass.
         device: Device of the models, unless they are loaded already.
@@ -106,14 +106,13 @@ def perplexity(
     # Texts and tokenizers come first: a fault in them is reported before any model is loaded.
     models = [opened(each) for each in (model, against) if each is not None]
     sources = [source_of(each) for each in models]
-    ids, *others = [token_windows(each, content, window, windows) for each in sources]
+    size = min(window_of(each, window) for each in sources)
+    ids, *others = [token_windows(each, content, size, windows) for each in sources]
     if any(not torch.equal(ids, other) for other in others):
         raise TruedepthError(
             f"{' and '.join(each.label for each in sources)} split the text into different tokens;"
             " only models with the same tokenizer can be compared."
         )
-    for each in sources:
-        check_window(each, window)
     loaded = [load(each, device=device, dtype=dtype) for each in models]
     _check_vocabularies(loaded)
     ours, theirs = loaded[0], loaded[1] if len(loaded) > 1 else None
@@ -124,7 +123,7 @@ def perplexity(
             advance(len(batch))
     return _summary(
         torch.cat(measured),
-        window,
+        size,
         names=[each.label for each in sources],
         text=DEFAULT_TEXT if text is None else str(text),
     )

@@ -116,8 +116,8 @@ class Healing:
     """Number of tokens to train on, rounded down to whole steps; shorter text is read several
     times."""
 
-    sequence_length: Annotated[int, Bounds(2), TEXT] = 512
-    """Tokens per window."""
+    sequence_length: Annotated[int | None, Bounds(2), TEXT] = None
+    """Tokens per window. Default: 512, or the model's positions if these are fewer."""
 
     validation: Annotated[int, Bounds(1), TEXT] = 64
     """Windows for validation, which are never trained on; the checkpoint that is best on them is
@@ -182,7 +182,7 @@ class Healing:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1:
+        if self.sequence_length is not None and self.steps < 1:
             raise TruedepthError(
                 f"{self.tokens} tokens are less than one step of {self.batch_size} windows of"
                 f" {self.sequence_length}."
@@ -191,9 +191,15 @@ class Healing:
             raise TruedepthError("--hidden needs the original in memory; drop --keep-predictions.")
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step, once the length of a window is known."""
+        assert self.sequence_length is not None
+        return self.batch_size * self.sequence_length
+
+    @property
     def steps(self) -> int:
-        """Number of optimizer steps."""
-        return self.tokens // (self.batch_size * self.sequence_length)
+        """Number of optimizer steps, once the length of a window is known."""
+        return self.tokens // self.step_tokens
 
 
 class Recipe(StrEnum):

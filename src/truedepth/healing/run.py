@@ -46,7 +46,7 @@ from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.tensors import dtype_name, from_tensor
-from truedepth.text import check_window
+from truedepth.text import window_of
 from truedepth.version import __version__
 from truedepth.widening.layout import Layout
 
@@ -154,7 +154,7 @@ def heal(
         original=run.original.label,
         record=record,
         curve=curve,
-        tokens=options.steps * options.batch_size * options.sequence_length,
+        tokens=options.steps * options.step_tokens,
         text_tokens=sum(text.tokens.values()),
         seconds=time.monotonic() - start,
     )
@@ -172,7 +172,7 @@ class _Run:
     """The checkpoint's layout."""
 
     options: Healing
-    """The options, with device and dtype chosen."""
+    """The options, with device, dtype and length of a window chosen."""
 
     dtype: torch.dtype
     """The dtype that the models compute in."""
@@ -236,7 +236,7 @@ class _Run:
             options.text,
             self.source,
             self.kept,
-            length=options.sequence_length,
+            length=window_of(self.source, options.sequence_length),
             windows=options.steps * options.batch_size,
             validation=options.validation,
             seed=options.seed,
@@ -274,7 +274,7 @@ class _Run:
             predictions = KeptPredictions(
                 self.kept / "predictions" / name,
                 len(ids),
-                options.sequence_length,
+                ids.shape[1],
                 min(options.keep_predictions, self.original.config["vocab_size"]),
                 temperature,
             )
@@ -332,7 +332,8 @@ def _opened(source: Source, original: Source, options: Healing, out: Path) -> _R
     Raises:
         TruedepthError: Models, options or `out` do not fit.
     """
-    _check(source, original, options)
+    _check(source, original)
+    options = replace(options, sequence_length=window_of(source, options.sequence_length))
     for each in (source, original):
         check_apart(each.path, out)
     options, dtype = _with_device_and_dtype(options, original)
@@ -342,8 +343,8 @@ def _opened(source: Source, original: Source, options: Healing, out: Path) -> _R
     return _Run(source, original, Layout.of(source), options, dtype, state, kept)
 
 
-def _check(source: Source, original: Source, options: Healing) -> None:
-    """Check that the models and options fit.
+def _check(source: Source, original: Source) -> None:
+    """Check that the models fit.
 
     Raises:
         TruedepthError: They do not.
@@ -375,7 +376,6 @@ def _check(source: Source, original: Source, options: Healing) -> None:
                 f"{original.name} is not the original of {source.path}: {name} differs,"
                 f" {original.config[name]} and {source.config[name]}."
             )
-    check_window(source, options.sequence_length)
     source.check_companions()
 
 

@@ -248,7 +248,7 @@ class _Lines(TrainerCallback):  # type: ignore[misc]
     """Progress lines on standard error: step, loss, speed and time left; each validation."""
 
     def __init__(self, options: Healing) -> None:
-        self._step_tokens = options.batch_size * options.sequence_length
+        self._step_tokens = options.step_tokens
         self._seconds: float = 0.0
         self._steps = 0
         self._began = 0.0

@@ -51,9 +51,9 @@ class Scorer:
         Raises:
             TruedepthError: The text is too short, or options do not fit.
         """
-        self._source, self._window = source, options.window
-        self._options = options
+        self._source, self._options = source, options
         self._text = calibration_windows(source, options, max_group, MEASURED_WINDOWS)
+        self._window = self._text.window
         if not len(self._text.measured) or not len(self._text.check):
             raise TruedepthError(
                 "The text is too short to measure plans on; give more of it, or a smaller window."

@@ -121,8 +121,9 @@ def _reason(path: Path, trust_remote_code: bool) -> str | None:
     settings = read_json(path / SETTINGS) if (path / SETTINGS).exists() else {}
     if "auto_map" in settings and not trust_remote_code:
         return (
-            f"The tokenizer of {path} needs its own code, which runs only with"
-            " --trust-remote-code (trust_remote_code=True in Python); read that code first."
+            f"The tokenizer of {path} needs its own code, which runs only where it is allowed:"
+            " truedepth convert, eval, generate, heal, plan and study take --trust-remote-code"
+            " (trust_remote_code=True in Python); read that code first."
         )
     found = companions(path, VOCABULARIES)
     if not found:

@@ -107,7 +107,7 @@ def bench(
         if source.path.is_file() and (ranks > 1 or engine is Engine.vllm):
             raise TruedepthError(
                 f"{name} is a GGUF file, which {engine.value} cannot run here; convert it first"
-                " (--pairs 0 keeps the model as it is)."
+                " (truedepth convert --pairs 0 keeps the model as it is)."
             )
         if source.path.is_file() and plan_of(source.config) and not in_llama_cpp:
             raise TruedepthError(f"{name} runs only in llama.cpp; give --engine llama.cpp.")

@@ -72,8 +72,8 @@ def check_heads(source: Source, ranks: int) -> None:
         heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
         raise TruedepthError(
             f"{source.path} has {heads} heads and {kv_heads or heads} KV heads, which are not"
-            f" divisible by {ranks} ranks; convert it with --pad-heads {ranks} (and --pairs 0 to"
-            " pair no layers)."
+            f" divisible by {ranks} ranks; convert it with truedepth convert --pad-heads {ranks}"
+            " (and --pairs 0 to pair no layers)."
         )
 
 

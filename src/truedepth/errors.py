@@ -1,8 +1,9 @@
-"""The exception for what a user can put right, and other exceptions in one line."""
+"""The exception for what a user can put right, and the reasons that other exceptions give."""
 
 from __future__ import annotations
 
-import textwrap
+MAX_REASON = 400
+"""Characters of an error of a library that a sentence repeats."""
 
 
 class TruedepthError(Exception):
@@ -18,11 +19,27 @@ class TruedepthError(Exception):
         self.exit_code = exit_code
 
 
-def first_line(error: BaseException) -> str:
-    """`ValueError: too large.`: an error's type and the first line of its message, as the end of
-    a sentence. A line of more than 200 characters is cut.
+def reason_of(error: BaseException) -> str:
+    """`ValueError: too large.`: an error's type and message as the end of a sentence in one line.
+
+    An error that others led to is followed by the innermost of them, unless it says that itself.
+    Long messages are cut.
     """
-    lines = str(error).strip().splitlines() or [""]
-    said = textwrap.shorten(lines[0], 200, placeholder=" …")
-    name = type(error).__name__
-    return f"{name}: {said.rstrip('.')}." if said else f"{name}."
+    said, cause = _said(error), error
+    seen = {id(error)}
+    while cause.__cause__ is not None and id(cause.__cause__) not in seen:
+        cause = cause.__cause__
+        seen.add(id(cause))
+    why = " ".join(str(cause).split()).rstrip(".")
+    if not why or why in said:
+        return f"{_cut(said, MAX_REASON)}."
+    return f"{_cut(said, MAX_REASON // 2)}, because of {_cut(_said(cause), MAX_REASON // 2)}."
+
+
+def _said(error: BaseException) -> str:
+    message = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def token_ids(source: Source, texts: Sequence[str], what: str = "The text") -> l
         ]
     except Exception as error:  # tokenizers of every kind raise errors of every kind
         raise TruedepthError(
-            f"The tokenizer of {source.name} cannot split the text: {first_line(error)}"
+            f"The tokenizer of {source.name} cannot split the text: {reason_of(error)}"
         ) from error
     return found
 

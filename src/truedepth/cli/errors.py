@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 
 DEBUG = "--debug"
 
@@ -46,6 +46,6 @@ def _sentence(error: Exception) -> tuple[str, int]:
     # torch's own are OutOfMemoryError on a GPU, and any RuntimeError on a CPU.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in str(error):
-        return f"There is not enough memory: {first_line(error)}", 1
-    said = first_line(error).removesuffix(".")
+        return f"There is not enough memory: {reason_of(error)}", 1
+    said = reason_of(error).removesuffix(".")
     return f"unexpected error: {said}; run the command again with {DEBUG} to see where.", 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.evaluation.harness import as_the_harness_needs, harness_model
 from truedepth.evaluation.local_tasks import local_tasks
 from truedepth.files.descriptors import quiet
@@ -245,7 +245,7 @@ class _Run:
             raise
         except Exception as error:  # tasks run code of their own
             raise TruedepthError(
-                f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {first_line(error)}"
+                f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason_of(error)}"
             ) from error
         if harness.cut:
             note(

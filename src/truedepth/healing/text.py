@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.files.atomic import whole_file
 from truedepth.healing.options import TextPart
 from truedepth.progress import progress_bar
@@ -188,5 +188,5 @@ def _hub_documents(name: str, seed: int) -> Iterator[str]:
     except Exception as error:  # datasets, pyarrow and HTTP libraries have errors of their own
         raise TruedepthError(
             f"{name} is neither a path here nor a dataset of the hub that can be read:"
-            f" {first_line(error)}"
+            f" {reason_of(error)}"
         ) from error

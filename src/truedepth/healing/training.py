@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.evaluation.loss import loss_of
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Objective
@@ -185,7 +185,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # each for a full disk
             directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            reason = first_line(error)
+            reason = reason_of(error)
             if shutil.disk_usage(directory.parent).free < NO_ROOM:  # torch's message omits this
                 reason = "No space left on device."
             shutil.rmtree(directory, ignore_errors=True)

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.runtime.generation_config import without_generation
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
@@ -34,7 +34,7 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
     try:
         return AutoConfig.for_model(**without_generation(config))
     except Exception as error:  # config classes raise exceptions of any type
-        reason = first_line(error)
+        reason = reason_of(error)
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
 
 
@@ -59,7 +59,7 @@ def empty_model(
     except TruedepthError:
         raise
     except Exception as error:  # as above
-        reason = first_line(error)
+        reason = reason_of(error)
         raise TruedepthError(f"transformers cannot build the model of {where}: {reason}") from error
 
 

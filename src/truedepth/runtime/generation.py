@@ -20,7 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.options import Bounds, checked
 from truedepth.progress import note, progress_bar
 from truedepth.runtime.generation_config import checked_config, end_tokens, followed, replaced
@@ -229,13 +229,13 @@ def _errors(source: Source, settings: Mapping[str, Any]) -> Iterator[None]:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise TruedepthError(
-            f"There is not enough memory to generate with {source.name}: {first_line(error)}", 1
+            f"There is not enough memory to generate with {source.name}: {reason_of(error)}", 1
         ) from error
     except Exception as error:
         given = [f"{name} {settings[name]!r}" for name in settings if name != "eos_token_id"]
         said = f" with {', '.join(given)} in its generation config" if given else ""
         raise TruedepthError(
-            f"{source.name} cannot generate{said}: {first_line(error)}", 1
+            f"{source.name} cannot generate{said}: {reason_of(error)}", 1
         ) from error
 
 

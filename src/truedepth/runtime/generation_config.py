@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.sources.source import Source
 
 FOLLOWED = (
@@ -161,7 +161,7 @@ def checked_config(source: Source, **settings: Any) -> GenerationConfig:
     except Exception as error:  # a file may hold values of every type
         raise TruedepthError(
             f"The generation config of {source.name} cannot be followed:"
-            f" {first_line(error).removesuffix('.')}; correct its generation_config.json."
+            f" {reason_of(error).removesuffix('.')}; correct its generation_config.json."
         ) from error
 
 

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.families.registration import register
 from truedepth.plan.config import plan_of
 from truedepth.progress import note
@@ -88,7 +88,7 @@ def load(
     except TruedepthError:
         raise
     except Exception as error:  # an unusual config value can raise anything
-        reason = first_line(error)
+        reason = reason_of(error)
         raise TruedepthError(f"transformers cannot load {source.path}: {reason}") from error
     for kind in ("missing_keys", "mismatched_keys"):  # transformers would fill these at random
         if names := report[kind]:

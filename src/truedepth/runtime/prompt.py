@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.progress import note
 from truedepth.sources.source import Source
 from truedepth.text import check_characters, check_embedded, positions_of
@@ -47,7 +47,7 @@ def _plain(source: Source, prompt: str) -> list[int]:
         ids: list[int] = source.tokenizer(prompt)["input_ids"]
     except Exception as error:  # tokenizers of every kind raise errors of every kind
         raise TruedepthError(
-            f"The tokenizer of {source.name} cannot split the prompt: {first_line(error)}"
+            f"The tokenizer of {source.name} cannot split the prompt: {reason_of(error)}"
         ) from error
     if not ids:
         raise TruedepthError(
@@ -80,7 +80,7 @@ def _chat(source: Source, prompt: str) -> list[int]:
             continue
         if ids != compared:
             return ids
-    reason = "leaves the prompt out" if failed is None else f"fails: {first_line(failed)[:-1]}"
+    reason = "leaves the prompt out" if failed is None else f"fails: {reason_of(failed)[:-1]}"
     raise TruedepthError(
         f"The chat template of {source.name} {reason}; --raw (raw=True in Python) continues the"
         " prompt as it is."

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.sources.source import Source
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _snapshot(repo: str, patterns: Sequence[str], local_only: bool) -> Path:
         raise TruedepthError(f"{repo} is neither a path here nor a possible hub id.") from error
     except Exception as error:  # a full disk, or the HTTP library's errors, whose names change
         raise TruedepthError(
-            f"Downloading {repo} failed ({first_line(error).removesuffix('.')}); complete files are"
+            f"Downloading {repo} failed ({reason_of(error).removesuffix('.')}); complete files are"
             " kept, and the same command fetches the others.",
             exit_code=1,
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.families.family import Family
 from truedepth.families.lookup import family_of
 from truedepth.sources.limits import check_config
@@ -117,8 +116,6 @@ class Source:
         except TruedepthError:
             raise
         except Exception as error:  # tokenizers of every kind raise errors of every kind
-            said = textwrap.shorten(str(error), 400, placeholder=" …").rstrip(".")
             raise TruedepthError(
-                f"transformers cannot load the tokenizer of {self.path}:"
-                f" {type(error).__name__}: {said}."
+                f"transformers cannot load the tokenizer of {self.path}: {reason_of(error)}"
             ) from error

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from truedepth.errors import TruedepthError, first_line
+from truedepth.errors import TruedepthError, reason_of
 
 MAX_STRINGS = 2_000_000  # in arrays; a vocabulary of 200,000 tokens has 650,000 with its merges
 MAX_FIELDS = 100_000
@@ -51,7 +51,7 @@ def checked_reader(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise TruedepthError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # the reader raises whatever an odd field causes
-        raise TruedepthError(f"{path} is not a valid GGUF file: {first_line(error)}") from error
+        raise TruedepthError(f"{path} is not a valid GGUF file: {reason_of(error)}") from error
 
 
 def value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:

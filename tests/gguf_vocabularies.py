@@ -92,18 +92,19 @@ def sentencepiece(special: dict[str, int] | None = None) -> Fields:
     ranks = {left + right: rank for rank, (left, right) in reversed([*enumerate(merges)])}
     special = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL} | (special or {})
     characters = [name for name in trained if name not in ranks]
-    pieces = [*sorted(ranks, key=ranks.__getitem__), *characters]
-    names = [*special, *[f"<0x{byte:02X}>" for byte in range(256)], *pieces]
+    runs = ["▁" * size for size in range(2, 17)]  # all of one score, as in Llama 2 and Mistral
+    pieces = [*sorted(ranks.keys() - {*runs}, key=ranks.__getitem__), *characters]
+    names = [*special, *[f"<0x{byte:02X}>" for byte in range(256)], *pieces, *runs]
+    scores = [0.0] * (len(special) + 256) + [-float(index) for index in range(len(pieces))]
     return {
         f"{GGML}.model": "llama",
         f"{GGML}.pre": "default",
         f"{GGML}.tokens": names,
-        f"{GGML}.scores": [0.0] * (len(names) - len(pieces))
-        + [-float(i) for i in range(len(pieces))],
+        f"{GGML}.scores": scores + [-1e9] * len(runs),
         f"{GGML}.token_type": [
             *special.values(),
             *[BYTE] * 256,
-            *[NORMAL] * len(pieces),
+            *[NORMAL] * (len(pieces) + len(runs)),
         ],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -106,22 +108,94 @@ def test_gguf_of_other_scaling_is_refused(tmp_path):
         td.open_source(path)
 
 
-def test_gguf_files_that_cannot_be_read(tmp_path):
+def test_other_architectures_and_missing_tensors_are_refused(tmp_path):
     model = random_model(LlamaConfig(**GGUF_TINY))
-    path = write_gguf(tmp_path / "model.gguf", model)
-    (tmp_path / "short.gguf").write_bytes(path.read_bytes()[:-5000])
-    (tmp_path / "noise.gguf").write_bytes(b"\xff" * 5000)
     writer = gguf.GGUFWriter(tmp_path / "falcon.gguf", "falcon")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    for name, words in [("short", "truncated"), ("noise", "not a GGUF"), ("falcon", "'falcon'")]:
-        with pytest.raises(td.TruedepthError, match=words):
-            td.open_source(tmp_path / f"{name}.gguf")
+    with pytest.raises(td.TruedepthError, match="'falcon'"):
+        td.open_source(tmp_path / "falcon.gguf")
     incomplete = write_gguf(tmp_path / "less.gguf", model, skip=["blk.0.attn_q.weight"])
     with pytest.raises(td.TruedepthError, match=r"lacks|Only some"):
         td.convert(incomplete, tmp_path / "out", td.Plan(3, [[0, 1]]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a file that is as it should be."""
+    path = tmp_path_factory.mktemp("whole") / "m.gguf"
+    return write_gguf(path, random_model(LlamaConfig(**GGUF_TINY))).read_bytes()
+
+
+def after(data, name, skipped=0):
+    """The place behind a name, and so many bytes."""
+    return data.index(name) + len(name) + skipped
+
+
+def patched(data, at, number):
+    """Bytes with another 32-bit number at a place."""
+    return data[:at] + struct.pack("<I", number) + data[at + 4 :]
+
+
+FIRST = b"blk.0.ffn_up.weight"
+BROKEN = {
+    "nothing": (lambda data: b"", "is not a GGUF file: it is empty"),
+    "noise": (lambda data: b"\xff" * 5000, r"is not a GGUF file: it begins with b'.xff"),
+    "old format": (lambda data: b"tjgg" + data, "is not a GGUF file: it begins with b'tjgg"),
+    "pointer": (
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "pointer of Git LFS .*git lfs pull",
+    ),
+    "version 1": (lambda data: patched(data, 4, 1), "of version 1, but only versions 2 and 3"),
+    "version 4": (lambda data: patched(data, 4, 4), "of version 4, but only"),
+    "big-endian": (lambda data: patched(data, 4, 3 << 24), "big-endian.*gguf-convert-endian"),
+    "cut in the magic": (lambda data: data[:6], "truncated: it ends at byte 6, and its header"),
+    "cut in metadata": (
+        lambda data: data[: after(data, b"llama.block_count", 6)],
+        "ends at byte .*'llama.block_count' would end at byte",
+    ),
+    "cut in tensors' names": (
+        lambda data: data[: after(data, FIRST, 7)],
+        "truncated: .*the header of the tensor 'blk.0.ffn_up.weight' would end",
+    ),
+    "cut in tensors": (lambda data: data[:-5000], "truncated: it ends at byte .*the tensor '"),
+    "type of metadata": (
+        lambda data: patched(data, after(data, b"llama.block_count"), 99),
+        "'llama.block_count' has a value of type 99, which GGUF does not define",
+    ),
+    "type of a tensor": (
+        lambda data: patched(data, after(data, FIRST, 4 + 2 * 8), 139),
+        "holds the tensor 'blk.0.ffn_up.weight' in the type 139, which .* does not know",
+    ),
+    "type that was removed": (
+        lambda data: patched(data, after(data, FIRST, 4 + 2 * 8), 31),
+        "in the type 31, which",
+    ),
+    "dimensions": (
+        lambda data: patched(data, after(data, FIRST), 9),
+        "the tensor 'blk.0.ffn_up.weight' has 9 dimensions",
+    ),
+    "no architecture": (
+        lambda data: data.replace(b"general.architecture", b"general.architectura"),
+        "lacks the metadata 'general.architecture'",
+    ),
+    "two tensors of a name": (
+        lambda data: data.replace(b"blk.1.ffn_up.weight", FIRST),
+        "not a valid GGUF file: .*blk.0.ffn_up.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, whole, name):
+    change, words = BROKEN[name]
+    (tmp_path / "m.gguf").write_bytes(change(whole))
+    with pytest.raises(td.TruedepthError, match=f"m.gguf.*{words}") as said:
+        td.open_source(tmp_path / "m.gguf")
+    assert ("truncated" in str(said.value)) == name.startswith("cut")
+    assert "\n" not in str(said.value)
 
 
 def test_split_and_partly_rotated_gguf_files_are_refused(tmp_path):

@@ -15,8 +15,9 @@ import gguf
 from gguf import Keys, TokenType
 
 from truedepth.errors import TruedepthError
-from truedepth.sources.gguf.merges import bpe_merges, sentencepiece_merges
+from truedepth.sources.gguf.merges import bpe_merges
 from truedepth.sources.gguf.overlaps import found_otherwise
+from truedepth.sources.gguf.pieces import piece_model
 from truedepth.sources.gguf.reader import note, value
 from truedepth.sources.gguf.vocabulary import MODELS, Vocabulary, flag, numbers, strings
 from truedepth.sources.gguf.words import REFUSED, WORDS, Words
@@ -180,18 +181,9 @@ def _byte_level(tokens: Vocabulary, reader: gguf.GGUFReader, words: Words) -> To
 
 
 def _sentencepiece(tokens: Vocabulary, reader: gguf.GGUFReader) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, normalizers
 
-    unknown = tokens.roles.get("unk")
-    backend = Tokenizer(
-        models.BPE(
-            tokens.ids,
-            sentencepiece_merges(tokens, numbers(reader, "SCORES")),
-            unk_token=None if unknown is None else tokens.names[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    backend = Tokenizer(piece_model(tokens, numbers(reader, "SCORES")))
     begin = flag(reader, "ADD_PREFIX", True)
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend(SPACE)] * begin + [normalizers.Replace(" ", SPACE)]

@@ -151,7 +151,7 @@ def test_no_types(tmp_path, capsys):
     assert "does not mark its BOS token" in capsys.readouterr().err
 
 
-def test_bytes_without_tokens(tmp_path, capsys):
+def test_bytes_without_tokens(tmp_path):
     fields = small(["Ġt", "th", "he"], ["Ġ t", "t h", "h e", "x y"])
     lost = fields[f"{GGML}.tokens"].index("e")
     fields[f"{GGML}.tokens"][lost] = "[lost]"
@@ -160,7 +160,6 @@ def test_bytes_without_tokens(tmp_path, capsys):
     fields[f"{GGML}.merges"].remove("h e")
     fields[f"{GGML}.merges"].remove("x y")
     check(write_vocabulary(tmp_path / "m.gguf", fields), [*TEXTS, "the t e h", "theth"])
-    assert "has no tokens for 1 of the 256 bytes" in capsys.readouterr().err
 
 
 def test_phi_3(tmp_path, capsys):

@@ -22,6 +22,7 @@ from gguf_files import (
     converted,
     interleave,
     sentencepiece,
+    smollm,
     with_words,
     write_gguf,
 )
@@ -228,6 +229,20 @@ def test_splits_into_words_are_recognised(pairs, name, tmp_path):
         td.export(pairs, tmp_path / "out.gguf", force=True)
         fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
         assert fields["tokenizer.ggml.pre"].contents() == name
+
+
+def test_bytes_without_tokens_go_in_and_out(make_model, tmp_path):
+    """A file whose vocabulary lacks some, as SmolLM's does."""
+    fields = smollm(320)
+    lost = fields["tokenizer.ggml.tokens"][9]
+    fields["tokenizer.ggml.tokens"][9] = "[lost]"
+    fields["tokenizer.ggml.merges"].remove(f"Ġ {lost}")
+    original = td.load(make_model()).model
+    write_gguf(tmp_path / "in.gguf", original, fields=fields)
+    td.convert(tmp_path / "in.gguf", tmp_path / "out", td.Plan(6, [[0, 1]]))
+    td.export(tmp_path / "out", tmp_path / "out.gguf")
+    names = gguf.GGUFReader(tmp_path / "out.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert names == fields["tokenizer.ggml.tokens"]
 
 
 def test_tokens_that_end_a_turn(make_model, tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_no_types(tmp_path, capsys):
     assert "does not mark its BOS token" in capsys.readouterr().err
 
 
-def test_bytes_without_tokens(tmp_path, capsys):
+def test_bytes_without_tokens(tmp_path):
     fields = small(["Ġt", "th", "he"], ["Ġ t", "t h", "h e", "x y"])
     lost = fields[f"{GGML}.tokens"].index("e")
     fields[f"{GGML}.tokens"][lost] = "[lost]"
@@ -160,7 +160,6 @@ def test_bytes_without_tokens(tmp_path, capsys):
     fields[f"{GGML}.merges"].remove("h e")
     fields[f"{GGML}.merges"].remove("x y")
     check(write_vocabulary(tmp_path / "m.gguf", fields), [*TEXTS, "the t e h", "theth"])
-    assert "has no tokens for 1 of the 256 bytes" in capsys.readouterr().err
 
 
 def test_phi_3(tmp_path, capsys):
@@ -202,16 +201,38 @@ def test_tokens_that_end_a_text(tmp_path, name, kind):
     assert (ends if isinstance(ends, int) else ends[0]) == 0
 
 
+def converted(tmp_path, fields):
+    """A file of such metadata with a model, and the checkpoint that it is converted to."""
+    sizes = {"vocab_size": len(fields[f"{GGML}.tokens"]), "num_hidden_layers": 2}
+    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**TINY | sizes)), fields=fields)
+    td.convert(path, tmp_path / "out", td.Plan(2, [[0, 1]]))
+    return llama_cpp().Llama(str(path), vocab_only=True, verbose=False), tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *map(byte_level, ("llama-bpe", "seed-coder", "deepseek-llm", "afmoe", "qwen2")),
+        sentencepiece(),
+        sentencepiece() | {f"{GGML}.add_space_prefix": False},
+    ],
+)
+def test_files_that_are_converted_and_exported(tmp_path, fields):
+    theirs, checkpoint = converted(tmp_path, fields)
+    td.export(checkpoint, tmp_path / "out.gguf")
+    again = llama_cpp().Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    ours = td.open_source(tmp_path / "out.gguf").tokenizer
+    for text in TEXTS:
+        expected = theirs.tokenize(text.encode(), add_bos=True, special=True)
+        assert again.tokenize(text.encode(), add_bos=True, special=True) == expected, text
+        assert ours(text)["input_ids"] == expected, text
+
+
 @pytest.mark.parametrize("fields", [byte_level("tekken"), sentencepiece()], ids=["bytes", "pieces"])
 def test_the_tokenizer_of_a_converted_checkpoint(tmp_path, fields):
     """As every tool loads it."""
-    model = random_model(
-        LlamaConfig(**TINY | {"vocab_size": len(fields[f"{GGML}.tokens"]), "num_hidden_layers": 2})
-    )
-    path = write_gguf(tmp_path / "m.gguf", model, fields=fields)
-    td.convert(path, tmp_path / "out", td.Plan(2, [[0, 1]]))
-    theirs = llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
+    theirs, checkpoint = converted(tmp_path, fields)
     expected = [theirs.tokenize(text.encode(), add_bos=True, special=True) for text in TEXTS]
     for loader in (AutoTokenizer, PreTrainedTokenizerFast):
-        tokenizer = loader.from_pretrained(tmp_path / "out")
+        tokenizer = loader.from_pretrained(checkpoint)
         assert [tokenizer(text)["input_ids"] for text in TEXTS] == expected

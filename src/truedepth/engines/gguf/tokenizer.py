@@ -18,6 +18,7 @@ from gguf import GGUFWriter, Keys, TokenType
 
 from truedepth.errors import TruedepthError
 from truedepth.runtime.empty import transformers_config
+from truedepth.sources.gguf.merges import gaps
 from truedepth.sources.gguf.reader import note
 from truedepth.sources.gguf.vocabulary import ENDS
 from truedepth.sources.gguf.words import GPT2, canonical, name_of
@@ -115,6 +116,8 @@ def _kind(source: Source, definition: dict[str, Any]) -> tuple[str, str]:
         if kinds - {"Metaspace"} or spaces != normalizers:
             raise refused
         return "llama", "default"
+    if steps and steps[-1].get("pattern") == {"Regex": gaps(model["vocab"])}:
+        steps.pop()  # as a GGUF file was read; llama.cpp does it by itself
     *before, last = steps or [{}]
     if (
         last.get("type") != "ByteLevel"

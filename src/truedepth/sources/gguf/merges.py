@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
 
 from gguf import Keys
 
@@ -12,19 +12,20 @@ from truedepth.sources.gguf.vocabulary import Vocabulary
 Pair = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class ByteMerges:
-    """The merges of byte-level BPE."""
+def gaps(tokens: Container[str]) -> str | None:
+    """A pattern of the bytes, as byte-level BPE writes them, for which there are no tokens.
 
-    pairs: list[Pair]
-    """In the order in which they are applied."""
+    SmolLM's vocabulary has 21 such. llama.cpp leaves them out of texts, and merges nothing over
+    them. `tokenizers` would merge what is on either side.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    missing: list[str]
-    """The bytes, as byte-level BPE writes them, for which there is no token."""
+    missing = sorted(byte for byte in ByteLevel.alphabet() if byte not in tokens)
+    return "|".join(rf"\x{{{ord(byte):X}}}" for byte in missing) or None
 
 
-def bpe_merges(tokens: Vocabulary, lines: list[str], whole: bool) -> ByteMerges:
-    """The merges of byte-level BPE that can take place.
+def bpe_merges(tokens: Vocabulary, lines: list[str], whole: bool) -> list[Pair]:
+    """The merges of byte-level BPE that can take place, in their order.
 
     Args:
         tokens: The vocabulary.
@@ -71,4 +72,4 @@ def bpe_merges(tokens: Vocabulary, lines: list[str], whole: bool) -> ByteMerges:
                     f"{tokens.path} has the token {name!r}, but none for a byte in it; give the"
                     " original checkpoint."
                 )
-    return ByteMerges(kept, missing)
+    return kept

@@ -15,7 +15,7 @@ import gguf
 from gguf import Keys, TokenType
 
 from truedepth.errors import TruedepthError
-from truedepth.sources.gguf.merges import bpe_merges
+from truedepth.sources.gguf.merges import bpe_merges, gaps
 from truedepth.sources.gguf.overlaps import found_otherwise
 from truedepth.sources.gguf.pieces import piece_model
 from truedepth.sources.gguf.reader import note, value
@@ -158,18 +158,13 @@ def _byte_level(tokens: Vocabulary, reader: gguf.GGUFReader, words: Words) -> To
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     merges = bpe_merges(tokens, strings(reader, "MERGES"), words.whole)
-    backend = Tokenizer(models.BPE(tokens.ids, merges.pairs, ignore_merges=words.whole))
+    backend = Tokenizer(models.BPE(tokens.ids, merges, ignore_merges=words.whole))
     steps: list[Any] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in words.patterns
     ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    if merges.missing:  # bytes that no token has: llama.cpp leaves them out, and merges nothing
-        pattern = "|".join(rf"\x{{{ord(byte):X}}}" for byte in merges.missing)
-        steps.append(pre_tokenizers.Split(Regex(pattern), "removed"))
-        note(
-            f"{tokens.path} has no tokens for {len(merges.missing)} of the 256 bytes; they are left"
-            " out of texts, as in llama.cpp."
-        )
+    if missing := gaps(tokens.ids):
+        steps.append(pre_tokenizers.Split(Regex(missing), "removed"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     if flag(reader, "ADD_PREFIX", False):

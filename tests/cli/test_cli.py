@@ -188,7 +188,10 @@ BAD = {
     "read-only output": (["convert", "{model}", "/proc/out", *PAIR], "Cannot write to"),
     "empty text": (["eval", "{model}", "--text", "{tmp}/empty.txt"], "is empty"),
     "missing text": (["eval", "{model}", "--text", "{tmp}/no.txt"], "Cannot read the text"),
-    "short text": (["eval", "{model}", "--text", "{text}", "--window", "9999"], "fewer than one"),
+    "short text": (
+        ["eval", "{model}", "--text", "{tmp}/short.txt"],
+        "fewer than one window of 512",
+    ),
     "long window": (["eval", "{model}", "--text", "{text}", "--window", "600"], "512 positions"),
     "another vocabulary": (
         ["eval", "{model}", "--text", "{text}", "--window", "64", "--against", "{vocabulary}"],
@@ -219,6 +222,7 @@ def bad_inputs(make_model, tmp_path, text):
     (tmp_path / "deep.yaml").write_text("num_layers: 8\ngroups: [[6, 7]]")
     (tmp_path / "broken.yaml").write_text("num_layers: [")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the cat")
     (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "the \\ud83d cat"}\n')
     (tmp_path / "empty").mkdir()
     config = json.loads((model / "config.json").read_text())

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 
+SHORTEST = 2  # tokens per window: one is predicted
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What to calibrate on, and how.
 
     Raises:
-        TruedepthError: A value is out of bounds, or the tokens make fewer than two windows of the
-            size that is given.
+        TruedepthError: A value is out of bounds, or the tokens make fewer than two windows.
     """
 
     text: Sequence[str | Path] = ()
@@ -36,7 +38,7 @@ class Calibration:
     tokens: Annotated[int, Bounds(1)] = 1 << 16
     """Number of tokens to calibrate on."""
 
-    window: Annotated[int | None, Bounds(2)] = None
+    window: Annotated[int | None, Bounds(SHORTEST)] = None
     """Tokens per window. Default: 512, or the model's positions if these are fewer."""
 
     check: Annotated[int, Bounds(0)] = 16
@@ -66,9 +68,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.window is not None and self.tokens < 2 * self.window:
+        window = self.window or SHORTEST
+        if self.tokens < 2 * window:
             raise TruedepthError(
-                f"{self.tokens} calibration tokens are too few: two windows of {self.window} are"
+                f"{self.tokens} calibration tokens are too few: two windows of {window} are"
                 " the least, one to fit on and one to choose penalties on."
             )
 

@@ -15,6 +15,8 @@ from truedepth.options import Bounds, OneOf, Panel, check_fields
 if TYPE_CHECKING:
     import torch
 
+SHORTEST = 2  # tokens per window: one is predicted
+
 DEFAULT_DATA = "togethercomputer/RedPajama-Data-1T-Sample"
 
 TEXT, TRAINED, MEMORY = Panel("Text"), Panel("What is trained"), Panel("Memory")
@@ -116,7 +118,7 @@ class Healing:
     """Number of tokens to train on, rounded down to whole steps; shorter text is read several
     times."""
 
-    sequence_length: Annotated[int | None, Bounds(2), TEXT] = None
+    sequence_length: Annotated[int | None, Bounds(SHORTEST), TEXT] = None
     """Tokens per window. Default: 512, or the model's positions if these are fewer."""
 
     validation: Annotated[int, Bounds(1), TEXT] = 64
@@ -182,10 +184,11 @@ class Healing:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.sequence_length is not None and self.steps < 1:
+        length = self.sequence_length or SHORTEST
+        if self.tokens < self.batch_size * length:
             raise TruedepthError(
                 f"{self.tokens} tokens are less than one step of {self.batch_size} windows of"
-                f" {self.sequence_length}."
+                f" {length}."
             )
         if self.keep_predictions and self.objective.hidden:
             raise TruedepthError("--hidden needs the original in memory; drop --keep-predictions.")

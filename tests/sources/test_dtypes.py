@@ -43,6 +43,8 @@ COMMANDS = {
     [
         (MAP, torch.zeros(96, 64).to(torch.float8_e4m3fn)),
         (MAP, torch.zeros(96, 64).to(torch.float8_e5m2)),
+        (MAP, torch.zeros(96, 64, dtype=torch.uint8).view(torch.float8_e8m0fnu)),
+        (MAP, torch.zeros(96, 32, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)),
         ("model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn)),
         (MAP, torch.zeros(96, 64, dtype=torch.int8)),
         (MAP, torch.zeros(96, 32, dtype=torch.uint8)),
@@ -93,3 +95,14 @@ def test_masks_and_positions_are_no_weights(changed):
         "model.layers.0.self_attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
     }
     td.load(changed(masks))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("F6_E2M3", 6), ("I4", 4)])
+def test_types_that_safetensors_cannot_read_are_named(changed, kind, bits):
+    model, size = changed({}), 8 * bits
+    header = json.dumps({MAP: {"dtype": kind, "shape": [8, 8], "data_offsets": [0, size]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(size)
+    (model / "model.safetensors").write_bytes(data)
+    with pytest.raises(td.TruedepthError, match=f"cannot be read.*{kind}") as caught:
+        td.load(model)
+    assert "corrupt" not in str(caught.value)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import truedepth as td
+from family_models import options_of
 from gguf_files import GGUF_TINY, write_gguf
 from tiny_models import random_ids, random_model
 from truedepth.sources import wheel
@@ -54,6 +55,16 @@ def edited(make_model, tmp_path, **changes):
         ({"num_hidden_layers": 7}, ["no tensors for layer 6"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "unquantized"]),
         ({"model_type": "truedepth_llama"}, ["already layer-parallel"]),
+        ({"layer_types": ["full_attention"] * 8}, ["layer_types has 8", "num_hidden_layers is 6"]),
+        ({"layer_types": ["full_attention"] * 4}, ["layer_types has 4", "num_hidden_layers is 6"]),
+        ({"model_type": "smollm3", "no_rope_layers": [1] * 5}, ["no_rope_layers has 5", "is 6"]),
+        ({"rms_norm_eps": "1e-6"}, ["rms_norm_eps", "float", "'1e-6'"]),
+        ({"tie_word_embeddings": "true"}, ["tie_word_embeddings", "bool", "'true'"]),
+        ({"rope_theta": "10000.0"}, ["rope_theta", "number", "'10000.0'"]),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, ["rope_scaling.factor", "'2'"]),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, ["rope_parameters.rope_theta", "'1e4'"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads as 4", "num_key_value_heads, 3"]),
+        ({"num_attention_heads": 6, "head_dim": None}, ["hidden_size 64", "num_attention_heads 6"]),
     ],
 )
 def test_configs_that_cannot_be_converted(make_model, tmp_path, changes, words):
@@ -471,3 +482,31 @@ def test_every_tensor_keeps_its_dtype_where_a_checkpoint_mixes_them(make_model, 
         assert tensor.dtype == (norms if "norm" in name else matrices), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == str(matrices).removeprefix("torch.")
+
+
+def test_lists_that_are_longer_than_transformers_reads(make_model, tmp_path):
+    """SmolLM3 looks up each layer in `no_rope_layers`; what lies behind the last is not read."""
+    model = make_model(**options_of("smollm3"))
+    longer = shutil.copytree(model, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    config["no_rope_layers"] += [1, 0]
+    (longer / "config.json").write_text(json.dumps(config))
+    for source, out in ((model, "plain"), (longer, "cut")):
+        td.convert(source, tmp_path / out, td.Plan(6, [[1, 2]]))
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("plain", "cut")]
+    assert configs[0]["no_rope_layers"] == configs[1]["no_rope_layers"]
+
+
+def test_a_config_is_not_written_into(make_model, tmp_path):
+    """transformers' config classes add what they know to the rotary settings they are given."""
+    model = shutil.copytree(make_model(**options_of("glm")), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
+    config["partial_rotary_factor"] = 0.5
+    (model / "config.json").write_text(json.dumps(config))
+    source = td.open_source(model)
+    td.load(source)
+    td.convert(source, tmp_path / "out", td.Plan(6, [[1, 2]]))
+    assert source.config == config
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == config["rope_parameters"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from truedepth.errors import TruedepthError, reason_of
+from truedepth.families.family import QUERY
 from truedepth.runtime.generation_config import without_generation
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
@@ -32,10 +34,21 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
         TruedepthError: transformers does not know the model type or refuses a value.
     """
     try:
-        return AutoConfig.for_model(**without_generation(config))
+        # Config classes write into what they are given.
+        return AutoConfig.for_model(**copy.deepcopy(without_generation(config)))
     except Exception as error:  # config classes raise exceptions of any type
-        reason = reason_of(error)
+        reason = _uneven_heads(config) or reason_of(error)
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
+
+
+def _uneven_heads(config: Mapping[str, Any]) -> str:
+    """Whether a config gives no head dimension that can be: the end of a sentence."""
+    hidden, heads = config.get("hidden_size"), config.get(QUERY)
+    if config.get("head_dim") or not (isinstance(hidden, int) and isinstance(heads, int)):
+        return ""
+    if heads < 1 or hidden % heads == 0:
+        return ""
+    return f"hidden_size {hidden} is not a multiple of {QUERY} {heads}, and head_dim is missing."
 
 
 def empty_model(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import reprlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from truedepth.errors import TruedepthError
+from truedepth.families.family import KEY_VALUE, QUERY
+from truedepth.families.lookup import known_family, unconverted
 from truedepth.plan.plan import MAX_LAYERS
 from truedepth.sources.fetched import check_fetched
 
@@ -32,6 +34,10 @@ MAX_SIZES = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 40,
 }
+
+ROPE = ("rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+ROPE_SETTINGS = ("rope_parameters", "rope_scaling")
+"""Keys of config.json whose values transformers computes with before it looks at their types."""
 
 HUB_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels")
 """Keys of config.json that make transformers fetch compiled code from the hub and run it."""
@@ -64,11 +70,13 @@ def read_json(path: Path, missing: str = "There is no", most: int = MAX_INDEX_BY
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse a config.json with sizes out of bounds, or one that asks for code from the hub.
+    """Refuse a config.json with values that no model has, or one that asks for code from the hub.
+
+    What transformers' own classes refuse by name, such as a text for an epsilon, is left to them.
 
     Raises:
-        TruedepthError: A size is missing, not a whole number, or out of bounds, or a key asks for
-            code from the hub.
+        TruedepthError: A size is missing, not a whole number, or out of bounds, a list or a rotary
+            setting is not for this model, or a key asks for code from the hub.
     """
     for key, most in MAX_SIZES.items():
         value = config.get(key)
@@ -85,9 +93,70 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
                 f"The config of {where} gives {key} as {reprlib.repr(value)}, more than the {most}"
                 " that are allowed."
             )
+    _check_heads(config, where)
+    _check_lists(config, where)
+    _check_rope(config, where)
     for key in HUB_CODE:
         if key in config and (key == "use_kernels" or "/" in str(config[key])):
             raise TruedepthError(
                 f"The config of {where} asks for code from the hub under {key!r}"
                 f" ({reprlib.repr(config[key])}), which is never run; remove the key."
             )
+
+
+def _check_heads(config: Mapping[str, Any], where: Path) -> None:
+    heads, key_value = config.get(QUERY), config.get(KEY_VALUE)
+    if heads and key_value and heads % key_value:
+        raise TruedepthError(
+            f"The config of {where} gives {QUERY} as {heads}, which is not a multiple of"
+            f" {KEY_VALUE}, {key_value}; correct the one that is wrong."
+        )
+
+
+def _check_lists(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse lists that tools which cut or join layers left as they were.
+
+    transformers takes no list of layer types of another length. Of other lists it does not read
+    what lies behind the last layer.
+    """
+    family = known_family({**config, "model_type": unconverted(str(config.get("model_type")))})
+    layers = config["num_hidden_layers"]
+    for key in family.per_layer if family else ():
+        entries = config.get(key)
+        if not isinstance(entries, list) or len(entries) == layers:
+            continue
+        if key == "layer_types" or len(entries) < layers:
+            raise TruedepthError(
+                f"In the config of {where} {key} has {len(entries)} entries, but num_hidden_layers"
+                f" is {layers}; give it one entry for each layer, in their order."
+            )
+
+
+def _check_rope(config: Mapping[str, Any], where: Path) -> None:
+    given = {key: config.get(key) for key in (*ROPE, *ROPE_SETTINGS)}
+    for key, value in _leaves(given):
+        if isinstance(value, str) and _is_number(value):
+            raise TruedepthError(
+                f"The config of {where} gives {key} as the text {value!r}; it must be a number or"
+                " true or false, written without quotation marks."
+            )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """What a value of JSON holds, each with the keys that lead to it: `rope_scaling.factor`."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            yield from _leaves(inside, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _leaves(inside, key)
+    else:
+        yield key, value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.strip().lower() in ("true", "false")
+    return True

@@ -15,6 +15,7 @@ import torch
 from truedepth.errors import TruedepthError, reason_of
 from truedepth.families.family import Family
 from truedepth.families.lookup import family_of
+from truedepth.sources.dtypes import check_dtypes
 from truedepth.sources.limits import check_config
 from truedepth.sources.names import current_names
 from truedepth.sources.stamps import Stamps
@@ -77,9 +78,12 @@ class Source:
     def tensors(self) -> Mapping[str, LazyTensor]:
         """Every tensor by the name that transformers gives it, in the file's order.
 
-        A hub model's weights are downloaded now. Raises TruedepthError if a file is broken.
+        A hub model's weights are downloaded now. Raises TruedepthError if a file is broken, or its
+        weights are quantized in a way that config.json does not name.
         """
-        return current_names(self.read_tensors(), self.config, self.path)
+        tensors = current_names(self.read_tensors(), self.config, self.path)
+        check_dtypes(tensors, self.config, self.path)
+        return tensors
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from truedepth.errors import TruedepthError
+from truedepth.errors import TruedepthError, reason_of
 from truedepth.progress import note
 from truedepth.sources import pickled
 from truedepth.sources.fetched import check_fetched
@@ -199,6 +199,10 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
             names, metadata = handle.keys(), handle.metadata() or {}
             held = {name: mapped_tensor(handle.get_tensor(name), stored[name]) for name in names}
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if any(said in str(error) for said in ("Dtype not understood", "unknown variant")):
+            raise TruedepthError(
+                f"{file} holds a type of tensor that cannot be read: {reason_of(error)}"
+            ) from error
         raise TruedepthError(f"{file} is corrupt or truncated: {error}.") from error
     # Of tensors that share their memory safetensors' save_model writes one, and says so here.
     return held | {

@@ -22,7 +22,7 @@ test-slow: .venv/installed ## tests that need the default model or minutes (9 mi
 test-vllm: .venv-vllm/installed ## tests that need vLLM, its build for CPUs (15 minutes)
 	.venv-vllm/bin/python -m pytest -p no:cacheprovider -m vllm tests/engines/test_vllm.py
 
-test-gguf: .venv/installed ## build llama.cpp and run the tests that need it (5 minutes and the build)
+test-gguf: .venv/installed ## build llama.cpp and run the tests that need it (8 minutes and the build)
 	$(BIN)/python $(INSTALL) -e '.[gguf]'
 	$(BIN)/python -m pytest -m gguf tests/runtime/test_llama_cpp.py tests/sources/test_llama_cpp_tokens.py
 

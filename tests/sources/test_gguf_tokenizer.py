@@ -154,9 +154,9 @@ REFUSALS = {
     "tokens held back": (small() | {f"{GGML}.suppress_tokens": [3]}, "suppress_tokens"),
     "EOS without a name": (
         small() | {f"{GGML}.eos_token_id": None, f"{GGML}.add_eos_token": True},
-        "adds an EOS token .* does not name it",
+        "puts EOS into every text .* names no such token",
     ),
-    "BOS without a name": (small() | {f"{GGML}.add_bos_token": True}, "adds an BOS token"),
+    "BOS without a name": (small() | {f"{GGML}.add_bos_token": True}, "puts BOS into every"),
     "a split that is no text": (small() | {f"{GGML}.pre": 3}, "splits text by 3"),
     "a token that is no number": (small() | {f"{GGML}.bos_token_id": "x"}, "is 'x', not the id"),
     "a yes that is none": (small() | {f"{GGML}.add_bos_token": "x"}, "is 'x', not a boolean"),

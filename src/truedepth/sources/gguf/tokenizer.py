@@ -73,9 +73,9 @@ def check_tokenizer(path: Path, reader: gguf.GGUFReader, tokens: Vocabulary | No
     for role in ("bos", "eos"):
         if flag(reader, f"ADD_{role.upper()}", False) and role not in tokens.roles:
             raise TruedepthError(
-                f"{path} adds an {role.upper()} token to every text (tokenizer.ggml.add_{role}"
-                f"_token), but does not name it (tokenizer.ggml.{role}_token_id); give the"
-                " original checkpoint."
+                f"{path} puts {role.upper()} into every text (tokenizer.ggml.add_{role}_token), but"
+                f" names no such token (tokenizer.ggml.{role}_token_id); give the original"
+                " checkpoint."
             )
 
 

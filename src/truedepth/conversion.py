@@ -104,8 +104,8 @@ def convert(
     layout = Layout(source, plan, dtype)
     if calibration is not None and plan.merged:
         raise TruedepthError(
-            f"Groups of layers can be calibrated, stages of sub-layers such as"
-            f" {said(plan.merged[0])} cannot; convert them with --no-calibrate."
+            f"Stages of sub-layers such as {said(plan.merged[0])} cannot be calibrated, only groups of"
+            " layers; truedepth convert MODEL OUT --no-calibrate converts them."
         )
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {

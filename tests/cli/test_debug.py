@@ -11,7 +11,7 @@ from truedepth.errors import TruedepthError
 HOW = "run the command again with --debug to see where.\n"
 
 ERRORS = {
-    "no type": (TypeError("no\nsuch type"), f"unexpected error: TypeError: no; {HOW}"),
+    "no type": (TypeError("no\nsuch type"), f"unexpected error: TypeError: no such type; {HOW}"),
     "no words": (AssertionError(), f"unexpected error: AssertionError; {HOW}"),
     "half a character": (
         UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"),
@@ -30,7 +30,7 @@ ERRORS = {
     ),
     "a library's OSError": (
         OSError("Cannot load it.\nSee the hub."),
-        "Cannot load it. See the hub..\n",
+        "Cannot load it. See the hub.\n",
     ),
     "a full disk": (OSError(28, "No space left", "x.json"), "No space left: x.json.\n"),
     "the user's": (TruedepthError("Give more.", 2), "Give more.\n"),

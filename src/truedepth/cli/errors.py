@@ -42,7 +42,7 @@ def _sentence(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
-        return f"{' '.join(str(error.strerror or error).split())}{where}.", 1
+        return f"{' '.join(str(error.strerror or error).split()).rstrip('.')}{where}.", 1
     # torch's own are OutOfMemoryError on a GPU, and any RuntimeError on a CPU.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in str(error):

@@ -150,8 +150,8 @@ def _why_not_stored(source: Source) -> str | None:
     layout = Layout.of(source)
     if layout.plan.merged:
         return (
-            f"it runs groups of layers, not stages such as {said(layout.plan.merged[0])}; convert"
-            " the original with --layers or --pairs"
+            f"it runs groups of layers, not stages such as {said(layout.plan.merged[0])}; make"
+            " groups with truedepth convert MODEL OUT --layers or --pairs"
         )
     if layout.executed_plan != layout.plan:
         return "it runs wide layers, but not layers side by side"

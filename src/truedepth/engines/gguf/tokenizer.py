@@ -17,9 +17,9 @@ from typing import Any
 from gguf import GGUFWriter, Keys, TokenType
 
 from truedepth.errors import TruedepthError
+from truedepth.progress import note
 from truedepth.runtime.empty import transformers_config
 from truedepth.sources.gguf.merges import gaps
-from truedepth.sources.gguf.reader import note
 from truedepth.sources.gguf.vocabulary import ENDS
 from truedepth.sources.gguf.words import GPT2, canonical, name_of
 from truedepth.sources.limits import read_json

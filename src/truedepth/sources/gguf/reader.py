@@ -9,7 +9,6 @@ the file is enough.
 from __future__ import annotations
 
 import struct
-import sys
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,11 +65,6 @@ def value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
         return reader.fields[key].contents()
     except (ValueError, IndexError) as error:
         raise TruedepthError(f"The GGUF metadata {key!r} is malformed: {error}.") from error
-
-
-def note(text: str) -> None:
-    """Say on standard error what was decided about an odd file."""
-    print(f"truedepth: note: {text}", file=sys.stderr)
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]

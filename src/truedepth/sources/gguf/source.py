@@ -87,6 +87,10 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
         assert tokens is not None
         return build_tokenizer(path, reader, tokens)
 
+    def check_companions() -> None:
+        if value(reader, gguf.Keys.Tokenizer.MODEL) not in NO_TOKENIZER:
+            load_tokenizer()
+
     def save_companions(out: Path) -> None:
         from transformers import GenerationConfig
 
@@ -112,6 +116,7 @@ def open_gguf(path: Path, name: str | None = None, origin: str = "GGUF file") ->
             name: stamps.watched(path, tensor)
             for name, tensor in _tensors(path, reader, config).items()
         },
+        check_companions=check_companions,
         save_companions=save_companions,
         load_tokenizer=load_tokenizer,
         stamps=stamps,

@@ -15,10 +15,11 @@ import gguf
 from gguf import Keys, TokenType
 
 from truedepth.errors import TruedepthError
+from truedepth.progress import note
 from truedepth.sources.gguf.merges import bpe_merges, gaps
 from truedepth.sources.gguf.overlaps import found_otherwise
 from truedepth.sources.gguf.pieces import piece_model
-from truedepth.sources.gguf.reader import note, value
+from truedepth.sources.gguf.reader import value
 from truedepth.sources.gguf.vocabulary import MODELS, Vocabulary, flag, numbers, strings
 from truedepth.sources.gguf.words import REFUSED, WORDS, Words
 

@@ -16,6 +16,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 TRUEDEPTH = str(Path(sys.executable).parent / "truedepth")
 
 
+RAW = {"--layers", "--staggered"}
+"""Options of conversions that need no text."""
+
+
 @pytest.fixture(scope="module")
 def model(make_model):
     """As deep as the model that the README names, and with room for the default windows."""
@@ -40,7 +44,7 @@ def test_the_commands(model, prose, tmp_path):
         if command[1] == "study":
             command += ["--stride", "14", "--permutations", "1"]
         if command[1] == "convert":
-            command += ["--force", *(["--tokens", "4096"] if "--layers" not in command else [])]
+            command += ["--force", *(["--tokens", "4096"] if not RAW & {*command} else [])]
         if command[1] == "heal":
             command += ["--tokens", "1024", "--sequence-length", "64", "--batch-size", "4"]
         if command[1] == "bench":

@@ -104,8 +104,8 @@ def convert(
     layout = Layout(source, plan, dtype)
     if calibration is not None and plan.merged:
         raise TruedepthError(
-            f"Stages of sub-layers such as {said(plan.merged[0])} cannot be calibrated, only groups of"
-            " layers; truedepth convert MODEL OUT --no-calibrate converts them."
+            f"Stages of sub-layers such as {said(plan.merged[0])} cannot be calibrated, groups of"
+            " layers can; truedepth convert MODEL OUT --no-calibrate converts stages."
         )
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {

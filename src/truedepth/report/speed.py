@@ -6,7 +6,7 @@ from math import floor, log10
 
 from rich.filesize import decimal
 
-from truedepth.report.tables import print_rows
+from truedepth.report.tables import console, print_rows
 from truedepth.speed.benchmark import Benchmark
 from truedepth.speed.prediction import Prediction
 from truedepth.speed.timing import Case, Collectives, Row, Timing
@@ -102,7 +102,7 @@ def print_prediction(found: Prediction) -> None:
     print(f"\nPredicted speed-up: {found.speedup:.2f}.")
     if not found.pays:
         most = max(parts[:-1], key=lambda part: part[1])
-        print(
+        console().print(
             f"Pairing will not pay here: {most[1] / before.total:.0%} of the time is {most[0]},"
             " which it does not change."
             if most[0] in ("reading layer weights", "embedding and head")

@@ -140,7 +140,6 @@ POSITIONS = {
         131072,
     ),
     "several": (131072, {"full_attention": {"rope_type": "linear", "factor": 8.0}}, 131072),
-    "a factor that is none": (4096, {"rope_type": "linear", "factor": "4"}, 4096),
 }
 
 

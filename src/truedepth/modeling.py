@@ -253,9 +253,8 @@ class PartOfSum(nn.Linear):
         bias: Tensor | None = self.bias
         if isinstance(weight, DTensor):
             first = weight.device_mesh.get_local_rank() == 0
-            weight = weight.to_local()
             bias = bias.to_local() if isinstance(bias, DTensor) else bias
-            bias = bias if first else None  # once in the sum
+            weight, bias = weight.to_local(), bias if first else None  # once in the sum
         return nn.functional.linear(features, weight, bias)
 
     forward = property(lambda self: self._part, lambda self, replacement: None)

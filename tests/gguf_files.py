@@ -86,7 +86,7 @@ def write_gguf(
 
 
 def smollm(tokens):
-    """Metadata of so many tokens of single bytes, and of single bytes after a space."""
+    """Metadata of a tokenizer of `tokens` tokens: an end, bytes, bytes after a space."""
     alphabet = gguf_alphabet()
     names = ["<end>", *alphabet, *[f"Ġ{byte}" for byte in alphabet]][:tokens]
     return {

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import truedepth as td
-from tiny_models import TINY, random_ids, staged_logits
+from tiny_models import TINY, left_padded_logits, random_ids, staged_logits
 from truedepth import modeling
 
 PLANS = {
@@ -108,13 +108,7 @@ def test_early_initialized_static_cache(model, expected, kind):
 
 
 def test_left_padded_batch(model, expected):
-    ids = random_ids()
-    padding = torch.zeros(2, 3, dtype=torch.int64)
-    mask = torch.cat([padding, torch.ones_like(ids)], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = torch.cat([padding, ids], 1)
-    logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
-    torch.testing.assert_close(logits, expected, **CLOSE)
+    torch.testing.assert_close(left_padded_logits(model, random_ids()), expected, **CLOSE)
 
 
 def test_compile(model, expected):

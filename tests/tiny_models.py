@@ -66,6 +66,15 @@ def random_ids(batch: int = 2, length: int = 17, seed: int = 1) -> Tensor:
     return torch.randint(1, TINY["vocab_size"], (batch, length), generator=generator)
 
 
+def left_padded_logits(model: Any, ids: Tensor) -> Tensor:
+    """A model's logits of texts `[batch, length]` that are padded by three tokens on the left."""
+    padding = torch.zeros(len(ids), 3, dtype=torch.int64)
+    mask = torch.cat([padding, torch.ones_like(ids)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(torch.cat([padding, ids], 1), attention_mask=mask, position_ids=positions)
+    return padded.logits[:, 3:]
+
+
 def reference_logits(
     original: Any, ids: Tensor, groups: Sequence[Sequence[int]], window: int | None = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from family_models import CASES, options_of, staged
-from tiny_models import random_ids, torchrun
+from tiny_models import left_padded_logits, random_ids, torchrun
 from truedepth.plan.config import plan_of
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -40,11 +40,7 @@ def test_stages_are_exact(make_model, case, plan, tmp_path):
     model = td.load(tmp_path / "out").model
     with torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
-        padding = torch.zeros(2, 3, dtype=torch.int64)
-        mask = torch.cat([padding, torch.ones_like(ids)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        padded = model(torch.cat([padding, ids], 1), attention_mask=mask, position_ids=positions)
-        torch.testing.assert_close(padded.logits[:, 3:], expected, **CLOSE)
+        torch.testing.assert_close(left_padded_logits(model, ids), expected, **CLOSE)
         greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         tokens = model.generate(ids, **greedy)
         assert torch.equal(tokens, model.generate(ids, use_cache=False, **greedy))

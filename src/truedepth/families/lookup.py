@@ -46,6 +46,11 @@ def known_family(config: Mapping[str, Any]) -> Family | None:
     )
 
 
+def known_original_family(config: Mapping[str, Any]) -> Family | None:
+    """`known_family` of a model, or of the original of a layer-parallel checkpoint."""
+    return known_family({**config, "model_type": unconverted(str(config.get("model_type")))})
+
+
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of an original's config.json; `where` names the model in errors.
 

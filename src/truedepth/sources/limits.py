@@ -15,7 +15,7 @@ from typing import Any
 
 from truedepth.errors import TruedepthError
 from truedepth.families.family import KEY_VALUE, QUERY
-from truedepth.families.lookup import known_family, unconverted
+from truedepth.families.lookup import known_original_family
 from truedepth.plan.plan import MAX_LAYERS
 from truedepth.sources.fetched import check_fetched
 
@@ -119,7 +119,7 @@ def _check_lists(config: Mapping[str, Any], where: Path) -> None:
     transformers takes no list of layer types of another length. Of other lists it does not read
     what lies behind the last layer.
     """
-    family = known_family({**config, "model_type": unconverted(str(config.get("model_type")))})
+    family = known_original_family(config)
     layers = config["num_hidden_layers"]
     for key in family.per_layer if family else ():
         entries = config.get(key)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from truedepth.families.family import Family
-from truedepth.families.lookup import known_family, unconverted
+from truedepth.families.lookup import known_original_family
 from truedepth.families.registration import register
 from truedepth.progress import note
 from truedepth.tensors import LazyTensor
@@ -31,7 +31,7 @@ def current_names(
         config: The contents of config.json.
         path: The model's path, for messages.
     """
-    family = _family(config)
+    family = known_original_family(config)
     if family is None:
         return tensors
     named = {family.current_name(name): tensor for name, tensor in tensors.items()}
@@ -48,7 +48,7 @@ def may_be_left_out(config: Mapping[str, Any], names: Collection[str]) -> set[st
     Of two tied names a file may hold either. What models of unknown families tie, transformers says
     when it loads them: it refuses a gap.
     """
-    family = _family(config)
+    family = known_original_family(config)
     if family is None:
         return set(names)
     return set(family.tied).intersection(names) if ties_embedding(config) else set()
@@ -64,10 +64,6 @@ def ties_embedding(config: Mapping[str, Any]) -> bool:
     except Exception:  # what is wrong with it is said where the model is built
         return bool(config.get("tie_word_embeddings"))
     return bool(found.tie_word_embeddings)
-
-
-def _family(config: Mapping[str, Any]) -> Family | None:
-    return known_family({**config, "model_type": unconverted(str(config.get("model_type")))})
 
 
 def _prefixed(named: dict[str, LazyTensor], family: Family, path: Path) -> dict[str, LazyTensor]:

@@ -39,7 +39,6 @@ from truedepth.widening.layout import Layout, check_loadable
 
 ARCHITECTURE = gguf.MODEL_ARCH.DECI
 
-MAX_FLOAT16 = 65504
 BLOCK_BYTES = 1 << 22
 """Bytes of a tensor that are in memory at a time."""
 
@@ -254,7 +253,9 @@ def _write_block(
         with np.errstate(all="ignore"):
             data = np.ascontiguousarray(gguf.quantize(values.numpy(), ggml))
         finite = bool(values.isfinite().all())
-        if finite and values.abs().max() > MAX_FLOAT16:  # quantized blocks have float16 scales
+        if (
+            finite and values.abs().max() > torch.finfo(torch.float16).max
+        ):  # quantized blocks have float16 scales
             finite = bool(np.isfinite(gguf.dequantize(data, ggml)).all())
     if not finite:
         raise TruedepthError(

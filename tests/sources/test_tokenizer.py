@@ -64,7 +64,7 @@ def sentencepiece(file):
     "settings",
     [
         {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": False},
-        {},  # transformers' own choice would put no space before a text
+        {},  # transformers' own choice puts no space before a text, until 5.24
     ],
 )
 def test_sentencepiece_alone(make_model, tmp_path, settings):
@@ -82,14 +82,15 @@ def test_sentencepiece_alone(make_model, tmp_path, settings):
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
             assert ours.encode(text, add_special_tokens=False).ids == expected
     made = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert made["tokenizer_class"] == "LlamaTokenizer"
+    known = {"LlamaTokenizer"} if settings else {"LlamaTokenizer", "PreTrainedTokenizerFast"}
+    assert made["tokenizer_class"] in known
     assert (tmp_path / "out" / "tokenizer.model").exists()
 
 
 def test_a_class_that_splits_otherwise_than_sentencepiece_is_refused(make_model, tmp_path):
     source = without_tokenizer(make_model(), tmp_path)
     sentencepiece(source / "tokenizer.model")
-    edit(source / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    edit(source / "tokenizer_config.json", tokenizer_class="GemmaTokenizer")
     with pytest.raises(td.TruedepthError, match=r"splits text otherwise than .*tokenizer\.model"):
         td.open_source(source).tokenizer  # noqa: B018
 

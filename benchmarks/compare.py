@@ -27,6 +27,7 @@ from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers,
 from rows import WINDOWS, Rows, parser_of
 from truedepth.calibration.windows import calibration_windows
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import group_segment
 from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.runtime.device import fast_dtype
 from truedepth.runtime.loading import Loaded
@@ -63,7 +64,7 @@ class Comparison:
             options = td.Calibration(
                 text=self.arguments.calibration, tokens=SEARCH_CALIBRATION.tokens, own_text=0.0
             )
-            self._ids = calibration_windows(self.source, options, 2).fitted
+            self._ids = calibration_windows(self.source, options, [group_segment((0, 1))]).fitted
         return self._ids
 
     def load(self, model: Any = None) -> Loaded:

@@ -18,7 +18,6 @@ from truedepth.errors import TruedepthError
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import said
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.tensors import NotFiniteError, dtype_name, first_not_finite
@@ -102,11 +101,6 @@ def convert(
     check_conversion(source, out, force)
     padding = head_padding(source.config, pad_heads)
     layout = Layout(source, plan, dtype)
-    if calibration is not None and plan.merged:
-        raise TruedepthError(
-            f"Stages of sub-layers such as {said(plan.merged[0])} cannot be calibrated, groups of"
-            " layers can; truedepth convert MODEL OUT --no-calibrate converts stages."
-        )
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {
         "version": __version__,
@@ -119,7 +113,7 @@ def convert(
     check_loadable(config, tensors, source.path)
     kept = record = None
     with ExitStack() as stack:
-        if calibration is not None and plan.paired_layers:
+        if calibration is not None and plan != plan.unpaired:
             kept = beside(out, "calibration")
             refitted = stack.enter_context(calibrated(layout, kept, calibration))
             tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}

@@ -26,11 +26,11 @@ def calibrated(model, ids=IDS, plan=PLAN, dtype=torch.float32, **options):
     walk = Walk(stack, Layout(source, plan), ids, batch_size=5, **options)
     calibrator = Calibrator(walk)
     found = {}
-    for index, group in enumerate(plan.groups):
-        if len(group) > 1:
-            found[index] = calibrator.refit(group)
+    for segment in walk.layout.segments:
+        if walk.layout.is_merged(segment):
+            found[segment] = calibrator.refit(segment)
         else:
-            walk.advance(group)
+            walk.advance(segment)
     return found
 
 

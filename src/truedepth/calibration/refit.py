@@ -1,56 +1,60 @@
-"""Closed-form repair: every linear map of a wide layer is refitted, without gradients.
+"""Closed-form repair: every linear map of a merged segment is refitted, without gradients.
 
-Pairing is lossy because a layer no longer sees what its partner wrote. Wide layers are refitted one
-after another. The calibration text is run through the group's original layers, starting from the
-original's states, and through the wide layer, starting from the converted model's states so far.
-Each map is then the ridge regression from what the wide layer has to what the original computed:
+Merging is lossy because a sub-layer no longer sees what others of its stage write. Stages are
+refitted one after another. The calibration text is run through the sub-layers that a stage stands
+for, starting from the original's states, and through the stage, starting from the converted model's
+states so far. Each map is then the ridge regression from what the stage has to what the original
+computed:
 
-    maps that read    W_i ← W_i M_i,  M_i from x̂ to the normalised input that layer i saw
-    attention output  W_o from the heads' outputs to what is missing to x + Σ_i A_i
-    FFN output        W_d from the gated activations to what is missing to y
+    maps that read    W_s ← W_s M_s,  M_s from x̂ to the normalised input that sub-layer s saw
+    maps that write   all of the stage at once, from their joined inputs (the heads' outputs, the
+                      gated activations) to what is missing to the original's state
 
-x, A_i and y (the input, the attentions and the output) are the original's. What earlier wide layers
-left uncorrected is thus part of what is missing, and each sub-layer corrects as much as it can.
+A wide layer is two stages. What is missing behind its attentions is missing to x + Σ_i A_i, behind
+its FFNs to y; x, A_i and y (the input, the attentions and the output) are the original's. What
+earlier stages left uncorrected is thus part of what is missing, and each corrects as much as it
+can.
 
-The architecture does not change. Memory holds the weights of one group, one map's sums over tokens,
-and a few hidden states per token.
+The architecture does not change. Memory holds the weights of one segment, the sums over tokens of
+the maps that are solved together, and a few hidden states per token.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from truedepth.calibration.ridge import Fit, Regression
-from truedepth.calibration.trajectories import Group, Walk
+from truedepth.calibration.trajectories import Walk
 from truedepth.families.family import SublayerNames
+from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, sublayers_of
 from truedepth.runtime.calls import Calls
-from truedepth.runtime.stage import KINDS, Kind, LoadedSublayer, Member, run_stage
+from truedepth.runtime.stage import LoadedSublayer, Member, run_stage
 from truedepth.widening.widen import packed_sizes
 
 HOLD_OUT_EVERY = 8  # of every 8 windows one is held out, to choose the penalties on
 
-Weights = dict[str, Tensor]
-"""The weights of one layer by name within it, float32."""
-
 
 @dataclass(frozen=True)
 class Refit:
-    """One wide layer, refitted."""
+    """One segment, refitted."""
 
-    weights: Weights
+    weights: dict[str, Tensor]
+    """Float32, by name in the original; those of a wide layer by the names of its first member."""
+
     fits: dict[str, Fit]
-    """One fit per map that writes, such as `mlp.down_proj`, and one per member for the maps that
-    read a norm, such as `mlp.gate_proj, mlp.up_proj of layer 15`."""
+    """By the maps that were fitted together: for a wide layer those that write, such as
+    `mlp.down_proj`, and those of each member that read a norm, such as `mlp.gate_proj, mlp.up_proj
+    of layer 15`; for any other stage likewise, all that write as one."""
 
 
-Note = Callable[[Kind, Tensor, Tensor], None]
-"""Takes a sub-layer's kind, the state that it read, and what it added."""
+Note = Callable[[LoadedSublayer, Tensor, Tensor], None]
+"""Takes a sub-layer, the state that it read, and what it added."""
 
 
 def _noting(sublayer: LoadedSublayer, note: Note | None) -> Member[Calls]:
@@ -59,14 +63,14 @@ def _noting(sublayer: LoadedSublayer, note: Note | None) -> Member[Calls]:
     def member(x: Tensor, calls: Calls) -> Tensor:
         added = sublayer(x, calls)
         if note is not None:
-            note(sublayer.kind, x, added)
+            note(sublayer, x, added)
         return added
 
     return member
 
 
 class Calibrator:
-    """Refits the wide layers of one conversion, first to last."""
+    """Refits the merged segments of one conversion, first to last."""
 
     def __init__(self, walk: Walk) -> None:
         """Begin where a walk through the original and its conversion is."""
@@ -76,139 +80,169 @@ class Calibrator:
         self._held = torch.tensor([window % every == every - 1 for window in range(windows)])
 
     @torch.inference_mode()
-    def refit(self, group: Group) -> Refit:
-        """Refit the wide layer that stands for a group, and take both models past it.
+    def refit(self, segment: Segment) -> Refit:
+        """Refit what a segment becomes, and take both models past it.
 
         Args:
-            group: The next layers of the original.
+            segment: The next of the converted model: a group that becomes a wide layer, or a stage.
 
         Raises:
             TruedepthError: Activations are not finite or too few.
         """
         walk = self.walk
         walk.separate()
-        (wide,) = walk.layers(group).values()
-        seen, attended = self._pass_originals(wide, group)
-        tensors = walk.layout.wide_layer(group, torch.float32)
-        found = Refit({name: tensor.read().float() for name, tensor in tensors.items()}, {})
-        states = walk.converted_states
-        inputs = walk.copied(states) if walk.stack.parallel else states
-        sublayers = [each for stage in walk.stack.stages({group[0]: wide}) for each in stage]
-        for sublayer in sublayers:
-            self._refit_reads(sublayer, group, seen.pop(sublayer.kind), inputs, found)
-            wanted = attended if sublayer.kind == "attention" else walk.original_states
-            self._refit_write(sublayer, inputs, wanted, found)
-            for windows, calls in walk.batches:
-                added = sublayer(walk.batch(inputs, windows), calls)
-                states[windows] = walk.batch(states, windows) + added
+        found = Refit(walk.weights(segment), {})
+        stages = walk.loaded(segment, found.weights)
+        seen, attended = self._pass_originals(segment, [each for stage in stages for each in stage])
+        states, group = walk.converted_states, group_of(segment)
+        for stage in stages:
+            # The halves of a wide layer are refitted one after the other, even if they read one
+            # state; the sub-layers of any other stage together.
+            steps = [[each] for each in stage] if group else [stage]
+            inputs = walk.copied(states) if len(steps) > 1 else states
+            for step in steps:
+                for sublayer in step:
+                    read = {
+                        layer: seen.pop(Sublayer(layer, sublayer.kind))
+                        for layer in group or (sublayer.index,)
+                    }
+                    self._refit_reads(sublayer, read, inputs, found)
+                before_ffns = group and step[0].kind == "attention"
+                wanted = attended if before_ffns else walk.original_states
+                self._refit_writes(step, inputs, wanted, found)
+                for windows, calls in walk.batches:
+                    x, y = walk.batch(inputs, windows), walk.batch(states, windows)
+                    for sublayer in step:
+                        y = y + sublayer(x, calls)
+                    states[windows] = y
         return found
 
+    def refit_aside(self, segment: Segment) -> Tensor:
+        """`Walk.detour` behind the segment refitted alone; the walk stays where it is."""
+        aside = Calibrator(self.walk.aside())
+        aside.refit(segment)
+        return aside.walk.converted_states[len(self._held) :].clone()
+
     def _pass_originals(
-        self, wide: nn.Module, group: Group
-    ) -> tuple[dict[Kind, list[Tensor]], Tensor]:
-        """Take the original past a group.
+        self, segment: Segment, sublayers: Sequence[LoadedSublayer]
+    ) -> tuple[dict[Sublayer, Tensor], Tensor]:
+        """Take the original past a segment.
+
+        Args:
+            segment: The next of the converted model.
+            sublayers: What it becomes.
 
         Returns:
-            For each kind of sub-layer, what the members' maps read before any gain; and
-            `x + Σ_i A_i`. Both `[fitted windows, length, hidden]`.
+            What the maps of each of the original's sub-layers read, before any gain that is folded
+            into them; and `x + Σ_i A_i`. All `[fitted windows, length, hidden]`.
         """
         walk = self.walk
-        count = len(self._held)
-        seen = {kind: [walk.allocate(count) for _ in group] for kind in KINDS}
-        attended = walk.allocate(count)
-        for windows, _ in walk.fitted:
+        count, group = len(self._held), group_of(segment)
+        seen = {each: walk.allocate(count) for each in sublayers_of(segment)}
+        attended = walk.allocate(count if group else 0)
+        for windows, _ in walk.fitted if group else ():
             attended[windows] = walk.original_states[windows]
+        becomes = {
+            Sublayer(layer, each.kind): each
+            for each in sublayers
+            for layer in group or (each.index,)
+        }
 
-        def note(member: int, windows: slice, kind: Kind, x: Tensor, added: Tensor) -> None:
-            seen[kind][member][windows] = self._normalised(wide, kind, x)
-            if kind == "attention":
+        def note(windows: slice, own: LoadedSublayer, x: Tensor, added: Tensor) -> None:
+            which = Sublayer(own.index, own.kind)
+            seen[which][windows] = self._normalised(becomes[which], x)
+            if group and own.kind == "attention":
                 attended[windows] += added.to(attended)
 
-        for member, index in enumerate(group):
-            stages = walk.stack.stages({index: walk.stack.layer(index)})
+        for stages in walk.originals(segment):
             for windows, calls in walk.batches:
-                fitted = partial(note, member, windows) if windows.start < count else None
+                fitted = partial(note, windows) if windows.start < count else None
                 state = walk.batch(walk.original_states, windows)
                 for stage in stages:
                     state = run_stage(state, [_noting(each, fitted) for each in stage], calls)
                 walk.original_states[windows] = state
         return seen, attended
 
-    def refit_aside(self, group: Group) -> Tensor:
-        """`Walk.detour` past the group refitted alone; the walk stays where it is."""
-        aside = Calibrator(self.walk.aside())
-        aside.refit(group)
-        return aside.walk.converted_states[len(self._held) :].clone()
-
     def _refit_reads(
-        self,
-        sublayer: LoadedSublayer,
-        group: Group,
-        seen: Sequence[Tensor],
-        inputs: Tensor,
-        found: Refit,
+        self, sublayer: LoadedSublayer, seen: Mapping[int, Tensor], inputs: Tensor, found: Refit
     ) -> None:
-        """The maps that read a norm: one map of their input for each member."""
+        """The maps that read a norm: one map of their input for each member, by its layer."""
         walk, stack = self.walk, self.walk.stack
         width = stack.hidden_size
-        sums = [Regression(width, width, stack.device) for _ in group]
+        sums = [Regression([width], width, stack.device) for _ in seen]
         for windows, _ in walk.fitted:
-            x = self._normalised(sublayer.layer, sublayer.kind, walk.batch(inputs, windows))
-            for read, regression in zip(seen, sums, strict=True):
+            x = self._normalised(sublayer, walk.batch(inputs, windows))
+            for read, regression in zip(seen.values(), sums, strict=True):
                 regression.add(x, walk.batch(read, windows), self._held[windows])
         fits = [regression.solve(torch.eye(width)) for regression in sums]
-        inside = self._names(sublayer.kind).module
+        inside = self._names(sublayer).module
         names = [name for name in self._family.reads if name.startswith(f"{inside}.")]
         sizes = stack.config.to_dict()
         for name in names:
-            weight = found.weights[f"{name}.weight"]
+            weight = found.weights[self._named(sublayer, name)]
             maps = [
                 member @ fit.weight
                 for part in torch.split(
                     weight, packed_sizes(self._family, name, sizes, len(weight))
                 )
-                for member, fit in zip(part.chunk(len(group)), fits, strict=True)
+                for member, fit in zip(part.chunk(len(seen)), fits, strict=True)
             ]
-            self._replace(sublayer.layer, f"{name}.weight", torch.cat(maps), found)
-        for layer, fit in zip(group, fits, strict=True):
+            self._replace(sublayer, name, torch.cat(maps), found)
+        for layer, fit in zip(seen, fits, strict=True):
             found.fits[f"{', '.join(names)} of layer {layer}"] = fit
 
-    def _refit_write(
-        self, sublayer: LoadedSublayer, inputs: Tensor, wanted: Tensor, found: Refit
+    def _refit_writes(
+        self, step: Sequence[LoadedSublayer], inputs: Tensor, wanted: Tensor, found: Refit
     ) -> None:
-        """The map that writes a sub-layer's output, toward the states wanted after it."""
-        walk, wide = self.walk, sublayer.layer
-        name = self._family.writes[KINDS.index(sublayer.kind)]
-        module = wide.get_submodule(name)
-        bias = getattr(module, "bias", None)
-        multiplier = getattr(wide, self._family.multiplier) if self._family.multiplier else 1.0
-        prior = found.weights[f"{name}.weight"]
-        regression = Regression(prior.shape[1], prior.shape[0], walk.stack.device)
+        """The maps that write the outputs of sub-layers, together, toward the states wanted."""
+        walk = self.walk
+        names = [self._family.writes[KINDS.index(each.kind)] for each in step]
+        modules = [each.layer.get_submodule(name) for each, name in zip(step, names, strict=True)]
+        biases = [bias for module in modules if (bias := getattr(module, "bias", None)) is not None]
+        multiplier = getattr(step[0].layer, self._family.multiplier or "", 1.0)
+        priors = [
+            found.weights[self._named(each, name)] for each, name in zip(step, names, strict=True)
+        ]
+        columns = [prior.shape[1] for prior in priors]
+        regression = Regression(columns, walk.stack.hidden_size, walk.stack.device)
         features: list[Tensor] = []
-        hook = module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        hooks = [
+            module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+            for module in modules
+        ]
         for windows, calls in walk.fitted:
-            sublayer(walk.batch(inputs, windows), calls)
+            features.clear()
+            for each in step:
+                each(walk.batch(inputs, windows), calls)
             current = walk.batch(walk.converted_states, windows)
             target = (walk.batch(wanted, windows) - current) / multiplier
-            if bias is not None:
+            for bias in biases:
                 target = target - bias
-            regression.add(features.pop(), target, self._held[windows])
-        hook.remove()
-        fit = regression.solve(prior)
-        self._replace(wide, f"{name}.weight", fit.weight, found)
-        found.fits[name] = fit
+            regression.add(torch.cat(features, -1), target, self._held[windows])
+        for hook in hooks:
+            hook.remove()
+        fit = regression.solve(torch.cat(priors, 1))
+        for each, name, weight in zip(
+            step, names, torch.split(fit.weight, columns, 1), strict=True
+        ):
+            self._replace(each, name, weight.contiguous(), found)
+        said = [f"{name} of layer {each.index}" for each, name in zip(step, names, strict=True)]
+        found.fits[", ".join(said) if len(step) > 1 else names[0]] = fit
 
-    def _replace(self, wide: nn.Module, name: str, weight: Tensor, found: Refit) -> None:
-        wide.get_parameter(name).copy_(weight)
-        found.weights[name] = weight
+    def _replace(self, sublayer: LoadedSublayer, name: str, weight: Tensor, found: Refit) -> None:
+        sublayer.layer.get_parameter(f"{name}.weight").copy_(weight)
+        found.weights[self._named(sublayer, name)] = weight
 
-    def _names(self, kind: Kind) -> SublayerNames:
-        return self._family.sublayers[KINDS.index(kind)]
+    def _named(self, sublayer: LoadedSublayer, module: str) -> str:
+        return f"{self._family.layer.format(sublayer.index)}{module}.weight"
 
-    def _normalised(self, wide: nn.Module, kind: Kind, x: Tensor) -> Tensor:
-        """What the maps of a sub-layer read, before any gain: a wide layer's gains are ones."""
-        norm = self._names(kind).norm
+    def _names(self, sublayer: LoadedSublayer) -> SublayerNames:
+        return self._family.sublayers[KINDS.index(sublayer.kind)]
+
+    def _normalised(self, sublayer: LoadedSublayer, x: Tensor) -> Tensor:
+        """What the maps of a sub-layer read, before any gain that is folded into them."""
+        norm = self._names(sublayer).norm
         if norm is None:
             return x
-        normed: Tensor = copy.deepcopy(wide.get_submodule(norm)).float()(x)
+        normed: Tensor = copy.deepcopy(sublayer.layer.get_submodule(norm)).float()(x)
         return normed

@@ -41,8 +41,18 @@ class Fit:
 class Regression:
     """Sums over tokens that one map is solved from, and the tokens held out."""
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu") -> None:
-        """Sums for a map from vectors of `inputs` elements to vectors of `outputs`."""
+    def __init__(
+        self, parts: Sequence[int], outputs: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Sums for a map from the joined inputs of several maps.
+
+        Args:
+            parts: Elements of each map's inputs. m is the mean over those of one map.
+            outputs: Elements of the outputs.
+            device: Where to sum.
+        """
+        inputs = sum(parts)
+        self._parts = list(parts)
         self._gram = torch.zeros(inputs, inputs, device=device)
         self._cross = torch.zeros(inputs, outputs, device=device)
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -104,9 +114,9 @@ class Regression:
         return before, best, penalty
 
     def _solution(self, prior: Tensor, penalty: float) -> Tensor:
-        scale = self._gram.diagonal().mean()
         system = self._gram.clone()
-        system.diagonal().add_(penalty * scale)
+        for diagonal in torch.split(system.diagonal(), self._parts):
+            diagonal.add_(penalty * diagonal.mean())
         factor, info = torch.linalg.cholesky_ex(system)
         if info.item():
             raise TruedepthError(

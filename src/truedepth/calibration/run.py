@@ -1,4 +1,4 @@
-"""A calibration, from text to weights on disk, layer by layer; a killed run resumes."""
+"""A calibration, from text to weights on disk, segment by segment; a killed run resumes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import loss_of
 from truedepth.files.atomic import whole_file
 from truedepth.files.resumable import unfinished
+from truedepth.plan.stages import Segment, group_of
 from truedepth.progress import progress_bar
 from truedepth.tensors import LazyTensor, dtype_name, from_tensor
 from truedepth.text import DEFAULT_TEXT
@@ -33,7 +34,7 @@ METHOD = 1  # raised when the same settings give other weights than before
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The refitted layers of a conversion."""
+    """The refitted segments of a conversion."""
 
     tensors: dict[str, LazyTensor]
     """By name in the converted model, float32; memory maps of files that must stay."""
@@ -43,12 +44,12 @@ class Calibrated:
 
 @contextmanager
 def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterator[Calibrated]:
-    """Refit the wide layers of a conversion, which can be read until the block ends.
+    """Refit the merged segments of a conversion, which can be read until the block ends.
 
     Args:
         layout: The conversion's layout.
-        directory: Where every refitted layer is kept until the block ends without an exception. A
-            run that finds layers of the same calibration there resumes after them; layers of
+        directory: Where every refitted segment is kept until the block ends without an exception.
+            A run that finds some of the same calibration there resumes after them; those of
             another calibration are removed.
         options: What to calibrate on.
 
@@ -56,13 +57,14 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
         TruedepthError: Text or options do not fit, or another run is at work in the directory.
     """
     source, plan = layout.source, layout.plan
-    if not any(map(layout.is_wide, plan.groups)):
+    merged = [segment for segment in layout.segments if layout.is_merged(segment)]
+    if not merged:
         raise TruedepthError(
             f"No group of the plan becomes a wide layer of {source.config['model_type']}: its"
             " layers run side by side as they are. Give --no-calibrate (truedepth.convert without"
             " `calibration` in Python)."
         )
-    text = calibration_windows(source, options, max(plan.widths))
+    text = calibration_windows(source, options, merged)
     _, dtype = placement(source, options)
     settings: dict[str, Any] = {
         "text": [Path(path).name for path in options.text] or [DEFAULT_TEXT],
@@ -87,22 +89,20 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
         calibrator = Calibrator(walk)
         errors: dict[str, dict[str, MapError]] = {}
         refitted: dict[str, LazyTensor] = {}
-        with progress_bar("Calibrating layers", len(plan.groups)) as advance:
-            groups = zip(plan.groups, layout.layers, strict=True)
-            for number, (group, layers) in enumerate(groups):
-                path = kept / f"layer-{number:04d}.safetensors"
-                if not layout.is_wide(group):
-                    walk.advance(group)
+        with progress_bar("Calibrating stages", len(layout.segments)) as advance:
+            for number, segment in enumerate(layout.segments):
+                path = kept / f"segment-{number:04d}.safetensors"
+                if segment not in merged:
+                    walk.advance(segment)
                 elif path.exists():
-                    walk.advance(group, load_file(path))
+                    walk.advance(segment, load_file(path))
                 else:
-                    refit = calibrator.refit(group)
+                    refit = calibrator.refit(segment)
                     source.check_unchanged()
                     _save(refit, path)
-                if layout.is_wide(group):
-                    weights, errors["+".join(map(str, group))] = _read(path)
-                    prefix = source.family.layer.format(*layers)
-                    refitted |= {prefix + name: tensor for name, tensor in weights.items()}
+                if segment in merged:
+                    weights, errors[_name(segment)] = _read(path)
+                    refitted |= {layout.renamed(name): each for name, each in weights.items()}
                 advance(1)
         check = loss_of(walk.losses()[0], text.window) if len(text.check) else None
         del walk, calibrator, stack  # their states are not needed for writing
@@ -114,8 +114,15 @@ def calibrated(layout: Layout, directory: Path, options: Calibration) -> Iterato
         yield Calibrated(refitted, record)
 
 
+def _name(segment: Segment) -> str:
+    """`14+15` for a group, `F14 A15` for a stage."""
+    if group := group_of(segment):
+        return "+".join(map(str, group))
+    return " ".join(map(str, segment[0]))
+
+
 def _save(refit: Refit, path: Path) -> None:
-    """Write a layer at once: a file of that name is complete."""
+    """Write a segment at once: a file of that name is complete."""
     fits = {name: (fit.penalty, fit.before, fit.after) for name, fit in refit.fits.items()}
     weights = {name: weight.cpu().contiguous() for name, weight in refit.weights.items()}
     with whole_file(path) as partial:
@@ -123,7 +130,7 @@ def _save(refit: Refit, path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, MapError]]:
-    """A layer's weights, and for every map λ and its held-out errors before and after."""
+    """A segment's weights, and for every map λ and its held-out errors before and after."""
     with safe_open(path, "pt") as file:
         fits = json.loads(file.metadata()["fits"])
     errors = {

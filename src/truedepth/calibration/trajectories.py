@@ -1,4 +1,4 @@
-"""An original and its conversion, walked through side by side, group after group.
+"""An original and its conversion, walked through side by side, segment after segment.
 
 For every token only the two states that enter the models' next layers are kept. Layers are loaded
 from disk when they are needed and freed afterwards. Windows that maps are *fitted* to come first,
@@ -9,33 +9,34 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.windows import activation_dtype, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Predictions, window_measures
 from truedepth.files.scratch import mapped
+from truedepth.plan.stages import Segment, Sublayer, group_of, sublayers_of
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.layer_stack import LayerStack
 from truedepth.runtime.stage import LoadedSublayer, run_stage
 from truedepth.sources.source import Source
-from truedepth.tensors import from_tensor
+from truedepth.tensors import LazyTensor, from_tensor
 from truedepth.widening.layout import Layout
 
 Batch = tuple[slice, Calls]
 """Some windows, and how every layer is called for them."""
 
-Group = tuple[int, ...]
-"""Consecutive layers of the original."""
-
 
 class Walk:
-    """Both models' states before the same original layer."""
+    """Both models' states before the same sub-layer of the original."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class Walk:
 
         Args:
             stack: The original's layers.
-            layout: Says which groups become wide layers, and gives their weights.
+            layout: Says what segments become, and gives their weights.
             ids: `[windows, length]` int64.
             measured: How many of the windows, the last ones, are only measured.
             activation_dtype: Dtype of the states that are kept.
@@ -63,7 +64,7 @@ class Walk:
         self._activation_dtype, self._workspace = activation_dtype, workspace
         self._ids, self._first = ids, len(ids) - measured
         self.original_states = self.allocate(len(ids))
-        """What enters the next layer of the original: `[windows, length, hidden]`."""
+        """What enters the next sub-layer of the original: `[windows, length, hidden]`."""
 
         self.fitted: list[Batch] = []
         self.measured: list[Batch] = []
@@ -76,7 +77,7 @@ class Walk:
                 self.original_states[windows], calls = stack.start(ids[windows])
                 batches.append((windows, calls))
         self.converted_states = self.original_states
-        """What enters the converted model's next layer; the same tensor until the first group."""
+        """What enters the converted model's next stage; the same tensor until the first merge."""
 
     @property
     def batches(self) -> list[Batch]:
@@ -103,7 +104,7 @@ class Walk:
         return states[windows].to(self.stack.device, torch.float32)
 
     def separate(self) -> None:
-        """From the first group on the two models' states differ."""
+        """From the first merged segment on the two models' states differ."""
         if self.converted_states is self.original_states:
             self.converted_states = self.copied(self.original_states)
 
@@ -120,76 +121,124 @@ class Walk:
         aside.converted_states = aside.original_states
         return aside
 
-    def layers(
-        self, group: Group, weights: Mapping[str, Tensor] | None = None
-    ) -> dict[int, nn.Module]:
-        """The layers that a group becomes, by the original layer whose call each takes.
+    def weights(self, segment: Segment) -> dict[str, Tensor]:
+        """What a segment becomes before anything is refitted, float32, by name.
+
+        The names are the original's; those of a wide layer are those of its first member.
+        """
+        named: dict[int, Mapping[str, LazyTensor]] = {}
+        if group := group_of(segment):
+            named[group[0]] = self.layout.wide_layer(group, torch.float32)
+        else:
+            for each in sublayers_of(segment):
+                folded = self.layout.folded(each, torch.float32)
+                named[each.layer] = {**named.get(each.layer, {}), **folded}
+        return {
+            self._prefix(layer) + name: tensor.read().float()
+            for layer, tensors in named.items()
+            for name, tensor in tensors.items()
+        }
+
+    def loaded(
+        self, segment: Segment, weights: Mapping[str, Tensor] | None = None
+    ) -> list[list[LoadedSublayer]]:
+        """The stages that a segment becomes.
 
         Args:
-            group: It becomes one wide layer, or keeps its members as they are.
-            weights: The wide layer's weights by name within it; default: the converted ones.
+            segment: Of the converted model.
+            weights: Named as by `weights`; default: the original's, or those of an exact wide
+                layer.
         """
-        if not self.layout.is_wide(group):
-            return {layer: self.stack.layer(layer) for layer in group}
-        tensors = self.layout.wide_layer(group, torch.float32)
+        group = group_of(segment)
+        if group and not self.layout.is_merged(segment):
+            return self.stack.stages({layer: self.stack.layer(layer) for layer in group})
+        if group:
+            tensors = self.layout.wide_layer(group, torch.float32)
+            if weights is not None:
+                tensors = self._within(group[0], weights)
+            return self.stack.stages({group[0]: self.stack.wide_layer(group, tensors)})
+        return [[self._sublayer(each, weights) for each in stage] for stage in segment]
+
+    def _sublayer(self, which: Sublayer, weights: Mapping[str, Tensor] | None) -> LoadedSublayer:
+        tensors = None
         if weights is not None:
-            tensors = {name: from_tensor(weight) for name, weight in weights.items()}
-        return {group[0]: self.stack.wide_layer(group, tensors)}
+            part_of = partial(self.layout.source.family.part_of, which.kind)
+            layer = self._within(which.layer, weights)
+            tensors = {name: tensor for name, tensor in layer.items() if part_of(name)}
+        return self.stack.sublayer(which, tensors)
+
+    def _within(self, layer: int, weights: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+        """Those of the weights that belong to a layer, by name within it."""
+        prefix = self._prefix(layer)
+        return {
+            name.removeprefix(prefix): from_tensor(weight)
+            for name, weight in weights.items()
+            if name.startswith(prefix)
+        }
+
+    def _prefix(self, layer: int) -> str:
+        return self.layout.source.family.layer.format(layer)
+
+    def originals(self, segment: Segment) -> Iterator[list[list[LoadedSublayer]]]:
+        """The stages of the original that a segment stands for, a layer at a time."""
+        for layer, members in groupby(sublayers_of(segment), attrgetter("layer")):
+            if group_of(segment):
+                yield self.stack.stages({layer: self.stack.layer(layer)})
+            else:
+                yield [[self.stack.sublayer(each)] for each in members]
 
     @torch.inference_mode()
-    def advance(self, group: Group, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Take both models past a group, the original layer by layer.
+    def advance(self, segment: Segment, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Take both models past a segment.
 
         Args:
-            group: The next layers of the original.
-            weights: The wide layer's weights by name within it; default: the converted ones.
+            segment: The next of the converted model.
+            weights: What it becomes, named as by `weights`; default: what is not refitted.
         """
-        layers: dict[int, nn.Module] = {}
-        if len(group) > 1 or self.converted_states is not self.original_states:
+        if len(segment[0]) > 1 or weights is not None:
             self.separate()
-            layers = self.layers(group, weights)
-            self._run(layers, self.converted_states, self.batches)
-        for layer in group:
-            own = layers if len(group) == 1 and layers else {layer: self.stack.layer(layer)}
-            self._run(own, self.original_states, self.batches)
+        if self.converted_states is not self.original_states:
+            self._run(self.loaded(segment, weights), self.converted_states, self.batches)
+        for stages in self.originals(segment):
+            self._run(stages, self.original_states, self.batches)
 
     @torch.inference_mode()
-    def detour(self, group: Group) -> Tensor:
-        """The states of the measured windows after one group; all before it is the original.
+    def detour(self, segment: Segment) -> Tensor:
+        """The states of the measured windows behind a segment; all before it is the original.
 
         Args:
-            group: The next layers of the original.
+            segment: The next, with the original's weights.
 
         Returns:
             `[measured windows, length, hidden]`. Both models stay where they are.
         """
         states = self.original_states[self._first :].clone()
-        self._run(self.layers(group), states, self.measured, self._first)
+        self._run(self.loaded(segment), states, self.measured, self._first)
         return states
 
     @torch.inference_mode()
-    def onward(self, layer: int, states: Sequence[Tensor]) -> None:
-        """Run states of the measured windows through an original layer, in place."""
-        layers = {layer: self.stack.layer(layer)}
-        for each in states:
-            self._run(layers, each, self.measured, self._first)
+    def onward(self, segment: Segment, states: Sequence[Tensor]) -> None:
+        """Run states of the measured windows through layers of the original, in place."""
+        if states:
+            for stages in self.originals(segment):
+                for each in states:
+                    self._run(stages, each, self.measured, self._first)
 
     def _run(
         self,
-        layers: Mapping[int, nn.Module],
+        stages: Sequence[Sequence[LoadedSublayer]],
         states: Tensor,
         batches: Sequence[Batch],
         first: int = 0,
     ) -> None:
-        """Take windows' states past layers that run side by side, in place.
+        """Take windows' states past stages, in place.
 
         Args:
-            layers: By the original layer whose call each takes.
+            stages: One after another.
             states: States of the windows from `first` on.
             batches: The windows to run.
             first: Number of the window that `states` begin with.
         """
-        stages: list[list[LoadedSublayer]] = self.stack.stages(layers)
         for windows, calls in batches:
             rows = slice(windows.start - first, windows.stop - first)
             x = self.batch(states, rows)

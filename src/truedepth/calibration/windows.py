@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from truedepth.calibration.options import Calibration
 from truedepth.errors import TruedepthError
+from truedepth.plan.stages import KINDS, Segment
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.generation import own_text
 from truedepth.runtime.loading import load
@@ -56,20 +57,20 @@ def activation_dtype(options: Calibration) -> torch.dtype:
 
 
 def calibration_windows(
-    source: Source, options: Calibration, widest: int, measured: int = 0
+    source: Source, options: Calibration, segments: Iterable[Segment], measured: int = 0
 ) -> CalibrationText:
     """The text of a calibration, the model's own share of it included.
 
     Args:
         source: The original.
         options: Text, tokens and share.
-        widest: Layers in the widest group.
+        segments: What may be refitted.
         measured: Largest number of windows to compare plans on.
 
     Raises:
-        TruedepthError: Options do not fit the model, or the text is too short for the widest layer.
+        TruedepthError: Options do not fit the model, or the text is too short for the widest map.
     """
-    text, own = given_text(source, options, widest, measured)
+    text, own = given_text(source, options, segments, measured)
     if not own:
         return text
     device, dtype = placement(source, options)
@@ -79,7 +80,7 @@ def calibration_windows(
 
 
 def given_text(
-    source: Source, options: Calibration, widest: int, measured: int = 0
+    source: Source, options: Calibration, segments: Iterable[Segment], measured: int = 0
 ) -> tuple[CalibrationText, int]:
     """`calibration_windows` without the model's own share, and how many windows that is.
 
@@ -99,7 +100,7 @@ def given_text(
     ]
     left = [part[(use != MEASURE) & (use != CHECK)] for part, use in zip(parts, uses, strict=True)]
     fitted = _mixed(left, options.seed, options.tokens // window - own)
-    needed, given = tokens_needed(source, widest), fitted.numel() + own * window
+    needed, given = tokens_needed(source, segments), fitted.numel() + own * window
     if given < needed:
         raise TruedepthError(
             f"{given} calibration tokens are too few: the widest map has {needed} inputs"
@@ -108,13 +109,14 @@ def given_text(
     return CalibrationText(fitted, *held), own
 
 
-def tokens_needed(source: Source, widest: int) -> int:
-    """The number of inputs of the widest map in a group of `widest` layers."""
-    shapes = [
-        source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape
-        for name in source.family.writes
-    ]
-    return widest * max(columns for _, columns in shapes)
+def tokens_needed(source: Source, segments: Iterable[Segment]) -> int:
+    """The number of inputs of the widest map that is solved for in segments."""
+    columns = {
+        kind: source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape[1]
+        for kind, name in zip(KINDS, source.family.writes, strict=True)
+    }
+    stages = (stage for segment in segments for stage in segment)
+    return max(sum(columns[each.kind] for each in stage) for stage in stages)
 
 
 def _mixed(parts: Sequence[Tensor], seed: int, count: int | None = None) -> Tensor:

@@ -28,7 +28,7 @@ MaxLoss = Annotated[
     str | None,
     PLAN,
     typer.Option(
-        help="Find the shallowest plan whose excess loss is at most this many nats per token"
+        help="Find the plan of fewest stages whose excess loss is at most this many nats per token"
         " (0.05), or whose perplexity rises by at most this share (5%)."
     ),
 ]
@@ -41,9 +41,12 @@ def plan(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Plan file (YAML) to write.", callback=writable)
     ],
-    pairs: Annotated[int | None, PLAN],
-    depth: Annotated[int | None, PLAN],
     max_loss: MaxLoss,
+    all_reduces: Annotated[int | None, PLAN],
+    depth: Annotated[float | None, PLAN],
+    pairs: Annotated[int | None, PLAN],
+    form: Annotated[str, PLAN],
+    max_run: Annotated[int, PLAN],
     max_group: Annotated[int, PLAN],
     calibrate: Annotated[bool, Panel(CALIBRATION)],
     frontier: Annotated[bool, PLAN],
@@ -62,11 +65,13 @@ def plan(
     trust_remote_code: bool,
     json_path: JsonPath = None,
 ) -> None:
-    """Find which layers of MODEL to pair: least loss at a depth, or least depth at a loss."""
+    """Find what of MODEL to merge: least loss at a number of stages, or fewest at a loss."""
     from truedepth.report.plots import check_plot, plot_frontier
 
-    if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
-        raise TruedepthError("Say how far to go with one of --max-loss, --depth, --pairs.")
+    if sum(goal is not None for goal in (max_loss, all_reduces, depth, pairs)) != 1:
+        raise TruedepthError(
+            "Say how far to go with one of --max-loss, --all-reduces, --depth, --pairs."
+        )
     if plot is not None:
         check_plot(plot)
     limit = parse_loss(max_loss) if max_loss is not None else None
@@ -79,8 +84,11 @@ def plan(
         trusted(model, allow_pickle, trust_remote_code),
         pairs=pairs,
         depth=depth,
+        all_reduces=all_reduces,
         max_loss=limit,
+        form=form,
         max_group=max_group,
+        max_run=max_run,
         calibrate=calibrate,
         calibration=options,
         frontier=frontier,
@@ -99,7 +107,8 @@ def convert(
     out: Out,
     *,
     max_loss: MaxLoss,
-    depth: Annotated[int | None, PLAN],
+    all_reduces: Annotated[int | None, PLAN],
+    depth: Annotated[float | None, PLAN],
     pairs: Annotated[
         int | None,
         PLAN,
@@ -125,7 +134,7 @@ def convert(
         PLAN,
         typer.Option(
             help="Let every FFN of this span run beside the next layer's attention: one all-reduce"
-            " less for each, at less loss than pairs of layers. transformers only."
+            " less for each, at less loss than pairs of layers."
         ),
     ] = None,
     plan: Annotated[Path | None, PLAN, typer.Option(help="Plan file (YAML) to apply.")] = None,
@@ -134,10 +143,12 @@ def convert(
         Panel(CALIBRATION),
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Refit the wide layers to the original, in closed form.",
+            help="Refit what is merged to the original, in closed form.",
             show_default="if a plan is searched",
         ),
     ] = None,
+    form: Annotated[str, PLAN],
+    max_run: Annotated[int, PLAN],
     max_group: Annotated[int, PLAN],
     budget: Annotated[float | None, PLAN],
     calibration: Annotated[
@@ -153,17 +164,18 @@ def convert(
     dtype: DType = DType.auto,
 ) -> None:
     """Write MODEL as a layer-parallel checkpoint to the directory OUT."""
-    if sum(each is not None for each in (max_loss, depth, pairs, layers, staggered, plan)) != 1:
+    goals = (max_loss, all_reduces, depth, pairs)
+    if sum(each is not None for each in (*goals, layers, staggered, plan)) != 1:
         raise TruedepthError(
-            "Say how far to go with one of --max-loss, --depth, --pairs, or what runs together with"
-            " one of --layers, --staggered, --plan."
+            "Say how far to go with one of --max-loss, --all-reduces, --depth, --pairs, or what"
+            " runs together with one of --layers, --staggered, --plan."
         )
     if group is not None and layers is None:
         raise TruedepthError("--group goes with --layers only.")
     searched = layers is None and staggered is None and plan is None and pairs != 0
     calibrate = searched if calibrate is None else calibrate
     if budget is not None and not searched:
-        raise TruedepthError("--budget goes with --max-loss, --depth and --pairs.")
+        raise TruedepthError("--budget goes with --max-loss, --all-reduces, --depth and --pairs.")
     _check_needed(calibration, searched, calibrate)
     limit = parse_loss(max_loss) if max_loss is not None else None
     chosen = Plan.from_yaml(plan) if plan is not None else None
@@ -174,13 +186,16 @@ def convert(
     from truedepth.calibration.windows import given_text
     from truedepth.conversion import check_conversion
     from truedepth.conversion import convert as convert_model
+    from truedepth.planning.candidates import segments_to_merge
     from truedepth.planning.search import search
     from truedepth.report.conversion import print_conversion
+    from truedepth.widening.layout import Layout
 
     source = trusted(model, allow_pickle, trust_remote_code)
     check_conversion(source, out, force, pad_heads)
     if calibrate and searched:
-        given_text(source, options, max_group)
+        original = Layout(source, Plan(source.num_layers))
+        given_text(source, options, segments_to_merge(original, form, max_group, max_run))
     found = None
     if span is not None and staggered is not None:
         chosen = Plan.staggered(source.num_layers, *span)
@@ -193,8 +208,11 @@ def convert(
             source,
             pairs=pairs,
             depth=depth,
+            all_reduces=all_reduces,
             max_loss=limit,
+            form=form,
             max_group=max_group,
+            max_run=max_run,
             calibrate=calibrate,
             calibration=replace(
                 options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * (options.window or 0))

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from truedepth.evaluation.loss import window_measures
 from truedepth.modeling import LayerForm
+from truedepth.plan.stages import KINDS, Kind
 from truedepth.runtime.calls import Calls, record
 from truedepth.runtime.loading import Loaded
 from truedepth.runtime.output_head import OutputHead
-from truedepth.runtime.stage import KINDS, Kind, LoadedSublayer, Member, run_stage
+from truedepth.runtime.stage import LoadedSublayer, Member, run_stage
 
 Form = Literal["lp", "par", "merge"]
 

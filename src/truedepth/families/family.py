@@ -103,6 +103,17 @@ class Family:
         """Attention and FFN."""
         return self.attention, self.ffn
 
+    def part_of(self, kind: str, name: str) -> bool:
+        """Whether a module or tensor of a layer belongs to its attention or FFN, norms included.
+
+        Args:
+            kind: `attention` or `ffn`.
+            name: Within the layer.
+        """
+        names: SublayerNames = getattr(self, kind)
+        parts = (names.module, names.norm, names.post_norm)
+        return any(name == part or name.startswith(f"{part}.") for part in parts if part)
+
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms that maps read, each once."""

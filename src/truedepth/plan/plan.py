@@ -21,10 +21,13 @@ from truedepth.plan.spans import check_group, late_pair_groups, span_groups, who
 from truedepth.plan.stages import (
     ATTENTION,
     FFN,
+    Segment,
     Stage,
     Sublayer,
     check_stage,
+    group_segment,
     said,
+    segments_of,
     stage_of,
     staggered_stages,
 )
@@ -153,11 +156,15 @@ class Plan:
         inside = {sublayer for stage in self.merged for sublayer in stage[1:]}
         found: list[Stage] = []
         for group in self.groups:
-            for kind in (ATTENTION, FFN):
-                stage = tuple(Sublayer(layer, kind) for layer in group)
+            for stage in group_segment(group):
                 if stage[0] not in inside:
                     found.append(merged.get(stage[0], stage))
         return tuple(found)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stages, cut wherever the original has run the same sub-layers."""
+        return tuple(segments_of(self.stages))
 
     @property
     def effective_depth(self) -> int | float:

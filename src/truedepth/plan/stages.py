@@ -16,8 +16,9 @@ from typing import Literal
 
 from truedepth.errors import TruedepthError
 
-ATTENTION: Literal["A"] = "A"
-FFN: Literal["F"] = "F"
+Kind = Literal["attention", "ffn"]
+KINDS: tuple[Kind, Kind] = ("attention", "ffn")
+ATTENTION, FFN = KINDS
 
 
 @dataclass(frozen=True, order=True)
@@ -25,10 +26,10 @@ class Sublayer:
     """The attention or the FFN of a layer; ordered as an original runs them: A0 F0 A1 F1 …"""
 
     layer: int
-    kind: Literal["A", "F"]
+    kind: Kind
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.layer}"
+        return f"{'F' if self.kind == FFN else 'A'}{self.layer}"
 
     @property
     def position(self) -> int:
@@ -58,6 +59,40 @@ class Sublayer:
 
 Stage = tuple[Sublayer, ...]
 """Sub-layers that read one state, in the original's order."""
+
+Segment = tuple[Stage, ...]
+"""Stages that hold neighbouring sub-layers: a sub-layer alone, a stage of several, or the two
+stages of a group of layers. Original and converted model have run the same behind each segment."""
+
+
+def segments_of(stages: Iterable[Stage]) -> list[Segment]:
+    """Stages in the order in which they run, cut into segments as short as they can be."""
+    found: list[Segment] = []
+    running: list[Stage] = []
+    done, furthest = 0, 0
+    for stage in stages:
+        running.append(stage)
+        done, furthest = done + len(stage), max(furthest, stage[-1].position + 1)
+        if done == furthest:
+            found.append(tuple(running))
+            running = []
+    return found
+
+
+def sublayers_of(segment: Segment) -> list[Sublayer]:
+    """A segment's sub-layers in the original's order."""
+    return sorted(each for stage in segment for each in stage)
+
+
+def group_of(segment: Segment) -> tuple[int, ...]:
+    """The layers of a segment that is a group; empty for any other."""
+    return tuple(each.layer for each in segment[0]) if len(segment) > 1 else ()
+
+
+def group_segment(group: Iterable[int]) -> Segment:
+    """The two stages of a group of layers."""
+    layers = tuple(group)
+    return tuple(tuple(Sublayer(layer, kind) for layer in layers) for kind in KINDS)
 
 
 def stage_of(names: Iterable[object]) -> Stage:

@@ -1,47 +1,56 @@
-"""The best plan under a budget of depth or of loss.
+"""The best plan under a budget of all-reduces or of loss.
 
-Every candidate group is run alone, with all other layers as in the original, and compared with the
-original: first as it is, then refitted. Such losses nearly add up, so the plans of least sum are
-found exactly, for every depth at once. The best few are then refitted and measured whole, because
-sums are not exact and the best plan before refitting need not be the best one after it.
+Every merge, a group of layers or a stage of neighbouring sub-layers, is run alone, with all else as
+in the original, and compared with the original: first as it is, then refitted. Such losses nearly
+add up, so the plans of least sum are found exactly, for every number of stages at once. The best
+few are then refitted and measured whole, because sums are not exact and the best plan before
+refitting need not be the best one after it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 from truedepth.calibration.options import Calibration
-from truedepth.calibration.trajectories import Group
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
-from truedepth.options import Bounds, checked
+from truedepth.options import Bounds, OneOf, checked
 from truedepth.plan.choose import cheapest_plans
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import Segment
 from truedepth.planning.budget import Budget, OutOfTimeError
+from truedepth.planning.candidates import FORMS, PAIRS, form_of, segments_to_merge
 from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 
 NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
+HOPELESS = 5  # a merge that loses more than HOPELESS medians of its form is not refitted
 SCORING = 0.6  # the share of the time after which plans are measured
 
 
 @dataclass(frozen=True)
 class Point:
-    """The best plan found at one effective depth."""
+    """The best plan found of one number of stages."""
 
     plan: Plan
     predicted: float
-    """Sum of its groups' excess losses, nats per token."""
+    """Sum of its merges' excess losses, nats per token."""
 
     measured: Loss | None
     """What the whole plan loses, refitted; None if it was not measured whole."""
+
+    by_form: dict[str, float]
+    """The least such sum of the plans that merge in one form alone, for each of `FORMS` that can
+    have so many stages."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Search:
 
     max_loss: float | None
     frontier: list[Point]
-    """One point per effective depth, beginning with the original's."""
+    """One point per number of stages, from the largest on."""
 
     scores: list[Score]
     plans_measured: int
@@ -68,6 +77,9 @@ class Search:
     """Passes of one window through all layers of the original; a wide layer counts its members."""
 
     seconds: float
+    hopeless: int
+    """Merges that were not refitted, for each loses too much as it is."""
+
     stopped: bool
     """Whether the budget ran out before the search was done."""
 
@@ -77,14 +89,25 @@ class Search:
         """Plain data."""
         points = [
             {
+                "all_reduces": point.plan.all_reduces,
                 "effective_depth": point.plan.effective_depth,
-                "groups": [list(group) for group in point.plan.groups if len(group) > 1],
+                **{key: point.plan.to_dict().get(key, []) for key in ("groups", "stages")},
                 "predicted": point.predicted,
+                "by_form": point.by_form,
                 "measured": asdict(point.measured) if point.measured else None,
             }
             for point in self.frontier
         ]
-        return asdict(self) | {"plan": self.plan.to_dict(), "frontier": points}
+        scores = [
+            {
+                "merged": [[str(each) for each in stage] for stage in score.segment],
+                "raw": asdict(score.raw),
+                "refitted": asdict(score.refitted) if score.refitted else None,
+            }
+            for score in self.scores
+        ]
+        plain = {"plan": self.plan.to_dict(), "frontier": points, "scores": scores}
+        return asdict(replace(self, frontier=[], scores=[])) | plain
 
 
 @checked
@@ -92,50 +115,57 @@ def search(
     model: str | Path | Source,
     *,
     pairs: Annotated[int | None, Bounds(1)] = None,
-    depth: Annotated[int | None, Bounds(1)] = None,
+    depth: Annotated[float | None, Bounds(1)] = None,
+    all_reduces: Annotated[int | None, Bounds(1)] = None,
     max_loss: Annotated[float | None, Bounds(above=0)] = None,
+    form: Annotated[str, OneOf("auto", "pairs")] = "auto",
     max_group: Annotated[int, Bounds(2)] = 2,
+    max_run: Annotated[int, Bounds(2)] = 3,
     calibrate: bool = True,
     calibration: Calibration | None = None,
     candidates: Annotated[int, Bounds(1)] = 3,
     frontier: bool = False,
     budget: Annotated[float | None, Bounds(0)] = None,
 ) -> Search:
-    """Find the plan of least loss at a depth, or the shallowest one within a loss.
+    """Find the plan of least loss at a number of stages, or the one of fewest within a loss.
 
     Args:
         model: An original: directory, `.gguf` file, hub id, `default`, or an open source.
         pairs: Find the best plan of this many pairs, or of wider groups that save as many layers.
-        depth: Find the best plan of this effective depth.
-        max_loss: Find the shallowest plan whose excess loss is at most this many nats per token.
-            Give one of `pairs`, `depth` and `max_loss`.
+        depth: Find the best plan of this effective depth, half the number of stages: 23 or 22.5.
+        all_reduces: Find the best plan of this many stages: all-reduces per token over several
+            ranks.
+        max_loss: Find the plan of fewest stages whose excess loss is at most this many nats per
+            token. Give one of `pairs`, `depth`, `all_reduces` and `max_loss`.
+        form: What to merge. auto: sub-layers or layers, whichever lose least; pairs: groups of
+            layers alone, which llama.cpp runs too.
         max_group: Largest number of layers in a group that a search considers.
+        max_run: Largest number of sub-layers in a stage that a search considers.
         calibrate: Refit the plans that are compared, for a conversion that will be calibrated.
         calibration: Text and tokens that plans are refitted on; default: `SEARCH_CALIBRATION`.
-        candidates: Plans of least predicted loss to measure, at the depth that is chosen.
-        frontier: Also measure a plan at each of the other effective depths.
+        candidates: Plans of least predicted loss to measure, of the number of stages chosen.
+        frontier: Also measure a plan of each of the other numbers of stages.
         budget: Minutes after which the search takes the best plan so far. Default: no limit.
 
     Raises:
         TruedepthError: The goal is out of reach, or text or options do not fit the model.
     """
     source = open_source(model)
-    if sum(goal is not None for goal in (pairs, depth, max_loss)) != 1:
-        raise TruedepthError("Say how far to go with one of pairs, depth, max_loss.")
-    if pairs is not None:
-        depth = source.num_layers - pairs
-    least = math.ceil(source.num_layers / max_group)
-    if depth is not None and not least <= depth < source.num_layers:
-        raise TruedepthError(
-            f"An effective depth of {depth} is out of reach: groups of up to {max_group} take"
-            f" {source.num_layers} layers to {least} to {source.num_layers - 1}."
-        )
+    if sum(goal is not None for goal in (pairs, depth, all_reduces, max_loss)) != 1:
+        raise TruedepthError("Say how far to go with one of pairs, depth, all_reduces, max_loss.")
+    form = PAIRS if pairs is not None else form
+    wanted = _stages_wanted(source.num_layers, pairs, depth, all_reduces)
     clock = Budget(budget)
-    scorer = Scorer(source, calibration or SEARCH_CALIBRATION, max_group)
-    searcher = _Searcher(scorer, source.num_layers, max_group, calibrate, clock)
+    scorer = Scorer(
+        source,
+        calibration or SEARCH_CALIBRATION,
+        partial(segments_to_merge, form=form, max_group=max_group, max_run=max_run),
+    )
+    _check_reach(source.num_layers, scorer.segments, wanted)
+    searcher = _Searcher(scorer, source.num_layers, calibrate, clock)
     searcher.score(candidates)
-    if depth is not None:
-        chosen = searcher.best_at(depth)
+    if wanted is not None:
+        chosen = searcher.best_of(wanted)
     else:
         assert max_loss is not None
         chosen = searcher.within(max_loss)
@@ -144,83 +174,122 @@ def search(
     return searcher.result(source, chosen, max_loss)
 
 
+def _stages_wanted(
+    num_layers: int, pairs: int | None, depth: float | None, all_reduces: int | None
+) -> int | None:
+    """The number of stages that a goal asks for; None if it asks for a loss."""
+    if pairs is not None:
+        depth = num_layers - pairs
+    if depth is None:
+        return all_reduces
+    if not (2 * depth).is_integer():
+        raise TruedepthError(
+            f"An effective depth of {depth:g} is not half a number of stages; give one such as"
+            " 23 or 22.5."
+        )
+    return int(2 * depth)
+
+
+def _check_reach(num_layers: int, segments: Sequence[Segment], wanted: int | None) -> None:
+    """Refuse a number of stages that no plan of these merges has."""
+    reached = cheapest_plans(num_layers, dict.fromkeys(segments, 0.0))
+    del reached[2 * num_layers]
+    if wanted is not None and wanted not in reached:
+        step = "" if len(reached) == max(reached) - min(reached) + 1 else ", in steps of 2"
+        raise TruedepthError(
+            f"{wanted} all-reduces (an effective depth of {wanted / 2:g}) are out of reach: these"
+            f" merges take the model's {2 * num_layers} to {min(reached)} to {max(reached)}{step}."
+        )
+
+
 class _Searcher:
     """The scores and losses measured so far."""
 
-    def __init__(
-        self, scorer: Scorer, num_layers: int, max_group: int, calibrate: bool, budget: Budget
-    ) -> None:
+    def __init__(self, scorer: Scorer, num_layers: int, calibrate: bool, budget: Budget) -> None:
         self._scorer, self._num_layers = scorer, num_layers
         self._calibrate, self._budget = calibrate, budget
-        self._groups = [
-            tuple(range(first, first + size))
-            for first in range(num_layers)
-            for size in range(2, max_group + 1)
-            if first + size <= num_layers
-        ]
-        self._scores: dict[Group, Score] = {}
+        self._scores: dict[Segment, Score] = {}
         self._losses: dict[Plan, tuple[Loss, Loss]] = {}
         self.plans: dict[int, list[Plan]] = {}
-        """By effective depth; the plan of least predicted loss first."""
+        """By number of stages; the plan of least predicted loss first."""
+
+        self._by_form: dict[str, dict[int, list[Plan]]] = {}
+        """Likewise, of one form alone."""
+
+        self._hopeless = 0
 
     def score(self, count: int) -> None:
-        """Every group by itself, and from these the best plans of every depth."""
+        """Every merge by itself, and from these the best plans of every number of stages."""
         in_time = partial(self._budget.check, SCORING)
         try:
-            for group, loss in self._scorer.alone(self._groups, False, in_time).items():
-                self._scores[group] = Score(group, loss, None)
+            for segment, loss in self._scorer.alone(self._scorer.segments, False, in_time):
+                self._scores[segment] = Score(segment, loss, None)
             if self._calibrate:
-                for group, loss in self._scorer.alone(self._groups, True, in_time).items():
-                    self._scores[group] = replace(self._scores[group], refitted=loss)
+                promising = self._promising()
+                self._hopeless = len(self._scores) - len(promising)
+                for segment, loss in self._scorer.alone(promising, True, in_time):
+                    self._scores[segment] = replace(self._scores[segment], refitted=loss)
         except OutOfTimeError:
             if not self._scores:
                 raise self._budget.too_small() from None
-        costs = {group: self._loss(group).kl for group in self._scores}
-        finite = {group: kl for group, kl in costs.items() if math.isfinite(kl)}
-        self.plans = cheapest_plans(self._num_layers, finite, count)
-        del self.plans[self._num_layers]
+        costs = {segment: self._loss(segment).kl for segment in self._scores}
+        costs = {segment: kl for segment, kl in costs.items() if math.isfinite(kl)}
+        self.plans = cheapest_plans(self._num_layers, costs, count)
+        del self.plans[2 * self._num_layers]
+        for form in FORMS:
+            own = {segment: kl for segment, kl in costs.items() if form_of(segment) == form}
+            self._by_form[form] = cheapest_plans(self._num_layers, own)
 
-    def _loss(self, group: Group) -> Loss:
-        score = self._scores[group]
+    def _promising(self) -> list[Segment]:
+        """The merges that are worth refitting: none loses much more than others of its form."""
+        raw = {segment: score.raw.kl for segment, score in self._scores.items()}
+        limits = {
+            form: HOPELESS * median(kl for segment, kl in raw.items() if form_of(segment) == form)
+            for form in {form_of(segment) for segment in raw}
+        }
+        return [segment for segment, kl in raw.items() if kl <= limits[form_of(segment)]]
+
+    def _loss(self, segment: Segment) -> Loss:
+        score = self._scores[segment]
         return score.refitted or score.raw
 
     def predicted(self, plan: Plan) -> float:
-        """Sum of the excess losses of the plan's groups, nats per token."""
-        return sum(self._loss(group).excess for group in plan.groups if len(group) > 1)
+        """Sum of the excess losses of the plan's merges, nats per token."""
+        return sum(self._loss(each).excess for each in plan.segments if each in self._scores)
 
     def measure(self, plan: Plan) -> Loss:
-        """The plan as a whole, refitted from first to last group."""
+        """The plan as a whole, refitted from the first segment to the last."""
         if plan not in self._losses:
             self._budget.check()
             measured = self._scorer.whole(plan, self._calibrate, self._budget.check)
             self._losses[plan] = measured
         return self._losses[plan][0]
 
-    def best_at(self, depth: int) -> Plan:
-        """The plan of least measured KL among the most promising of a depth."""
-        if depth not in self.plans:
-            raise TruedepthError(f"No groups that keep the model finite reach depth {depth}.", 1)
+    def best_of(self, stages: int) -> Plan:
+        """The plan of least measured KL among the most promising of a number of stages."""
+        if stages not in self.plans:
+            raise TruedepthError(f"No merges that keep the model finite give {stages} stages.", 1)
         with contextlib.suppress(OutOfTimeError):
-            for plan in self.plans[depth]:
+            for plan in self.plans[stages]:
                 self.measure(plan)
-        return self._best(depth)
+        return self._best(stages)
 
-    def _best(self, depth: int) -> Plan:
-        measured = [plan for plan in self._losses if plan.effective_depth == depth]
+    def _best(self, stages: int) -> Plan:
+        measured = [plan for plan in self._losses if plan.all_reduces == stages]
         if not measured:
             raise self._budget.too_small()
         return min(measured, key=lambda plan: self._losses[plan][0].kl)
 
     def within(self, limit: float) -> Plan:
-        """The shallowest plan whose measured loss plus one standard error is within a limit."""
+        """The plan of fewest stages whose loss plus one standard error is within a limit."""
         with contextlib.suppress(OutOfTimeError):
-            shallowest = self._narrow(limit)
-            for depth in sorted(depth for depth in self.plans if depth >= shallowest):
-                self.measure(self.plans[depth][0])
-                if self._held_out(limit, depth):
+            fewest = self._narrow(limit)
+            for stages in sorted(stages for stages in self.plans if stages >= fewest):
+                self.measure(self.plans[stages][0])
+                if self._held_out(limit, stages):
                     break
-        for depth in sorted(self.plans):
-            if plans := self._held_out(limit, depth):
+        for stages in sorted(self.plans):
+            if plans := self._held_out(limit, stages):
                 return min(plans, key=lambda plan: self._losses[plan][0].kl)
         if self._budget.spent:
             raise self._budget.too_small()
@@ -235,39 +304,39 @@ class _Searcher:
         loss = self._losses[plan][0]
         return loss.excess + (loss.stderr or 0.0) <= limit
 
-    def _held_out(self, limit: float, depth: int) -> list[Plan]:
-        """Plans of a depth that fit, on held-out text as well; that can only rule plans out."""
+    def _held_out(self, limit: float, stages: int) -> list[Plan]:
+        """Plans of so many stages that fit, on held-out text too; that can only rule plans out."""
         return [
             plan
             for plan, (_, check) in self._losses.items()
-            if plan.effective_depth == depth and self._fits(plan, limit) and check.excess <= limit
+            if plan.all_reduces == stages and self._fits(plan, limit) and check.excess <= limit
         ]
 
     def _narrow(self, limit: float) -> int:
-        """The shallowest depth with a plan that fits, or the original's depth.
+        """The fewest stages of a plan that fits, or the original's.
 
         Bisects from where the predictions point to, corrected by what was measured.
         """
-        depths = sorted(self.plans)
-        fitting, failing, scale = self._num_layers, depths[0] - 1, 1.0
-        while between := [depth for depth in depths if failing < depth < fitting]:
-            promising = [d for d in between if scale * self.predicted(self.plans[d][0]) <= limit]
-            depth = min(promising, default=between[-1])
-            first, *others = self.plans[depth]
+        numbers = sorted(self.plans)
+        fitting, failing, scale = 2 * self._num_layers, numbers[0] - 1, 1.0
+        while between := [number for number in numbers if failing < number < fitting]:
+            promising = [n for n in between if scale * self.predicted(self.plans[n][0]) <= limit]
+            stages = min(promising, default=between[-1])
+            first, *others = self.plans[stages]
             excess = self.measure(first).excess
             if not self._fits(first, limit) and excess <= NEAR * limit:
                 for plan in others:
                     self.measure(plan)
-            if any(self._fits(p, limit) for p in self._losses if p.effective_depth == depth):
-                fitting = depth
+            if any(self._fits(plan, limit) for plan in self._losses if plan.all_reduces == stages):
+                fitting = stages
             else:
-                failing = depth
+                failing = stages
             if (predicted := self.predicted(first)) > 0 and excess > 0:
                 scale = excess / predicted
         return fitting
 
     def measure_frontier(self) -> None:
-        """The most promising plan of every depth."""
+        """The most promising plan of every number of stages."""
         with contextlib.suppress(OutOfTimeError):
             for plans in self.plans.values():
                 self.measure(plans[0])
@@ -275,14 +344,19 @@ class _Searcher:
     def result(self, source: Source, plan: Plan, max_loss: float | None) -> Search:
         """What was found, with the plan that was chosen."""
         points = []
-        for depth, plans in self.plans.items():
-            measured = any(p.effective_depth == depth for p in self._losses)
-            best = self._best(depth) if measured else plans[0]
+        for stages, plans in self.plans.items():
+            measured = any(each.all_reduces == stages for each in self._losses)
+            best = self._best(stages) if measured else plans[0]
             loss = self._losses[best][0] if measured else None
-            points.append(Point(best, self.predicted(best), loss))
+            by_form = {
+                form: self.predicted(found[stages][0])
+                for form, found in self._by_form.items()
+                if stages in found
+            }
+            points.append(Point(best, self.predicted(best), loss, by_form))
         return Search(
             source=source.label,
-            plan=Plan(plan.num_layers, plan.groups, source.name),
+            plan=Plan(plan.num_layers, plan.groups, source.name, plan.merged),
             loss=self._losses[plan][0],
             check=self._losses[plan][1],
             max_loss=max_loss,
@@ -291,6 +365,7 @@ class _Searcher:
             plans_measured=len(self._losses),
             forward_passes=self._scorer.forward_passes,
             seconds=self._budget.seconds,
+            hopeless=self._hopeless,
             stopped=self._budget.spent,
             calibrated=self._calibrate,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from truedepth.errors import TruedepthError
+from truedepth.planning.candidates import FORMS
 from truedepth.planning.search import Search
 from truedepth.speed.benchmark import Benchmark
 from truedepth.speed.timing import Row
@@ -29,31 +30,38 @@ def check_plot(path: Path) -> None:
 
 
 def plot_frontier(found: Search, path: Path) -> None:
-    """Draw measured losses with standard errors, and for all plans the sum of groups' losses."""
+    """Draw measured losses with standard errors, and for all plans the sum of merges' losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    depths = [point.plan.effective_depth for point in found.frontier]
-    sums = [point.predicted for point in found.frontier]
-    axes.plot(depths, sums, ":", color="tab:gray", label="sum of the groups' losses")
-    known = [(p.plan.effective_depth, p.measured) for p in found.frontier if p.measured]
+    for form in (*FORMS, "any"):
+        sums = [
+            (point.plan.all_reduces, found_sum)
+            for point in found.frontier
+            for found_sum in [point.predicted if form == "any" else point.by_form.get(form)]
+            if found_sum is not None
+        ]
+        if sums:
+            axes.plot(*zip(*sums, strict=True), ":", label=f"sum of the merges' losses, {form}")
+    known = [(p.plan.all_reduces, p.measured) for p in found.frontier if p.measured]
     axes.errorbar(
-        [depth for depth, _ in known],
+        [stages for stages, _ in known],
         [loss.excess for _, loss in known],
         [loss.stderr or 0.0 for _, loss in known],
         fmt="o",
+        color="black",
         capsize=3,
         label="measured" + (", refitted" if found.calibrated else ", not refitted"),
     )
     axes.plot(
-        found.plan.effective_depth, found.check.excess, "x", color="tab:red", label="held-out text"
+        found.plan.all_reduces, found.check.excess, "x", color="tab:red", label="held-out text"
     )
     if found.max_loss is not None:
         axes.axhline(found.max_loss, color="tab:green", linewidth=1, label="limit")
     axes.set(
         title=f"{found.plan.model}: {found.plan.num_layers} layers",
-        xlabel="effective depth",
+        xlabel="all-reduces per token",
         ylabel="excess loss, nats per token",
     )
     axes.set_yscale("symlog", linthresh=TICKS[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truedepth.plan.plan import Plan
+from truedepth.planning.candidates import FORMS
 from truedepth.planning.search import Search
 from truedepth.report.tables import loss_text, plan_rows, print_rows
 
@@ -20,21 +20,30 @@ def print_search(found: Search, out: Path) -> None:
             ("written", str(out)),
         ]
     )
-    print("\nThe best plan found at each effective depth (losses in nats per token):\n")
+    forms = [form for form in FORMS if any(form in point.by_form for point in found.frontier)]
+    print(
+        "\nExcess loss in nats per token, by number of all-reduces: the sum over the merges of the"
+        "\nbest plan, in one form alone and in any, and what whole plans lose:\n"
+    )
     print_rows(
         [
             (
-                str(point.plan.effective_depth),
+                str(point.plan.all_reduces),
+                f"{point.plan.effective_depth:g}",
+                *(_number(point.by_form.get(form)) for form in forms),
                 f"{point.predicted:.3f}",
                 loss_text(point.measured) if point.measured else "-",
-                f"{point.measured.kl:.3f}" if point.measured else "-",
-                spans_text(point.plan),
+                _number(point.measured.kl if point.measured else None),
             )
             for point in found.frontier
         ],
-        header=("depth", "sum of groups", "excess loss", "KL", "paired layers"),
-        words=(4,),
+        header=("all-reduces", "depth", *forms, "any", "measured", "KL"),
+        words=(),
     )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _loss_rows(found: Search) -> list[tuple[str, str]]:
@@ -52,22 +61,9 @@ def _loss_rows(found: Search) -> list[tuple[str, str]]:
 def effort_text(found: Search) -> str:
     """What a search measured, and the time it took."""
     return (
-        f"{found.plans_measured} plans measured in {found.seconds / 60:.1f} min"
+        f"{len(found.scores)} merges"
+        + (f", {found.hopeless} of them hopeless," if found.hopeless else "")
+        + f" and {found.plans_measured} plans measured in {found.seconds / 60:.1f} min"
         f" ({found.forward_passes:,.0f} forward passes of one window)"
         + ("; stopped when time was up" if found.stopped else "")
-    )
-
-
-def spans_text(plan: Plan) -> str:
-    """Spans of adjacent groups: `12-19, 24-27` of pairs, `12-17 by 3` of groups of three layers."""
-    spans: list[list[int]] = []  # first layer, last layer, layers per group
-    for group in plan.groups:
-        if len(group) == 1:
-            continue
-        if spans and (spans[-1][1] + 1, spans[-1][2]) == (group[0], len(group)):
-            spans[-1][1] = group[-1]
-        else:
-            spans.append([group[0], group[-1], len(group)])
-    return ", ".join(
-        f"{first}-{last}" + (f" by {size}" if size > 2 else "") for first, last, size in spans
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from truedepth import modeling
 from truedepth.errors import TruedepthError
 from truedepth.families.family import head_dim
+from truedepth.plan.stages import Sublayer
 from truedepth.runtime import calls as recorded
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.empty import empty_model
@@ -102,6 +103,23 @@ class LayerStack:
         names = [name for name, _ in layer.named_parameters()]
         return self._filled(layer, {name: tensors[prefix + name] for name in names})
 
+    def sublayer(
+        self, which: Sublayer, tensors: Mapping[str, LazyTensor] | None = None
+    ) -> LoadedSublayer:
+        """An attention or an FFN with its norms; the rest of its layer stays without weights.
+
+        Args:
+            which: The original's.
+            tensors: Its weights by name within the layer; default: the original's.
+        """
+        kind, prefix = which.kind, self._family.layer.format(which.layer)
+        layer = copy.deepcopy(self._model.base_model.layers[which.layer])
+        names = [name for name, _ in layer.named_parameters() if self._family.part_of(kind, name)]
+        if tensors is None:
+            tensors = {name: self._source.tensors[prefix + name] for name in names}
+        layer = self._filled(layer, tensors, names)
+        return LoadedSublayer(kind, which.layer, layer, self._form, self._count)
+
     def wide_layer(self, group: tuple[int, ...], tensors: Mapping[str, LazyTensor]) -> nn.Module:
         """The wide layer that stands for a group, with these weights.
 
@@ -117,8 +135,15 @@ class LayerStack:
             layer = modeling.wide_layer(first, self.config, len(group), group[0])
         return self._filled(layer.eval(), tensors)
 
-    def _filled(self, layer: nn.Module, tensors: Mapping[str, LazyTensor]) -> nn.Module:
-        if odd := {name for name, _ in layer.named_parameters()} ^ tensors.keys():
+    def _filled(
+        self,
+        layer: nn.Module,
+        tensors: Mapping[str, LazyTensor],
+        names: Iterable[str] | None = None,
+    ) -> nn.Module:
+        """A layer with weights: all of its parameters, or those of these names."""
+        expected = [name for name, _ in layer.named_parameters()] if names is None else names
+        if odd := set(expected) ^ tensors.keys():
             raise TruedepthError(
                 f"The weights of a layer of {self._source.path} do not fit it: {min(odd)!r} is"
                 f" {'unknown' if min(odd) in tensors else 'missing'}.",

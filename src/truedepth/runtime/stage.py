@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from truedepth.modeling import LayerForm, run_sublayer
+from truedepth.plan.stages import KINDS, Kind
 from truedepth.runtime.calls import Calls
-
-Kind = Literal["attention", "ffn"]
-KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 
 C = TypeVar("C")
 Member = Callable[[Tensor, C], Tensor]

@@ -21,6 +21,7 @@ from truedepth.families.family import KEY_VALUE, head_dim
 from truedepth.families.lookup import CONVERTED
 from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_of
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import Segment, Sublayer, group_of, group_segment
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, dtype_name
@@ -48,10 +49,10 @@ class Layout:
                 f" {source.num_layers}."
             )
         self.source, self.plan, self._dtype = source, plan, dtype
-        if plan.merged and (reason := source.family.why_no_stages(self._original)):
+        if plan.merged and self.why_no_stages:
             raise TruedepthError(
                 f"Sub-layers of {source.name} ({source.family.model_type}) cannot share a stage:"
-                f" {reason}; give a plan of groups of layers."
+                f" {self.why_no_stages}; give a plan of groups of layers."
             )
 
     @classmethod
@@ -68,6 +69,11 @@ class Layout:
             found.append(tuple(range(depth, depth + size)))
             depth += size
         return tuple(found)
+
+    @property
+    def why_no_stages(self) -> str:
+        """Why sub-layers cannot share a stage, as the end of a sentence; "" if they can."""
+        return self.source.family.why_no_stages(self._original)
 
     def why_not_wide(self, group: Sequence[int]) -> str:
         """Why a group does not become one wide layer, as the end of a sentence; "" if it does."""
@@ -184,6 +190,48 @@ class Layout:
             return widen(self.source.family, members, dtype, sizes)
         except TruedepthError as error:
             raise TruedepthError(f"Layers {list(group)} cannot be joined: {error}") from error
+
+    def folded(self, sublayer: Sublayer, dtype: torch.dtype | None = None) -> Layer:
+        """The tensors of a sub-layer whose norm has unit gain, by name within its layer.
+
+        Args:
+            sublayer: Of the original.
+            dtype: Dtype of the tensors; default: as in the source.
+
+        Raises:
+            TruedepthError: Its norm cannot be folded exactly.
+        """
+        family, layer = self.source.family, self._members[0][sublayer.layer]
+        folded = widen(family, [layer], dtype, self._original.to_dict())
+        kept = {name: layer[name] for name in layer if name.rpartition(".")[0] in family.head_norms}
+        return {
+            name: tensor.to(dtype or tensor.dtype)
+            for name, tensor in (folded | kept).items()
+            if family.part_of(sublayer.kind, name)
+        }
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The plan's segments; where attention and FFN read one state, layers are not parted."""
+        if self.source.family.is_parallel(self._original):
+            return tuple(map(group_segment, self.plan.groups))
+        return self.plan.segments
+
+    def is_merged(self, segment: Segment) -> bool:
+        """Whether a segment becomes weights of its own: a wide layer, or a stage of several."""
+        group = group_of(segment)
+        return self.is_wide(group) if group else len(segment[0]) > 1
+
+    def renamed(self, tensor: str) -> str:
+        """The converted model's name for a tensor that has this name in the original.
+
+        Those of a wide layer have the names of its first member.
+        """
+        layer, rest = self.source.family.split(tensor)
+        for group, at in zip(self.plan.groups, self.layers, strict=True):
+            if layer in group:
+                return self.source.family.layer.format(at[group.index(layer)]) + rest
+        return tensor
 
     @cached_property
     def tensors(self) -> Mapping[str, LazyTensor]:

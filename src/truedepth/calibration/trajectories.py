@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -126,16 +127,16 @@ class Walk:
 
         The names are the original's; those of a wide layer are those of its first member.
         """
-        source = self.layout.source
+        tensors: dict[int, dict[str, LazyTensor]] = defaultdict(dict)
         if group := group_of(segment):
-            wide = self.layout.wide_layer(group, torch.float32)
-            return {self._prefix(group[0]) + name: tensor.read().float() for name, tensor in wide.items()}
+            tensors[group[0]] |= self.layout.wide_layer(group, torch.float32)
+        else:
+            for each in sublayers_of(segment):
+                tensors[each.layer] |= self.stack.sublayer_tensors(each)
         return {
-            name: tensor.read().float()
-            for each in segment[0]
-            for name, tensor in source.tensors.items()
-            if name.startswith(self._prefix(each.layer))
-            if source.family.part_of(each.kind, name.removeprefix(self._prefix(each.layer)))
+            self._prefix(layer) + name: tensor.read().float()
+            for layer, named in tensors.items()
+            for name, tensor in named.items()
         }
 
     def loaded(

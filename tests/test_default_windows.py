@@ -47,7 +47,7 @@ def healing(prose, positions):
 
 
 def test_search(short, positions, calibration):
-    found = td.search(short, pairs=1, calibration=calibration, candidates=1)
+    found = td.search(short, pairs=1, calibration=calibration)
     assert found.check.tokens == 2 * (positions - 1)  # the first of a window is not predicted
     assert found.loss.tokens % (positions - 1) == 0
 

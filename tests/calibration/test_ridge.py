@@ -22,7 +22,7 @@ def made(windows=8, length=20, noise=0.3, seed=0):
 
 
 def summed(x, z, held=None):
-    regression = Regression(INPUTS, OUTPUTS)
+    regression = Regression([INPUTS], OUTPUTS)
     held = torch.zeros(len(x), dtype=torch.bool) if held is None else held
     for start in range(0, len(x), 3):  # in batches
         batch = slice(start, start + 3)

@@ -14,8 +14,10 @@ import truedepth as td
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.windows import calibration_windows
 from truedepth.cli import app as cli
+from truedepth.plan.stages import group_segment
 
 PLAN = td.Plan(6, [[1, 2], [4, 5]])
+PAIR = [group_segment((1, 2))]
 SIZE = {"tokens": 768, "window": 32, "dtype": torch.float32}
 
 
@@ -64,9 +66,9 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, t
         "import sys, os, torch, truedepth as td\n"
         "from truedepth.calibration.refit import Calibrator\n"
         "refit = Calibrator.refit\n"
-        "def once(self, group):\n"
-        "    if group == (4, 5): os.kill(os.getpid(), 9)\n"
-        "    return refit(self, group)\n"
+        "def once(self, segment):\n"
+        "    if segment[0][0].layer == 4: os.kill(os.getpid(), 9)\n"
+        "    return refit(self, segment)\n"
         "Calibrator.refit = once\n"
         "td.calibrate(sys.argv[1], sys.argv[2], td.Plan(6, [[1, 2], [4, 5]]), td.Calibration(\n"
         "    text=[sys.argv[3]], tokens=768, window=32, dtype=torch.float32))"
@@ -74,8 +76,9 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, t
     assert forks.python(code, make_model(), tmp_path / "out", prose).returncode == -9
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.calibration"
-    assert [path.name for path in kept.glob("layer-*")] == ["layer-0001.safetensors"]
-    before = (kept / "layer-0001.safetensors").stat().st_mtime_ns
+    (file,) = kept.glob("segment-*")
+    assert file.name == "segment-0002.safetensors"  # behind A0 and F0
+    before = file.stat().st_mtime_ns
 
     seen = []
     refit = Calibrator.refit
@@ -83,13 +86,12 @@ def test_a_killed_calibration_goes_on_where_it_was(make_model, prose, options, t
         patch.setattr(
             Calibrator,
             "refit",
-            lambda self, group: (
-                seen.append((group, (kept / "layer-0001.safetensors").stat().st_mtime_ns))
-                or refit(self, group)
+            lambda self, segment: (
+                seen.append((segment, file.stat().st_mtime_ns)) or refit(self, segment)
             ),
         )
         td.calibrate(make_model(), tmp_path / "out", PLAN, options)
-    assert seen == [((4, 5), before)]
+    assert seen == [(group_segment((4, 5)), before)]
     whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
     assert not kept.exists()
@@ -99,7 +101,7 @@ def test_layers_of_another_calibration_are_not_used(make_model, options, tmp_pat
     kept = tmp_path / ".out.calibration"
     kept.mkdir()
     (kept / "settings.json").write_text("{}")
-    (kept / "layer-0001.safetensors").write_bytes(b"another's")
+    (kept / "segment-0002.safetensors").write_bytes(b"another's")
     td.calibrate(make_model(), tmp_path / "out", PLAN, options)
     td.calibrate(make_model(), tmp_path / "other", PLAN, options)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
@@ -111,9 +113,9 @@ def test_every_file_has_its_share_of_the_tokens(make_model, prose, tmp_path):
     short.write_text("a cat " * 60)
     source = td.open_source(make_model())
     cut = SIZE | {"check": 2}
-    found = calibration_windows(source, td.Calibration(text=[prose, short], **cut), 2, 3)
+    found = calibration_windows(source, td.Calibration(text=[prose, short], **cut), PAIR, 3)
     assert [len(part) for part in (found.fitted, found.measured, found.check)] == [24, 3, 2]
-    found = calibration_windows(source, td.Calibration(text=[prose], **cut), 2, 3)
+    found = calibration_windows(source, td.Calibration(text=[prose], **cut), PAIR, 3)
     uses = [set(map(tuple, part.tolist())) for part in (found.fitted, found.measured, found.check)]
     assert not (uses[0] & uses[1] or uses[0] & uses[2] or uses[1] & uses[2])
 
@@ -126,7 +128,7 @@ def test_what_a_short_file_lacks_the_others_give(make_model, tmp_path):
         (tmp_path / f"{word}.txt").write_text(f"{word} " * times)
     texts = [tmp_path / f"{word}.txt" for word in words]
     options = td.Calibration(text=texts, tokens=32 * 60, window=32, check=0)
-    fitted = calibration_windows(source, options, 2).fitted
+    fitted = calibration_windows(source, options, PAIR).fitted
     decoded = [source.tokenizer.decode(window) for window in fitted]
     shares = {word: sum(word in text for text in decoded) for word in words}
     short = (200 * len(source.tokenizer(" mat")["input_ids"])) // 32

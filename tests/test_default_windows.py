@@ -81,7 +81,7 @@ def test_study(short, positions, prose, tmp_path):
 
 def test_no_more_than_the_usual_window(make_model, calibration):
     source = td.open_source(make_model(max_position_embeddings=2048, **FEW))
-    assert calibration_windows(source, calibration, 2).window == 512
+    assert calibration_windows(source, calibration, []).window == 512
     with pytest.raises(td.TruedepthError, match="600 calibration tokens are too few: two windows"):
         calibration_windows(source, replace(calibration, tokens=600), 2)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-from truedepth.calibration.options import Calibration
+from truedepth.calibration.options import IN_FLOAT32, Calibration
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, OneOf, checked
@@ -240,7 +240,7 @@ class _Searcher:
         self.plans = cheapest_plans(self._num_layers, costs, CANDIDATES)
         del self.plans[2 * self._num_layers]
         if not self.plans:
-            raise TruedepthError("No merge keeps the model's outputs finite.", 1)
+            raise TruedepthError(f"No merge gives outputs that are finite. {IN_FLOAT32}", 1)
         for form in FORMS:
             own = {segment: kl for segment, kl in costs.items() if form_of(segment) == form}
             self._by_form[form] = cheapest_plans(self._num_layers, own)

@@ -83,7 +83,7 @@ def test_no_more_than_the_usual_window(make_model, calibration):
     source = td.open_source(make_model(max_position_embeddings=2048, **FEW))
     assert calibration_windows(source, calibration, []).window == 512
     with pytest.raises(td.TruedepthError, match="600 calibration tokens are too few: two windows"):
-        calibration_windows(source, replace(calibration, tokens=600), 2)
+        calibration_windows(source, replace(calibration, tokens=600), [])
 
 
 def test_windows_beyond_the_positions(short, positions, calibration, healing, prose, tmp_path):

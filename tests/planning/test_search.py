@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from family_models import staged
+from family_models import options_of, side_by_side, staged
 from truedepth.calibration.windows import calibration_windows
 from truedepth.cli.plan import parse_loss
 from truedepth.plan.choose import cheapest_plans, plan_of_segments
@@ -235,6 +235,22 @@ def test_longer_runs(make_model, calibration):
     assert found.plan == td.Plan(2, stages=[["A0", "F0", "A1", "F1"]], model=found.plan.model)
 
 
+@pytest.mark.parametrize(("case", "refits"), [("cohere", True), ("gemma2", False)])
+def test_families_that_merge_layers_alone(make_model, calibration, case, refits):
+    """Their attentions and FFNs read one state already, or have norms behind them."""
+    model = make_model(**options_of(case))
+    found = td.search(model, depth=5, calibration=calibration, form="auto", frontier=True)
+    assert [point.plan.effective_depth for point in found.frontier] == [5, 4, 3]
+    assert found.calibrated is refits is any(score.refitted for score in found.scores)
+    windows = _windows(td.open_source(model), calibration)
+    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    original = loaded(windows).logits
+    for score in found.scores:
+        groups = plan_of_segments(6, [score.segment]).groups
+        other = side_by_side(loaded, windows, groups, parallel=case == "cohere")
+        assert (score.raw.excess, score.raw.kl) == _losses(original, other, windows)
+
+
 def test_nothing_is_fitted_where_nothing_is_calibrated(make_model, prose):
     """So fewer tokens do than any map has inputs."""
     options = td.Calibration([prose], tokens=64, **SIZE)
@@ -314,8 +330,9 @@ def test_losses_in_words():
 
 
 def test_plan_writes_a_plan_a_table_a_picture_and_json(run, make_model, prose, tmp_path):
-    model = make_model(max_position_embeddings=1024)
-    words = [model, "--text", prose, "--tokens", 2048, "--frontier", "--max-group", 3]
+    model = make_model()
+    words = [model, "--text", prose, "--tokens", 1024, "--frontier", "--max-group", 3]
+    words += ["--window", 64]
     files = ["-o", tmp_path / "p.yaml", "--json", tmp_path / "p.json", "--plot", tmp_path / "p.svg"]
     code, shown, err = run("plan", *words, *files, "--all-reduces", 9)
     assert code == 0, err
@@ -356,7 +373,7 @@ def test_plan_writes_a_plan_a_table_a_picture_and_json(run, make_model, prose, t
 
 
 def test_plan_of_pairs_shows_their_column_alone(run, make_model, prose, tmp_path):
-    words = [make_model(max_position_embeddings=1024), "--text", prose, "--tokens", 2048]
+    words = [make_model(), "--text", prose, "--tokens", 1024, "--window", 64]
     for how in (["--pairs", 2], ["--form", "pairs", "--depth", 4]):
         code, shown, err = run("plan", *words, "-o", tmp_path / "p.yaml", *how)
         assert code == 0, err
@@ -368,8 +385,8 @@ def test_plan_of_pairs_shows_their_column_alone(run, make_model, prose, tmp_path
 
 @pytest.mark.parametrize("goal", [["--max-loss", "2000%"], ["--depth", "2.5"]])
 def test_convert_searches(run, make_model, prose, tmp_path, goal):
-    model = make_model(max_position_embeddings=1024)
-    words = [model, tmp_path / "out", *goal, "--tokens", 2048, "--text", prose]
+    model = make_model()
+    words = [model, tmp_path / "out", *goal, "--tokens", 1024, "--text", prose, "--window", 64]
     code, shown, err = run("convert", *words, "--json", tmp_path / "j")
     assert code == 0, err
     assert re.search(r"search +26 merges", shown)
@@ -380,3 +397,13 @@ def test_convert_searches(run, make_model, prose, tmp_path, goal):
     plan = td.Plan.from_dict(config["plan"])
     assert plan == td.Plan.from_dict(json.loads((tmp_path / "j").read_text())["search"]["plan"])
     assert plan.all_reduces == (4 if goal[0] == "--max-loss" else 5)
+
+
+def test_convert_says_where_there_is_nothing_to_calibrate(run, make_model, prose, tmp_path):
+    model = make_model(**options_of("gemma2"))
+    words = ["--pairs", 1, "--text", prose, "--tokens", 2048, "--window", 64]
+    code, shown, err = run("convert", model, tmp_path / "out", *words)
+    assert code == 0, err
+    notes = [line for line in err.splitlines() if line.startswith("truedepth: note: ")]
+    assert "nothing of the plan can be calibrated" in notes[-1]
+    assert "calibrated" not in shown

@@ -205,10 +205,11 @@ def convert(
         original = Layout(source, Plan(source.num_layers))
         merges = "pairs" if pairs is not None else form
         segments = segments_to_merge(original, merges, max_group, max_run)
-        if calibrate:
-            given_text(source, options, segments)
+        refitted = [each for each in segments if original.is_merged(each)]
+        if calibrate and refitted:
+            given_text(source, options, refitted)
         window = window_of(source, options.window)
-        needed = tokens_needed(source, segments) + window  # in whole windows
+        needed = tokens_needed(source, refitted) + window  # in whole windows
         found = search(
             source,
             pairs=pairs,
@@ -219,12 +220,18 @@ def convert(
             max_group=max_group,
             max_run=max_run,
             calibrate=calibrate,
-            calibration=replace(
-                options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * window, needed)
-            ),
+            calibration=replace(options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * window, needed)),
             budget=budget,
         )
         chosen = found.plan
+        layout = Layout(source, chosen)
+        if calibrate and not any(map(layout.is_merged, layout.segments)):
+            print(
+                "truedepth: note: nothing of the plan can be calibrated: its layers run side by"
+                " side as they are.",
+                file=sys.stderr,
+            )
+            calibrate = False
     assert chosen is not None  # one of the five was given
     if chosen.model not in (None, model, source.name):
         print(f"truedepth: note: the plan was made for {chosen.model}.", file=sys.stderr)

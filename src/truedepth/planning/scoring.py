@@ -42,7 +42,11 @@ class Scorer:
     """Measures segments and plans of one original on one text."""
 
     def __init__(
-        self, layout: Layout, options: Calibration, segments: Sequence[Segment], refits: bool
+        self,
+        layout: Layout,
+        options: Calibration,
+        segments: Sequence[Segment],
+        refitted: Sequence[Segment],
     ) -> None:
         """Cut the text into windows.
 
@@ -50,15 +54,15 @@ class Scorer:
             layout: The original's.
             options: The text, and where and how to compute.
             segments: What may be merged, in the order of the first sub-layers.
-            refits: Whether anything will be refitted.
+            refitted: Those of them that may be refitted.
 
         Raises:
             TruedepthError: The text is too short, or options do not fit.
         """
         source = layout.source
         self._layout, self._options, self.segments = layout, options, segments
-        if refits:
-            self._text = calibration_windows(source, options, segments, MEASURED_WINDOWS)
+        if refitted:
+            self._text = calibration_windows(source, options, refitted, MEASURED_WINDOWS)
         else:
             self._text, _ = given_text(source, options, (), MEASURED_WINDOWS)
         self._window = self._text.window

@@ -158,8 +158,10 @@ def search(
     segments = segments_to_merge(original, form, max_group, max_run)
     wanted = _stages_wanted(source.num_layers, pairs, depth, all_reduces)
     _check_reach(source, segments, wanted)
+    refitted = [each for each in segments if original.is_merged(each)] if calibrate else []
+    calibrate = bool(refitted)
     clock = Budget(budget)
-    scorer = Scorer(original, calibration or SEARCH_CALIBRATION, segments, calibrate)
+    scorer = Scorer(original, calibration or SEARCH_CALIBRATION, segments, refitted)
     searcher = _Searcher(scorer, source.num_layers, calibrate, clock)
     searcher.score()
     if wanted is not None:

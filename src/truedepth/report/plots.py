@@ -32,6 +32,7 @@ def check_plot(path: Path) -> None:
 def plot_frontier(found: Search, path: Path) -> None:
     """Draw measured losses with standard errors, and for all plans the sum of merges' losses."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -71,7 +72,7 @@ def plot_frontier(found: Search, path: Path) -> None:
     ticks = [tick for tick in TICKS if lowest <= tick <= highest]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")

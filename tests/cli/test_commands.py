@@ -195,10 +195,13 @@ def test_the_advice_about_activations_that_are_not_finite_works(run, make_model,
     assert config["truedepth"]["calibration"]["dtype"] == "float32"
     assert config["dtype"] == "float16"
 
-    plan = ["plan", model, "-o", tmp_path / "plan.yaml", "--pairs", "1", *calibration]
+    plan = ["plan", model, "-o", tmp_path / "plan.yaml", *calibration, "--pairs", "1"]
     code, _, err = run(*plan, "--dtype", "float16")
     assert code == 1
     assert advice[0] in err
+    words = ["--no-calibrate", "--max-loss", "9"]
+    code, _, err = run(*plan[:-2], *words, "--dtype", "float16")
+    assert (code, advice[0] in err) == (1, True), err
     assert run(*plan, *advice[2].split())[0] == 0
 
 

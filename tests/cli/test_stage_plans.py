@@ -32,6 +32,7 @@ WORDS = {
     "two ways": ("--staggered 1-3 --layers 1-4", "with one of --layers, --staggered, --plan."),
     "a goal and a way": ("--staggered 1-3 --all-reduces 9", "Say how far to go with one of"),
     "groups of a staggered span": ("--staggered 1-3 --group 2", "--group goes with --layers only."),
+    "a form for nothing": ("--staggered 1-3 --form pairs", "--form goes with --max-loss, --all-"),
     "a budget for nothing": ("--staggered 1-3 --budget 2", "--budget goes with --max-loss, --all-"),
     "no all-reduces": ("--all-reduces 0", "--all-reduces must be at least 1, not 0."),
     "too few": ("--all-reduces 3", "3 all-reduces are out of reach (an effective depth of 1.5)"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from family_models import options_of, side_by_side, staged
+from truedepth.calibration.trajectories import Walk
 from truedepth.calibration.windows import calibration_windows
 from truedepth.cli.plan import parse_loss
 from truedepth.plan.choose import cheapest_plans, plan_of_segments
@@ -285,6 +286,18 @@ def test_a_search_whose_time_is_up_takes_the_best_so_far(make_model, calibration
     assert found.stopped
     assert found.plans_measured == len(measured) == 1
     assert found.plan.groups == measured[0].groups
+
+
+def test_time_that_is_up_before_enough_is_scored(make_model, calibration, monkeypatch):
+    """Four merges are known when the clock jumps, and no plan of six stages is made of those."""
+    known = []
+    monkeypatch.setattr("truedepth.planning.scoring.AT_ONCE", 4)
+    monkeypatch.setattr("truedepth.planning.budget.monotonic", lambda: 4000.0 * bool(known))
+    losses = Walk.losses
+    monkeypatch.setattr(Walk, "losses", lambda *given: known.append(1) or losses(*given))
+    with pytest.raises(td.TruedepthError, match="No fitting plan was measured within 60 minutes"):
+        td.search(make_model(), all_reduces=6, calibration=calibration, budget=60)
+    assert len(known) == 1
 
 
 GOALS = "one of pairs, depth, all_reduces, max_loss"

@@ -133,8 +133,8 @@ def convert(
         str | None,
         PLAN,
         typer.Option(
-            help="Let every FFN of this span (14-27) run beside the next layer's attention: one"
-            " all-reduce less for each, at less loss than pairs of layers."
+            help="In this span (14-27) let every FFN but the last run beside the next layer's"
+            " attention: one all-reduce less for each, at less loss than pairs of layers."
         ),
     ] = None,
     plan: Annotated[Path | None, PLAN, typer.Option(help="Plan file (YAML) to apply.")] = None,
@@ -176,6 +176,8 @@ def convert(
     calibrate = searched if calibrate is None else calibrate
     if budget is not None and not searched:
         raise TruedepthError("--budget goes with --max-loss, --all-reduces, --depth and --pairs.")
+    if form != "auto" and not searched:
+        raise TruedepthError("--form goes with --max-loss, --all-reduces, --depth and --pairs.")
     _check_needed(calibration, searched, calibrate)
     limit = parse_loss(max_loss) if max_loss is not None else None
     chosen = Plan.from_yaml(plan) if plan is not None else None

@@ -109,3 +109,16 @@ def test_a_plan_file_of_groups_and_stages_is_calibrated(run, make_model, prose, 
     assert "calibrated" in shown
     record = json.loads((tmp_path / "out" / "config.json").read_text())["truedepth"]["calibration"]
     assert record["held_out_errors"].keys() == {"0+1", "F3 A4"}
+
+
+def test_a_search_takes_the_tokens_that_the_widest_map_needs(
+    run, make_model, prose, tmp_path, monkeypatch
+):
+    """As if it took 64 of its own accord: the map of three sub-layers has 256 inputs."""
+    usual = td.Calibration(tokens=64, window=32)
+    monkeypatch.setattr("truedepth.cli.plan.SEARCH_CALIBRATION", usual)
+    words = ["--all-reduces", 11, "--text", prose, "--window", 32, "--tokens"]
+    code, _, err = run("convert", make_model(), tmp_path / "out", *words, 512)
+    assert code == 0, err
+    code, _, err = run("convert", make_model(), tmp_path / "other", *words, 224)
+    assert (code, "224 calibration tokens are too few" in err) == (2, True), err

@@ -126,17 +126,16 @@ class Walk:
 
         The names are the original's; those of a wide layer are those of its first member.
         """
-        named: dict[int, Mapping[str, LazyTensor]] = {}
+        source = self.layout.source
         if group := group_of(segment):
-            named[group[0]] = self.layout.wide_layer(group, torch.float32)
-        else:
-            for each in sublayers_of(segment):
-                folded = self.layout.folded(each, torch.float32)
-                named[each.layer] = {**named.get(each.layer, {}), **folded}
+            wide = self.layout.wide_layer(group, torch.float32)
+            return {self._prefix(group[0]) + name: tensor.read().float() for name, tensor in wide.items()}
         return {
-            self._prefix(layer) + name: tensor.read().float()
-            for layer, tensors in named.items()
-            for name, tensor in tensors.items()
+            name: tensor.read().float()
+            for each in segment[0]
+            for name, tensor in source.tensors.items()
+            if name.startswith(self._prefix(each.layer))
+            if source.family.part_of(each.kind, name.removeprefix(self._prefix(each.layer)))
         }
 
     def loaded(

@@ -72,6 +72,7 @@ def test_calibrated_stages_compute_what_their_weights_say(make_model, options, n
     changed = {k for k, tensor in written.items() if not torch.equal(tensor, tensors[k])}
     merged = ("2.mlp.", "2.post_attention", "3.self_attn.", "3.input", "4.", "5.self_attn.", "5.in")
     assert changed and all(k.removeprefix("model.layers.").startswith(merged) for k in changed)
+    assert not any("norm" in k or k.endswith("bias") for k in changed)
     original.load_state_dict(written, strict=False)
     ids = random_ids()
     expected = staged(original, ids, [list(map(str, stage)) for stage in STAGES.stages])

@@ -129,7 +129,10 @@ class Walk:
         source = self.layout.source
         if group := group_of(segment):
             wide = self.layout.wide_layer(group, torch.float32)
-            return {self._prefix(group[0]) + name: tensor.read().float() for name, tensor in wide.items()}
+            return {
+                self._prefix(group[0]) + name: tensor.read().float()
+                for name, tensor in wide.items()
+            }
         return {
             name: tensor.read().float()
             for each in segment[0]

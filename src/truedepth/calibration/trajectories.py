@@ -88,7 +88,7 @@ class Walk:
     def allocate(self, windows: int) -> Tensor:
         """One vector per token: `[windows, length, hidden]`, zeros."""
         shape = (windows, self._ids.shape[1], self.stack.hidden_size)
-        if self._workspace is None:
+        if self._workspace is None or not windows:  # no file is empty
             return torch.zeros(shape, dtype=self._activation_dtype)
         try:
             return mapped(self._workspace, None, shape, self._activation_dtype)

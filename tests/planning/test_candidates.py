@@ -8,8 +8,8 @@ import pytest
 
 import truedepth as td
 from family_models import options_of
-from truedepth.plan.stages import group_of
-from truedepth.planning.candidates import form_of, segments_to_merge
+from truedepth.plan.stages import group_of, group_segment, stage_of
+from truedepth.planning.candidates import form_of, promising, segments_to_merge
 from truedepth.widening.layout import Layout
 
 
@@ -65,3 +65,15 @@ def test_groups_alone(layout, case, form):
 def test_more_than_a_model_has(layout):
     found = segments_to_merge(layout(), "auto", max_group=99, max_run=99)
     assert len(found) == 15 + 66  # of 6 layers, and of 12 sub-layers
+
+
+def test_what_is_worth_refitting():
+    """Unless others save as much, in the same place, for less than half of its loss."""
+    stage = {name: (stage_of(name.split()),) for name in ("F0 A1", "A1 F1", "F1 A2", "A1 F1 A2")}
+    pair = group_segment((1, 2))
+    raw = {stage["F0 A1"]: 0.1, stage["A1 F1"]: 0.3, stage["F1 A2"]: 0.2, stage["A1 F1 A2"]: 0.5}
+    assert promising(4, raw) == [stage["F0 A1"], stage["F1 A2"], stage["A1 F1 A2"]]
+    assert promising(4, raw | {pair: 0.6})[-1] == pair  # [F0 A1] [F1 A2] lose 0.3
+    assert pair not in promising(4, raw | {pair: 0.61})
+    alone = {stage["F1 A2"]: 9.0, group_segment((3, 4)): 0.1}  # the other is not in its place
+    assert promising(5, alone) == list(alone)

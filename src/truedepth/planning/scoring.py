@@ -24,7 +24,8 @@ from truedepth.plan.stages import Segment, sublayers_of
 from truedepth.progress import progress_bar
 from truedepth.widening.layout import Layout
 
-MEASURED_WINDOWS = 16
+MEASURED_WINDOWS = 16  # of the text, for whole plans
+ALONE_WINDOWS = 8  # of these, for each merge alone
 AT_ONCE = 32  # segments per walk: the states of each are kept to the walk's end
 
 
@@ -103,7 +104,8 @@ class Scorer:
         """`alone` in one walk."""
         text = self._text
         fitted = text.fitted if refitted else text.fitted[:0]
-        walk = walk_through(self._stack, self._layout, fitted, text.measured, self._options)
+        measured = text.measured[:ALONE_WINDOWS]
+        walk = walk_through(self._stack, self._layout, fitted, measured, self._options)
         calibrator = Calibrator(walk)
         states: dict[Segment, Tensor] = {}
         ends = {segment: sublayers_of(segment)[-1] for segment in segments}

@@ -15,18 +15,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 from truedepth.calibration.options import IN_FLOAT32, Calibration
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, OneOf, checked
-from truedepth.plan.choose import cheapest_plans
+from truedepth.plan.choose import Costs, cheapest_plans
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import Segment
 from truedepth.planning.budget import Budget, OutOfTimeError
-from truedepth.planning.candidates import FORMS, PAIRS, form_of, segments_to_merge
+from truedepth.planning.candidates import FORMS, PAIRS, form_of, promising, segments_to_merge
 from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
@@ -35,7 +34,6 @@ from truedepth.widening.layout import Layout
 
 NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
 CANDIDATES = 3  # plans of least predicted loss that are tried at a number of stages
-HOPELESS = 5  # a merge that loses more than HOPELESS medians of its form is not refitted
 SCORING = 0.6  # the share of the time after which plans are measured
 
 
@@ -207,6 +205,10 @@ def _check_reach(source: Source, segments: Sequence[Segment], wanted: int | None
         )
 
 
+def _finite(losses: Costs) -> dict[Segment, float]:
+    return {segment: loss for segment, loss in losses.items() if math.isfinite(loss)}
+
+
 class _Searcher:
     """The scores and losses measured so far."""
 
@@ -230,15 +232,15 @@ class _Searcher:
             for segment, loss in self._scorer.alone(self._scorer.segments, False, in_time):
                 self._scores[segment] = Score(segment, loss, None)
             if self._calibrate:
-                promising = self._promising()
-                self._hopeless = len(self._scores) - len(promising)
-                for segment, loss in self._scorer.alone(promising, True, in_time):
+                raw = {segment: score.raw.kl for segment, score in self._scores.items()}
+                worth = promising(self._num_layers, _finite(raw))
+                self._hopeless = len(raw) - len(worth)
+                for segment, loss in self._scorer.alone(worth, True, in_time):
                     self._scores[segment] = replace(self._scores[segment], refitted=loss)
         except OutOfTimeError:
             if not self._scores:
                 raise self._budget.too_small() from None
-        costs = {segment: self._loss(segment).kl for segment in self._scores}
-        costs = {segment: kl for segment, kl in costs.items() if math.isfinite(kl)}
+        costs = _finite({segment: self._loss(segment).kl for segment in self._scores})
         self.plans = cheapest_plans(self._num_layers, costs, CANDIDATES)
         del self.plans[2 * self._num_layers]
         if not self.plans:
@@ -246,15 +248,6 @@ class _Searcher:
         for form in FORMS:
             own = {segment: kl for segment, kl in costs.items() if form_of(segment) == form}
             self._by_form[form] = cheapest_plans(self._num_layers, own)
-
-    def _promising(self) -> list[Segment]:
-        """The merges that are worth refitting: none loses much more than others of its form."""
-        raw = {s: score.raw.kl for s, score in self._scores.items() if math.isfinite(score.raw.kl)}
-        limits = {
-            form: HOPELESS * median(kl for segment, kl in raw.items() if form_of(segment) == form)
-            for form in {form_of(segment) for segment in raw}
-        }
-        return [segment for segment, kl in raw.items() if kl <= limits[form_of(segment)]]
 
     def _loss(self, segment: Segment) -> Loss:
         score = self._scores[segment]

@@ -325,3 +325,17 @@ def test_advancing_with_kept_weights_is_refitting(make_model, plan):
     again = Calibrator(walk).refit(last)
     for name, weight in again.weights.items():
         assert torch.equal(weight, whole[last].weights[name])
+
+
+@pytest.mark.parametrize("plan", [GROUPS, STAGGERED, MIXED], ids=str)
+def test_the_original_stays_as_it_is(make_model, plan):
+    """Also where its tensors are used in place, in the dtype of the file."""
+    source = td.open_source(make_model())
+    before = {name: tensor.read().clone() for name, tensor in source.tensors.items()}
+    stack = LayerStack(source, device="cpu", dtype=torch.float32)
+    walk = Walk(stack, Layout(source, plan), IDS)
+    calibrator = Calibrator(walk)
+    for segment in plan.segments:
+        (calibrator.refit if walk.layout.is_merged(segment) else walk.advance)(segment)
+    for name, tensor in source.tensors.items():
+        assert torch.equal(tensor.read(), before[name]), name

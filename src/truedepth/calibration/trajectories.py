@@ -134,7 +134,7 @@ class Walk:
             for each in sublayers_of(segment):
                 tensors[each.layer] |= self.stack.sublayer_tensors(each)
         return {
-            self._prefix(layer) + name: tensor.read().float()
+            self._prefix(layer) + name: tensor.read().to(torch.float32, copy=True)
             for layer, named in tensors.items()
             for name, tensor in named.items()
         }

@@ -312,5 +312,7 @@ def test_weights_stay_in_their_files(make_model, text, tmp_path):
     command = [sys.executable, "-c", MEASURE, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert size > 300e6
-    # The mean of layers is a layer in memory, made through matrices in float32.
-    assert size / 12 < int(done.stdout) < size / 3
+    # The mean of layers is a layer in memory, made through matrices in float32. The one before it
+    # may still be there: Python collects what is in cycles when it likes.
+    layer = size / 12
+    assert layer < int(done.stdout) < 5 * layer

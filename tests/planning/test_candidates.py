@@ -15,8 +15,8 @@ from truedepth.widening.layout import Layout
 
 @pytest.fixture
 def layout(make_model):
-    def layout(case="llama"):
-        return Layout(td.open_source(make_model(**options_of(case))), td.Plan(6))
+    def layout(case="llama", **options):
+        return Layout(td.open_source(make_model(**options_of(case), **options)), td.Plan(6))
 
     return layout
 
@@ -60,6 +60,16 @@ def test_groups_alone(layout, case, form):
     assert sorted(map(group_of, found)) == [
         *((0, 1), (0, 1, 2), (1, 2), (1, 2, 3), (2, 3), (2, 3, 4), (3, 4), (3, 4, 5), (4, 5))
     ]
+
+
+def test_groups_that_cannot_be_joined_are_left_out(layout):
+    """StarCoder2's norms have biases, which its maps absorb if they have biases too."""
+    kinds = [
+        Counter(map(form_of, segments_to_merge(layout("starcoder2", use_bias=bias), "auto", 2, 2)))
+        for bias in (True, False)
+    ]
+    stages = {"staggered": 5, "blocks": 6}
+    assert kinds == [Counter({"pairs": 5, **stages}), Counter(stages)]
 
 
 def test_more_than_a_model_has(layout):

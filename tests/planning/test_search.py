@@ -361,7 +361,7 @@ def test_plan_writes_a_plan_a_table_a_picture_and_json(run, make_model, prose, t
     ]
     _, _, table = shown.partition("whole plans lose:\n\n")
     header, *rows = table.splitlines()
-    titles = ["all-reduces", "pairs", "staggered", "blocks", "runs", "any"]
+    titles = ["stages", "pairs", "staggered", "blocks", "runs", "refitted"]
     assert header.split() == [*titles, "measured", "KL"]
     for row, point in zip(rows, data["frontier"], strict=True):
         cells = row.replace(" ± ", "±").split()
@@ -384,7 +384,7 @@ def test_plan_of_pairs_shows_their_column_alone(run, make_model, prose, tmp_path
         code, shown, err = run("plan", *words, "-o", tmp_path / "p.yaml", *how)
         assert code == 0, err
         (header,) = (line for line in shown.splitlines() if line.endswith("KL"))
-        assert header.split() == ["all-reduces", "pairs", "any", "measured", "KL"]
+        assert header.split() == ["stages", "pairs", "refitted", "measured", "KL"]
         plan = td.Plan.from_yaml(tmp_path / "p.yaml")
         assert (plan.effective_depth, plan.merged) == (4, ())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from truedepth.errors import TruedepthError
 from truedepth.plan.choose import Costs, cheapest_plans
 from truedepth.plan.stages import (
     FFN,
@@ -42,8 +43,17 @@ def segments_to_merge(layout: Layout, form: str, max_group: int, max_run: int) -
     """
     found = list(_groups(layout.source.num_layers, max_group))
     if form != PAIRS and not layout.why_no_stages:
+        found = [each for each in found if _can_be_joined(layout, each)]
         found += _stages(layout.source.num_layers, max_run)
     return sorted(found, key=lambda segment: segment[0][0])
+
+
+def _can_be_joined(layout: Layout, group: Segment) -> bool:
+    """Whether nothing of a group's layers, such as a bias, keeps them from being one wide layer."""
+    try:
+        return not layout.is_merged(group) or bool(layout.wide_layer(group_of(group)))
+    except TruedepthError:
+        return False
 
 
 def _groups(num_layers: int, most: int) -> Iterator[Segment]:

@@ -49,8 +49,8 @@ class Point:
     """What the whole plan loses, refitted; None if it was not measured whole."""
 
     by_form: dict[str, float]
-    """The least such sum of the plans that merge in one form alone, for each of `FORMS` that can
-    have so many stages."""
+    """The same sum as the merges are, not refitted, of the plan that is best so and merges in one
+    form alone; for each of `FORMS` that can have so many stages."""
 
 
 @dataclass(frozen=True)
@@ -245,17 +245,24 @@ class _Searcher:
         del self.plans[2 * self._num_layers]
         if not self.plans:
             raise TruedepthError(f"No merge gives outputs that are finite. {IN_FLOAT32}", 1)
+        raw = _finite({segment: score.raw.kl for segment, score in self._scores.items()})
         for form in FORMS:
-            own = {segment: kl for segment, kl in costs.items() if form_of(segment) == form}
+            own = {segment: kl for segment, kl in raw.items() if form_of(segment) == form}
             self._by_form[form] = cheapest_plans(self._num_layers, own)
 
     def _loss(self, segment: Segment) -> Loss:
         score = self._scores[segment]
         return score.refitted or score.raw
 
-    def predicted(self, plan: Plan) -> float:
-        """Sum of the excess losses of the plan's merges, nats per token."""
-        return sum(self._loss(each).excess for each in plan.segments if each in self._scores)
+    def predicted(self, plan: Plan, raw: bool = False) -> float:
+        """Sum of the excess losses of the plan's merges, nats per token.
+
+        Args:
+            plan: Of merges that were measured alone.
+            raw: Whether as they are, rather than refitted.
+        """
+        merged = [each for each in plan.segments if each in self._scores]
+        return sum((self._scores[s].raw if raw else self._loss(s)).excess for s in merged)
 
     def measure(self, plan: Plan) -> Loss:
         """The plan as a whole, refitted from the first segment to the last."""
@@ -351,7 +358,7 @@ class _Searcher:
             best = self._best(stages) if measured else plans[0]
             loss = self._losses[best][0] if measured else None
             by_form = {
-                form: self.predicted(found[stages][0])
+                form: self.predicted(found[stages][0], raw=True)
                 for form, found in self._by_form.items()
                 if stages in found
             }

@@ -7,6 +7,7 @@ from pathlib import Path
 from truedepth.errors import TruedepthError
 from truedepth.planning.candidates import FORMS
 from truedepth.planning.search import Search
+from truedepth.report.search import any_form
 from truedepth.speed.benchmark import Benchmark
 from truedepth.speed.timing import Row
 
@@ -36,17 +37,14 @@ def plot_frontier(found: Search, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
-    for form in (*FORMS, "any"):
-        sums = [
-            (point.plan.all_reduces, found_sum)
-            for point in found.frontier
-            for found_sum in [point.predicted if form == "any" else point.by_form.get(form)]
-            if found_sum is not None
-        ]
+    points = [(point.plan.all_reduces, point) for point in found.frontier]
+    for form in FORMS:
+        sums = [(stages, p.by_form[form]) for stages, p in points if form in p.by_form]
         if sums:
-            color = "black" if form == "any" else None
-            label = f"sum of merges, {form}"
-            axes.plot(*zip(*sums, strict=True), ".:", color=color, label=label)
+            axes.plot(*zip(*sums, strict=True), ".:", label=f"sum of merges as they are, {form}")
+    label = f"sum of merges, {any_form(found)}"
+    sums = [(stages, point.predicted) for stages, point in points]
+    axes.plot(*zip(*sums, strict=True), ".:", color="black", label=label)
     known = [(p.plan.all_reduces, p.measured) for p in found.frontier if p.measured]
     axes.errorbar(
         [stages for stages, _ in known],

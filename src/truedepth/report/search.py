@@ -22,9 +22,9 @@ def print_search(found: Search, out: Path) -> None:
     )
     forms = [form for form in FORMS if any(form in point.by_form for point in found.frontier)]
     print(
-        "\nExcess loss in nats per token, by number of all-reduces (twice the effective"
-        "\ndepth): the sum over the merges of the best plan in one form alone and in any,"
-        "\nand what whole plans lose:\n"
+        "\nExcess loss in nats per token, by number of stages (all-reduces): the sum over"
+        "\nthe merges of the best plan in one form alone, as they are; of the best plan in"
+        f"\nany form{', refitted' * found.calibrated}; and what whole plans lose:\n"
     )
     print_rows(
         [
@@ -37,9 +37,14 @@ def print_search(found: Search, out: Path) -> None:
             )
             for point in found.frontier
         ],
-        header=("all-reduces", *forms, "any", "measured", "KL"),
+        header=("stages", *forms, any_form(found), "measured", "KL"),
         words=(),
     )
+
+
+def any_form(found: Search) -> str:
+    """What the sums over merges in any form are called: these are refitted if plans are."""
+    return "refitted" if found.calibrated else "any"
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,8 @@
 
 KL compares the predictions at temperature τ, in nats per token. The error compares the outputs h of
 the wide layers, and of those with a sub-layer in a stage of several, with the original's h*:
-‖h - h*‖² / ‖h*‖² per token, averaged over layers and tokens. The logits of all tokens are never in memory at once.
+‖h - h*‖² / ‖h*‖² per token, averaged over layers and tokens.
+The logits of all tokens are never in memory at once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Calibration gives every linear map the best weights that sums over tokens can give it; to improve
 further, the layers must change together. The student learns the original's predictions, and by
-default only its wide layers and the sub-layers that share a stage are trained. A run keeps its text and its state in a directory next to
-its output until it is done; the same call resumes an interrupted run.
+default only its wide layers and the sub-layers that share a stage are trained. A run keeps its text
+and its state in a directory next to its output until it is done; the same call resumes an
+interrupted run.
 """
 
 from __future__ import annotations

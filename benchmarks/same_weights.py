@@ -175,9 +175,10 @@ def _work(directory: Path, name: str, sources: str) -> None:
                 found[f"{family}: {kind}.gguf"] = _file_hash(made / f"{kind}.gguf")
     for refit in (False, True):
         searched = td.search(
-            directory / "Llama", depth=5, max_group=3, calibrate=refit, calibration=options
-        )
-        found[f"search, refitted {refit}"] = _plain(searched.to_dict())
+            directory / "Llama", pairs=2, max_group=3, calibrate=refit, calibration=options
+        ).to_dict()
+        kept = {key: searched[key] for key in ("plan", "loss", "check")}
+        found[f"search, refitted {refit}"] = _plain(kept)
     studied = td.study(directory / "Llama", out / "study", text=text, window=32, windows=2)
     found["study"] = _plain(studied.to_dict())
     ids = torch.arange(48).reshape(2, 24) + 5

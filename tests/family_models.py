@@ -172,49 +172,59 @@ def side_by_side(
     return staged(model, ids, stages)
 
 
-@torch.no_grad()
-def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]]) -> Tensor:
-    """Logits of a model whose sub-layers run in stages, from whole layers of its own.
+class Alone:
+    """The sub-layers of a model one by one, from whole layers of its own, for some token ids.
 
     With the FFN switched off a layer gives x + A(x), with the attention switched off x + F(x), with
     all norms, windows and multipliers that are its own; so nothing of truedepth is used here.
-
-        y = x + Σ_s s(x)
     """
-    body = model.base_model
-    layers = list(body.layers)
-    calls: dict[int, tuple[Any, Any]] = {}
 
-    def keep(index: int) -> Any:
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self._layers = list(model.base_model.layers)
+        self._calls: dict[int, tuple[Any, Any]] = {}
+        entered: list[Tensor] = []
+        hooks = [
+            layer.register_forward_pre_hook(self._keep(index), with_kwargs=True)
+            for index, layer in enumerate(self._layers)
+        ]
+        hooks.append(
+            self._layers[0].register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+        )
+        model.base_model(ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        self.entered = entered[0]
+        """What enters the first layer."""
+
+    def _keep(self, index: int) -> Any:
         def hook(module: Any, given: Any, call: Any) -> None:
-            calls[index] = given[1:], call
+            self._calls[index] = given[1:], call
 
         return hook
 
-    hooks = [
-        layer.register_forward_pre_hook(keep(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    entered: list[Tensor] = []
-    hooks.append(layers[0].register_forward_pre_hook(lambda _, given: entered.append(given[0])))
-    body(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-
-    def added(name: str, x: Tensor) -> Tensor:
-        layer = layers[int(name[1:])]
-        given, call = calls[int(name[1:])]
+    @torch.no_grad()
+    def added(self, name: str, x: Tensor) -> Tensor:
+        """What a sub-layer such as `F2` adds to a state."""
+        layer = self._layers[int(name[1:])]
+        given, call = self._calls[int(name[1:])]
         others = ["mlp"] if name[0] == "A" else ["self_attn", "attention"]
         (other,) = (other for other in others if hasattr(layer, other))
         with Off(getattr(layer, other)):
-            return layer(x, *given, **call) - x
+            changed: Tensor = layer(x, *given, **call)
+        return changed - x
 
-    x = entered[0]
+
+@torch.no_grad()
+def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]]) -> Tensor:
+    """Logits of a model whose sub-layers run in stages: y = x + Σ_s s(x)."""
+    alone = Alone(model, ids)
+    x = alone.entered
     for stage in stages:
-        x = x + sum(added(name, x) for name in stage)
+        x = x + sum(alone.added(name, x) for name in stage)
 
     # what is behind the layers: they are passed by, the last of them giving x
-    hook = layers[-1].register_forward_hook(lambda *_: x)
+    hook = model.base_model.layers[-1].register_forward_hook(lambda *_: x)
     logits: Tensor = model(ids, use_cache=False).logits
     hook.remove()
     return logits

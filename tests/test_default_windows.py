@@ -47,7 +47,7 @@ def healing(prose, positions):
 
 
 def test_search(short, positions, calibration):
-    found = td.search(short, pairs=1, calibration=calibration, candidates=1)
+    found = td.search(short, pairs=1, calibration=calibration)
     assert found.check.tokens == 2 * (positions - 1)  # the first of a window is not predicted
     assert found.loss.tokens % (positions - 1) == 0
 
@@ -81,9 +81,9 @@ def test_study(short, positions, prose, tmp_path):
 
 def test_no_more_than_the_usual_window(make_model, calibration):
     source = td.open_source(make_model(max_position_embeddings=2048, **FEW))
-    assert calibration_windows(source, calibration, 2).window == 512
+    assert calibration_windows(source, calibration, []).window == 512
     with pytest.raises(td.TruedepthError, match="600 calibration tokens are too few: two windows"):
-        calibration_windows(source, replace(calibration, tokens=600), 2)
+        calibration_windows(source, replace(calibration, tokens=600), [])
 
 
 def test_windows_beyond_the_positions(short, positions, calibration, healing, prose, tmp_path):

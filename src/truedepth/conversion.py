@@ -86,7 +86,7 @@ def convert(
         model: A directory, `.gguf` file, hub id, `default`, or an open source.
         out: Directory to write; appears when it is complete.
         plan: Which layers run together; for a model of this depth.
-        calibration: Refit the wide layers on this text; by default they are exact.
+        calibration: Refit what is merged on this text; by default it is exact.
         dtype: Dtype of the written weights. Default: as in the source, float32 for quantized GGUF
             files.
         pad_heads: Add heads of zeros until the head counts divide by this number of ranks.
@@ -185,5 +185,5 @@ def calibrate(
     calibration: Calibration | None = None,
     **options: Any,
 ) -> Conversion:
-    """`convert` with the wide layers refitted to the original; `options` are those of `convert`."""
+    """`convert` with what is merged refitted to the original; `options` are those of `convert`."""
     return convert(model, out, plan, calibration=calibration or Calibration(), **options)

@@ -1,4 +1,4 @@
-"""The default model with the paper's reduction of depth: a searched plan, calibrated, measured."""
+"""The default model with a quarter less all-reduces: a searched plan, calibrated, measured."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from truedepth.conversion import Conversion, convert
 from truedepth.evaluation.perplexity import Perplexity, perplexity
 from truedepth.plan.plan import Plan
 from truedepth.progress import working
-from truedepth.runtime.device import default_device
+from truedepth.runtime.device import default_device, device_of
 from truedepth.runtime.generation import answer
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
-from truedepth.speed.timing import Case, Row, Task, interleaved
-from truedepth.speed.transformers import TimedTransformersModel
+from truedepth.speed.benchmark import bench
+from truedepth.speed.ranks import possible_ranks
+from truedepth.speed.timing import Row, Task
 
-# 30 -> 23 layers, close to the paper's -22 % of depth. Made in minutes by
-# truedepth plan default -o demo_plan.yaml --depth 23 (all options are in docs/results.md)
+# 60 -> 46 all-reduces, as in the paper's dose of 7 pairs. Made by
+# truedepth plan default -o demo_plan.yaml --all-reduces 46 (all options are in docs/results.md)
 PLAN = Path(__file__).with_name("demo_plan.yaml")
 TOKENS = 1 << 14  # for calibration; sampled from the model, so that the measured text stays unseen
 WINDOWS = 16
-DECODING = Case(Task.decode, length=32)
+CONTEXT = 32  # tokens in the KV cache when decoding is timed
+REPETITIONS = 11
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 
@@ -38,6 +40,9 @@ class Demo:
     conversion: Conversion
     perplexity: Perplexity
     speed: Row
+    ranks: int
+    """Tensor-parallel ranks of the timing."""
+
     prompt: str
     answer_before: str
     answer_after: str
@@ -73,23 +78,37 @@ def run_demo(
         TruedepthError: `out` exists without `force`, or a step fails.
     """
     with contextlib.ExitStack() as stack:
-        directory = out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "converted"
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory, original = out or scratch / "converted", scratch / "original"
         source = open_source("default")
         options = Calibration(tokens=TOKENS, own_text=1.0, check=0, device=device)
-        plan = Plan.from_yaml(PLAN)
-        conversion = convert(source, directory, plan, calibration=options, force=force)
+        plan, ranks = Plan.from_yaml(PLAN), possible_ranks(2, device_of(device))
+        conversion = convert(
+            source, directory, plan, calibration=options, pad_heads=ranks, force=force
+        )
         with working("Loading both models"):
             before = load(source, device=device, dtype=dtype)
             after = load(directory, device=device, dtype=dtype)
         measured = perplexity(after, against=before, windows=WINDOWS)
-        with working("Decoding"):
-            ours, theirs = (TimedTransformersModel(each.model) for each in (after, before))
-            (speed,) = interleaved(ours, theirs, [DECODING], repetitions=11)
+        with working("Answering"):
             answers = [answer(each, PROMPT, max_new_tokens=64).text for each in (before, after)]
+        del before, after
+        convert(source, original, plan.unpaired, pad_heads=ranks)
+        (speed,) = bench(
+            directory,
+            against=original,
+            tasks=[Task.decode],
+            lengths=[CONTEXT],
+            ranks=ranks,
+            repetitions=REPETITIONS,
+            device=device,
+            dtype=dtype,
+        ).rows
         return Demo(
             conversion=conversion,
             perplexity=measured,
             speed=speed,
+            ranks=ranks,
             prompt=PROMPT,
             answer_before=answers[0],
             answer_after=answers[1],

@@ -1,4 +1,4 @@
-"""Calibration of wide layers against the same written out plainly, with whole models in memory."""
+"""Calibration against the same written out plainly, with whole models in memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import truedepth as td
+from family_models import Alone, options_of
 from tiny_models import random_ids
 from truedepth.calibration.refit import Calibrator
+from truedepth.calibration.ridge import Regression
 from truedepth.calibration.trajectories import Walk
+from truedepth.plan.stages import group_of
 from truedepth.runtime.layer_stack import LayerStack
 from truedepth.widening.layout import Layout
 
 IDS = random_ids(batch=12, length=40)
-PLAN = td.Plan(6, [[1, 2], [4, 5]])
+GROUPS = td.Plan(6, [[1, 2], [4, 5]])
+FIRST_AND_LAST = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
+STAGGERED = td.Plan.staggered(6, 1, 4)
+MIXED = td.Plan(6, [[1, 2]], stages=[["F3", "A4"], ["A5", "F5"]])
+
+WRITES = {"self_attn": "o_proj", "mlp": "down_proj"}
 
 
-def calibrated(model, ids=IDS, plan=PLAN, dtype=torch.float32, **options):
-    """Refits by layer, and the stacks."""
+def calibrated(model, plan=GROUPS, dtype=torch.float32, **options):
+    """Refits by segment."""
     source = td.open_source(model)
     stack = LayerStack(source, device="cpu", dtype=dtype)
-    walk = Walk(stack, Layout(source, plan), ids, batch_size=5, **options)
+    walk = Walk(stack, Layout(source, plan), IDS, batch_size=5, **options)
     calibrator = Calibrator(walk)
     found = {}
     for segment in walk.layout.segments:
@@ -34,150 +43,299 @@ def calibrated(model, ids=IDS, plan=PLAN, dtype=torch.float32, **options):
     return found
 
 
-def seen_by(model, layer, module, ids):
-    """What a module of a layer was given, by running the whole model."""
-    found = []
-    target = model.model.layers[layer].get_submodule(module)
-    hook = target.register_forward_pre_hook(
-        lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    hook.remove()
-    return found[0].double()
-
-
-def unit(x):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-
-def ridge(x, z, prior, penalty):
-    x, z, prior = x.flatten(0, 1), z.flatten(0, 1), prior.double()
+def ridge(x, z, prior, penalty, parts):
+    """A map near its prior; the inputs of each part count by the mean of their own squares."""
+    x, z, prior = x.flatten(0, 1).double(), z.flatten(0, 1).double(), prior.double()
     if penalty == math.inf:
         return prior
     gram = x.T @ x
-    system = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    scales = [square.mean().expand(len(square)) for square in gram.diagonal().split(parts)]
+    system = gram + penalty * torch.cat(scales).diag()
     return prior + torch.linalg.solve(system, x.T @ z - gram @ prior.T).T
 
 
-@torch.no_grad()
-def plainly(original, converted, fits):
-    """The formulas of the module's docstring, one map after another, given the penalties."""
-    converted = copy.deepcopy(converted)
-    for index, group in enumerate(PLAN.groups):
-        if len(group) == 1:
-            continue
-        wide = converted.model.layers[index]
-        for norm, body, reads, write in [
-            ("input_layernorm", "self_attn", ["q_proj", "k_proj", "v_proj"], "o_proj"),
-            ("post_attention_layernorm", "mlp", ["gate_proj", "up_proj"], "down_proj"),
-        ]:
-            x = unit(seen_by(converted, index, norm, IDS))
-            names = [f"{body}.{read}" for read in reads]
-            maps = []
-            for layer in group:
-                z = unit(seen_by(original, layer, norm, IDS))
-                penalty = fits[index].fits[f"{', '.join(names)} of layer {layer}"].penalty
-                maps.append(ridge(x, z, torch.eye(64), penalty))
-            for name in names:
-                weight = wide.get_parameter(f"{name}.weight")
-                rows = weight.double().chunk(len(group))
-                weight.copy_(torch.cat([r @ m for r, m in zip(rows, maps, strict=True)]))
-            name = f"{body}.{write}"
-            features = seen_by(converted, index, name, IDS)
-            if body == "self_attn":
-                target = sum(
-                    seen_by(original, layer, "post_attention_layernorm", IDS)
-                    - seen_by(original, layer, "input_layernorm", IDS)
-                    for layer in group
-                )
-                target += seen_by(original, group[0], "input_layernorm", IDS)
-                target -= seen_by(converted, index, "input_layernorm", IDS)
-            else:
-                after = (
-                    seen_by(original, group[-1] + 1, "input_layernorm", IDS)
-                    if group[-1] < 5
-                    else last_state(original)
-                )
-                target = after - seen_by(converted, index, "post_attention_layernorm", IDS)
-            weight = wide.get_parameter(f"{name}.weight")
-            weight.copy_(ridge(features, target, weight, fits[index].fits[name].penalty))
-    return converted
+class Plainly:
+    """The formulas of `refit`'s docstring, one map after another, given the penalties.
+
+    Layers of a group keep their own weights here, so `weights` are by the original's names.
+    """
+
+    def __init__(self, model):
+        self.original, self.converted = (
+            AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+            for _ in range(2)
+        )
+        self.states = self._states()
+
+    @torch.no_grad()
+    def _states(self):
+        """What enters every sub-layer of the original, by its place, and what leaves the last."""
+        found = []
+        body = self.original.model
+        norms = [
+            layer.get_submodule(self._norm(kind)) for layer in body.layers for kind in ("A", "F")
+        ]
+        for norm in [*norms, body.norm]:
+            norm.register_forward_pre_hook(lambda _, given: found.append(given[0].double()))
+        self.original(IDS, use_cache=False)
+        return found
+
+    @staticmethod
+    def _norm(name):
+        return "input_layernorm" if name[0] == "A" else "post_attention_layernorm"
+
+    def parts(self, name):
+        """A sub-layer's layer, module, norm, and maps: those that read, and the one that writes."""
+        layer = self.converted.model.layers[int(name[1:])]
+        body = "self_attn" if name[0] == "A" else "mlp"
+        module, norm = layer.get_submodule(body), layer.get_submodule(self._norm(name))
+        maps = {k: m for k, m in module.named_children() if isinstance(m, torch.nn.Linear)}
+        write = maps.pop(WRITES[body] if WRITES[body] in maps else "c_proj")
+        return layer, f"{body}.", norm, maps, write
+
+    def read(self, name, x, folded):
+        """What a sub-layer's maps read: behind its norm, or, in a group, before the gain."""
+        norm = self.original.get_submodule(f"model.layers.{name[1:]}.{self._norm(name)}")
+        if not folded:
+            return copy.deepcopy(norm).double()(x.double())
+        x = x.double()
+        if hasattr(norm, "normalized_shape"):
+            x = x - x.mean(-1, keepdim=True)
+        eps = [getattr(norm, each, None) for each in ("eps", "variance_epsilon")]
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + (eps[0] or eps[1]))
+
+    def place(self, name):
+        return 2 * int(name[1:]) + (name[0] == "F")
+
+    def refit_reads(self, name, x, fits, folded):
+        _, body, norm, maps, _ = self.parts(name)
+        if folded:
+            gemma = self.original.config.model_type == "gemma"
+            for each in maps.values():
+                if (shift := getattr(norm, "bias", None)) is not None:
+                    each.bias.add_(each.weight @ shift)
+                each.weight.mul_(norm.weight + 1 if gemma else norm.weight)
+            norm.weight.fill_(0.0 if gemma else 1.0)
+            if getattr(norm, "bias", None) is not None:
+                norm.bias.zero_()
+        key = f"{', '.join(body + each for each in maps)} of layer {name[1:]}"
+        seen = self.read(name, self.states[self.place(name)], folded)
+        own = self.read(name, x, folded)
+        matrix = ridge(own, seen, torch.eye(64), fits[key].penalty, [64])
+        for each in maps.values():
+            each.weight.copy_(each.weight.double() @ matrix)
+
+    def refit_writes(self, names, x, wanted, penalty, together):
+        features, alone = [], Alone(self.converted, IDS)
+        writes = [self.parts(name)[-1] for name in names]
+        for name, write in zip(names, writes, strict=True):
+            hook = write.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+            alone.added(name, x)
+            hook.remove()
+        target = (wanted - x) / getattr(self.original.config, "residual_multiplier", 1.0)
+        target = target - sum(each.bias for each in writes if each.bias is not None)
+        columns = [each.weight.shape[1] for each in writes]
+        fitted = ridge(
+            torch.cat(features, -1),
+            target,
+            torch.cat([each.weight for each in writes], 1),
+            penalty,
+            [sum(columns)] if together else columns,
+        )
+        for each, weight in zip(writes, fitted.split(columns, 1), strict=True):
+            each.weight.copy_(weight)
+
+    def run(self, names, x):
+        alone = Alone(self.converted, IDS)
+        return x + sum(alone.added(name, x) for name in names)
+
+    def written(self, name):
+        _, body, _, maps, write = self.parts(name)
+        (found,) = (k for k, m in self.parts(name)[0].named_modules() if m is write)
+        assert found.startswith(body) and found.removeprefix(body) not in maps
+        return found
+
+    @torch.no_grad()
+    def follow(self, segments, found):
+        """Refit every segment that was refitted, with the same penalties."""
+        x = Alone(self.converted, IDS).entered
+        for segment in segments:
+            fits = found[segment].fits if segment in found else {}
+            for stage in segment:
+                names = list(map(str, stage))
+                if fits:
+                    wanted = self.states[self.place(str(segment[-1][-1])) + 1]
+                    if group_of(segment) and names[0][0] == "A":
+                        wanted = self.states[self.place(names[0])] + sum(
+                            self.states[place + 1] - self.states[place]
+                            for place in map(self.place, names)
+                        )
+                    key = self.written(names[0])
+                    if not group_of(segment):
+                        key = ", ".join(f"{self.written(n)} of layer {n[1:]}" for n in names)
+                    for name in names:
+                        self.refit_reads(name, x, fits, folded=bool(group_of(segment)))
+                    together = bool(group_of(segment))
+                    self.refit_writes(names, x, wanted, fits[key].penalty, together)
+                x = self.run(names, x)
+
+    def expected(self, segment, name):
+        """A tensor of a refitted segment, from those of the layers of a group."""
+        group = group_of(segment)
+        if not group:
+            return self.converted.get_parameter(name)
+        rest = name.removeprefix(f"model.layers.{group[0]}.")
+        parts = [self.converted.get_parameter(f"model.layers.{layer}.{rest}") for layer in group]
+        module = rest.rpartition(".")[0]
+        if "layernorm" in module:
+            return parts[0]
+        if module in (self.written(f"A{group[0]}"), self.written(f"F{group[0]}")):
+            return sum(parts) if rest.endswith("bias") else torch.cat(parts, 1)
+        return torch.cat(parts)
 
 
-def last_state(model):
-    found = []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    model(IDS, use_cache=False)
-    hook.remove()
-    return found[0].double()
+BIASED = {"attention_bias": True, "mlp_bias": True}
+MODELS = {
+    "llama": {},
+    "llama, biases": BIASED,
+    **{
+        name: options_of(name)
+        for name in ("phi3", "qwen3", "granite", "gemma", "starcoder2", "glm", "arcee", "smollm3")
+    },
+    "ministral": options_of("ministral"),
+}
+PACKED_OR_HEAD_NORMS = {"phi3", "qwen3", "glm"}  # their wide layers are not plainly joined rows
+CASES = [
+    *((name, FIRST_AND_LAST) for name in MODELS),
+    *((name, plan) for name in ("llama", "starcoder2") for plan in (GROUPS, STAGGERED)),
+    *((name, MIXED) for name in MODELS if name not in PACKED_OR_HEAD_NORMS),
+]
 
 
-def test_refits_are_the_formulas(make_model, tmp_path):
-    found = calibrated(make_model())
-    assert list(found) == [1, 3]
-    td.convert(make_model(), tmp_path / "out", PLAN)
-    original, converted = td.load(make_model()).model, td.load(tmp_path / "out").model
-    expected = plainly(original, converted, found)
-    changed = 0
-    for index, refit in found.items():
+@pytest.mark.parametrize(("name", "plan"), CASES, ids=str)
+def test_refits_are_the_formulas(make_model, name, plan, monkeypatch):
+    """With one penalty for all maps: so small a random model would leave many as they are."""
+    monkeypatch.setattr(Regression, "_choose", lambda *_: (1.0, 0.5, 0.03))
+    model = make_model(**MODELS[name])
+    found = calibrated(model, plan)
+    plainly, raw = Plainly(model), AutoModelForCausalLM.from_pretrained(model)
+    plainly.follow(plan.segments, found)
+    wide = [group for group in plan.groups if len(group) > 1 and name != "ministral"]
+    assert len(found) == len(plan.merged) + len(wide)
+    for segment, refit in found.items():
+        assert len(refit.fits) == (6 if group_of(segment) else len(segment[0]) + 1)
+        changes = []
+        for tensor, weight in refit.weights.items():
+            plain, before = plainly.expected(segment, tensor), raw.get_parameter(tensor)
+            torch.testing.assert_close(weight, plain, atol=5e-4, rtol=1e-3)
+            if weight.shape == before.shape:
+                changes.append((weight - before).abs().max().item())
+        assert max(changes, default=1.0) > 0.01
+
+
+def test_fits_are_named_by_their_maps(make_model):
+    wide, staggered, block = calibrated(make_model(), MIXED).values()
+    reads = ["self_attn.q_proj, self_attn.k_proj, self_attn.v_proj", "mlp.gate_proj, mlp.up_proj"]
+    assert list(wide.fits) == [
+        *(f"{reads[0]} of layer {layer}" for layer in (1, 2)),
+        "self_attn.o_proj",
+        *(f"{reads[1]} of layer {layer}" for layer in (1, 2)),
+        "mlp.down_proj",
+    ]
+    assert list(staggered.fits) == [
+        f"{reads[1]} of layer 3",
+        f"{reads[0]} of layer 4",
+        "mlp.down_proj of layer 3, self_attn.o_proj of layer 4",
+    ]
+    assert list(block.fits)[2] == "self_attn.o_proj of layer 5, mlp.down_proj of layer 5"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_large_penalty_gives_the_raw_stages(make_model, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(Regression, "_choose", lambda *_: (1.0, 1.0, 1e9))
+    model, text = make_model(**MODELS[name]), tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and then the hat " * 300)
+    options = td.Calibration([text], tokens=512, window=32, check=0, dtype=torch.float32)
+    td.convert(model, tmp_path / "raw", FIRST_AND_LAST)
+    td.calibrate(model, tmp_path / "out", FIRST_AND_LAST, options)
+    with torch.inference_mode():
+        raw, out = (td.load(tmp_path / each).model(IDS).logits for each in ("raw", "out"))
+    torch.testing.assert_close(out, raw, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("plan", [GROUPS, MIXED, FIRST_AND_LAST], ids=str)
+def test_where_the_states_are_kept_changes_nothing(make_model, plan, tmp_path):
+    kept = calibrated(make_model(**BIASED), plan)
+    mapped = calibrated(make_model(**BIASED), plan, workspace=tmp_path)
+    assert kept.keys() == mapped.keys()
+    for segment, refit in kept.items():
         for name, weight in refit.weights.items():
-            plain = expected.model.layers[index].get_parameter(name)
-            torch.testing.assert_close(weight, plain, atol=2e-4, rtol=1e-3)
-            before = converted.model.layers[index].get_parameter(name)
-            changed += not torch.equal(before, plain)
-    assert changed >= 10
-
-
-def test_where_the_states_are_kept_changes_nothing(make_model, tmp_path):
-    kept = calibrated(make_model(attention_bias=True, mlp_bias=True))
-    mapped = calibrated(make_model(attention_bias=True, mlp_bias=True), workspace=tmp_path)
-    for index, refit in kept.items():
-        for name, weight in refit.weights.items():
-            assert torch.equal(weight, mapped[index].weights[name])
+            assert torch.equal(weight, mapped[segment].weights[name])
     assert not list(tmp_path.iterdir())
 
 
-def test_layers_that_do_not_interact_stay_as_they_are(make_model, tmp_path):
-    """The first layer of each group writes nothing, the second's attention neither."""
+@pytest.mark.parametrize(
+    ("plan", "silent"),
+    [
+        (GROUPS, ["A1", "F1", "A2", "A4", "F4", "A5"]),
+        (STAGGERED, ["F1", "F2", "F3"]),
+        (FIRST_AND_LAST, ["A0", "F0", "F2", "F4", "A5"]),
+    ],
+    ids=str,
+)
+def test_what_does_not_interact_stays_as_it_is(make_model, plan, silent, tmp_path):
+    """Those write nothing which others of their stages no longer see."""
     loaded = td.load(make_model())
     with torch.no_grad():
-        for first, second in ((1, 2), (4, 5)):
-            layers = loaded.model.model.layers
-            for module in (
-                layers[first].self_attn.o_proj,
-                layers[first].mlp.down_proj,
-                layers[second].self_attn.o_proj,
-            ):
-                module.weight.zero_()
+        for name in silent:
+            layer = loaded.model.model.layers[int(name[1:])]
+            (layer.self_attn.o_proj if name[0] == "A" else layer.mlp.down_proj).weight.zero_()
     loaded.model.save_pretrained(tmp_path / "model")
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     source = td.open_source(tmp_path / "model")
-    raw = Layout(source, PLAN, torch.float32).tensors
-    for index, refit in calibrated(tmp_path / "model").items():
+    layout = Layout(source, plan, torch.float32)
+    for segment, refit in calibrated(tmp_path / "model", plan).items():
+        before = source.tensors
+        if group := group_of(segment):
+            tensors = layout.wide_layer(group, torch.float32)
+            before = {f"model.layers.{group[0]}.{k}": v for k, v in tensors.items()}
         for name, weight in refit.weights.items():
-            before = raw[f"model.layers.{index}.{name}"].read()
-            torch.testing.assert_close(weight, before, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(weight, before[name].read(), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("plan", [GROUPS, STAGGERED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_held_out_errors_shrink(make_model, dtype):
-    for refit in calibrated(make_model(), dtype=dtype).values():
+def test_held_out_errors_shrink(make_model, plan, dtype):
+    for refit in calibrated(make_model(), plan, dtype=dtype).values():
         for name, fit in refit.fits.items():
             assert fit.after <= fit.before, name
         assert any(fit.after < 0.9 * fit.before for fit in refit.fits.values())
 
 
-def test_advancing_with_kept_weights_is_refitting(make_model):
+@pytest.mark.parametrize("plan", [GROUPS, STAGGERED, MIXED], ids=str)
+def test_advancing_with_kept_weights_is_refitting(make_model, plan):
     """What a resumed run does."""
-    whole = calibrated(make_model())
+    whole = calibrated(make_model(), plan)
     source = td.open_source(make_model())
     stack = LayerStack(source, device="cpu", dtype=torch.float32)
-    walk = Walk(stack, Layout(source, PLAN), IDS, batch_size=5)
-    walk.advance((0,))
-    walk.advance((1, 2), whole[1].weights)
-    walk.advance((3,))
-    again = Calibrator(walk).refit((4, 5))
+    walk = Walk(stack, Layout(source, plan), IDS, batch_size=5)
+    *before, last = whole
+    for segment in walk.layout.segments[: walk.layout.segments.index(last)]:
+        walk.advance(segment, whole[segment].weights if segment in before else None)
+    again = Calibrator(walk).refit(last)
     for name, weight in again.weights.items():
-        assert torch.equal(weight, whole[3].weights[name])
+        assert torch.equal(weight, whole[last].weights[name])
+
+
+@pytest.mark.parametrize("plan", [GROUPS, STAGGERED, MIXED], ids=str)
+def test_the_original_stays_as_it_is(make_model, plan):
+    """Also where its tensors are used in place, in the dtype of the file."""
+    source = td.open_source(make_model())
+    before = {name: tensor.read().clone() for name, tensor in source.tensors.items()}
+    stack = LayerStack(source, device="cpu", dtype=torch.float32)
+    walk = Walk(stack, Layout(source, plan), IDS)
+    calibrator = Calibrator(walk)
+    for segment in plan.segments:
+        (calibrator.refit if walk.layout.is_merged(segment) else walk.advance)(segment)
+    for name, tensor in source.tensors.items():
+        assert torch.equal(tensor.read(), before[name]), name

@@ -22,7 +22,7 @@ def made(windows=8, length=20, noise=0.3, seed=0):
 
 
 def summed(x, z, held=None):
-    regression = Regression(INPUTS, OUTPUTS)
+    regression = Regression([INPUTS], OUTPUTS)
     held = torch.zeros(len(x), dtype=torch.bool) if held is None else held
     for start in range(0, len(x), 3):  # in batches
         batch = slice(start, start + 3)
@@ -44,6 +44,23 @@ def test_solutions_are_those_of_a_dense_solve(penalty):
     fit = summed(x, z).solve(prior, [penalty])
     torch.testing.assert_close(fit.weight, dense(x, z, prior, penalty), atol=1e-4, rtol=1e-4)
     assert fit.penalty == penalty
+
+
+def test_each_part_of_the_inputs_counts_by_its_own_size():
+    x, z, _, prior = made()
+    x = x * torch.tensor([1.0] * 4 + [30.0] * 8)
+    regression = Regression([4, 8], OUTPUTS)
+    regression.add(x, z, torch.zeros(len(x), dtype=torch.bool))
+    flat = x.flatten(0, 1).double()
+    weights = torch.cat(
+        [part.pow(2).sum(0).mean().sqrt().expand(part.shape[1]) for part in flat.split([4, 8], 1)]
+    )
+    rows = torch.cat([flat, math.sqrt(0.3) * weights.diag()])
+    aims = torch.cat([z.flatten(0, 1).double(), math.sqrt(0.3) * weights[:, None] * prior.T])
+    expected = torch.linalg.lstsq(rows, aims).solution.T.float()
+    torch.testing.assert_close(
+        regression.solve(prior, [0.3]).weight, expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_large_penalty_gives_the_prior():

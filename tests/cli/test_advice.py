@@ -31,7 +31,6 @@ BESIDE_COMMANDS = {  # options of other programs, and those that stand before a 
 
 SAID_BY = {
     "calibration/run.py": "convert",
-    "calibration/ridge.py": "plan convert",
     "calibration/windows.py": "plan convert",
     "checkpoint": "convert heal demo",
     "conversion.py": "convert demo",

@@ -165,7 +165,7 @@ BAD = {
         "model.safetensors is corrupt or truncated",
     ),
     "truncated weights to load": (["eval", "{tmp}/truncated"], "model.safetensors is corrupt"),
-    "nothing to pair": (["convert", "{model}", "{out}"], "--max-loss, --depth, --pairs"),
+    "nothing to pair": (["convert", "{model}", "{out}"], "--max-loss, --all-reduces, --depth"),
     "two plans": (["convert", "{model}", "{out}", *PAIR, "--depth", "5"], "one of --max-loss"),
     "group without span": (
         ["convert", "{model}", "{out}", "--pairs", "1", "--group", "3"],
@@ -173,10 +173,10 @@ BAD = {
     ),
     "too many pairs": (
         ["convert", "{model}", "{out}", "--pairs", "4"],
-        "depth of 2 is out of reach",
+        "4 all-reduces are out of reach (an effective depth of 2): these merges leave 6 to 10 of",
     ),
-    "depth too large": (["convert", "{model}", "{out}", "--depth", "7"], "6 layers to 3 to 5"),
-    "depth too small": (["convert", "{model}", "{out}", "--depth", "2"], "6 layers to 3 to 5"),
+    "depth too large": (["convert", "{model}", "{out}", "--depth", "7"], "leave 4 to 11 of the"),
+    "depth too small": (["convert", "{model}", "{out}", "--depth", "1.5"], "3 all-reduces are out"),
     "loss that is none": (
         ["convert", "{model}", "{out}", "--max-loss", "low"],
         "'low' is not a loss",
@@ -185,7 +185,7 @@ BAD = {
         ["plan", "{model}", "-o", "{tmp}/p.yaml", "--max-loss", "0%"],
         "'0%' is not a loss",
     ),
-    "no goal": (["plan", "{model}", "-o", "{tmp}/p.yaml"], "one of --max-loss, --depth, --pairs"),
+    "no goal": (["plan", "{model}", "-o", "{tmp}/p.yaml"], "of --max-loss, --all-reduces, --depth"),
     "no picture": (
         ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--plot", "{tmp}/p.doc"],
         "must end in one of .png, .svg, .pdf",
@@ -407,7 +407,7 @@ def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
     assert data["conversion"]["all_reduces_per_token"] == {"original": 60, "converted": 46}
     for name in ("model", "base"):
         assert min(data["speed"][name]["seconds"]) > 0
-    for words in ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens/s"):
+    for words in ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens per second"):
         assert words in out
     assert (tmp_path / "kept" / "config.json").exists()
     assert run("demo", "--out", tmp_path / "kept")[0] == 2

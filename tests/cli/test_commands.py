@@ -44,6 +44,11 @@ def test_defaults_are_the_librarys():
     assert given["heal"]["learning_rate"] == Healing.learning_rate
 
 
+@pytest.mark.parametrize("name", ["plan", "convert"])
+def test_help_shows_the_words_of_a_choice(name, run):
+    assert re.search(r"--form +<auto\|pairs>", run(name, "--help")[1])
+
+
 HEAL = ["heal", "a", "b", "--teacher", "c"]
 PLAN = ["plan", "a", "-o", "p.yaml", "--pairs", "1"]
 CONVERT = ["convert", "a", "b", "--pairs", "1"]
@@ -52,9 +57,17 @@ OUT_OF_BOUNDS = [
     ([*PLAN, "--tokens", "0"], "--tokens must be at least 1, not 0."),
     ([*PLAN, "--own-text", "-0.5"], "--own-text must be from 0 to 1, not -0.5."),
     ([*PLAN, "--max-group", "1"], "--max-group must be at least 2, not 1."),
+    ([*PLAN, "--max-run", "1"], "--max-run must be at least 2, not 1."),
+    ([*PLAN, "--form", "lp"], "--form must be auto or pairs, not lp."),
     ([*PLAN, "--budget", "-1"], "--budget must be at least 0, not -1."),
     (["plan", "a", "-o", "p.yaml", "--pairs", "0"], "--pairs must be at least 1, not 0."),
     (["plan", "a", "-o", "p.yaml", "--depth", "0"], "--depth must be at least 1, not 0."),
+    (["plan", "a", "-o", "p.yaml", "--all-reduces", "0"], "--all-reduces must be at least 1, not"),
+    (["convert", "a", "b", "--all-reduces", "0"], "--all-reduces must be at least 1, not 0."),
+    (
+        ["convert", "a", "b", "--pairs", "1", "--form", "lp"],
+        "--form must be auto or pairs, not lp.",
+    ),
     ([*CONVERT, "--tokens", "0"], "--tokens must be at least 1, not 0."),
     ([*CONVERT, "--tokens", "1"], "1 calibration tokens are too few"),
     ([*CONVERT, "--pad-heads", "0"], "--pad-heads must be at least 1, not 0."),
@@ -182,10 +195,13 @@ def test_the_advice_about_activations_that_are_not_finite_works(run, make_model,
     assert config["truedepth"]["calibration"]["dtype"] == "float32"
     assert config["dtype"] == "float16"
 
-    plan = ["plan", model, "-o", tmp_path / "plan.yaml", "--pairs", "1", *calibration]
+    plan = ["plan", model, "-o", tmp_path / "plan.yaml", *calibration, "--pairs", "1"]
     code, _, err = run(*plan, "--dtype", "float16")
     assert code == 1
     assert advice[0] in err
+    words = ["--no-calibrate", "--max-loss", "9"]
+    code, _, err = run(*plan[:-2], *words, "--dtype", "float16")
+    assert (code, advice[0] in err) == (1, True), err
     assert run(*plan, *advice[2].split())[0] == 0
 
 

@@ -27,6 +27,10 @@ pytestmark = pytest.mark.vllm
 
 SHAPES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 320}
 PLAN = td.Plan(6, [[0, 1], [3, 4]])  # the first layer in a group; wide and narrow mixed
+STAGED = td.Plan(6, [[2, 3]], stages=[["A0", "F0", "A1"], ["A4", "F4"], ["A5", "F5"]])
+"""Stages at the first and the last layer, one of three sub-layers, and a wide layer between."""
+
+STAGGERED = td.Plan(6, stages=[["F0", "A1"], ["F1", "A2"], ["F2", "A3", "F3"], ["F4", "A5"]])
 LENGTH = 12
 
 SERVE = """
@@ -113,6 +117,13 @@ def check(path, prompts, tmp_path, **options):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, ranks):
     check(converted, prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize(("plan", "ranks"), [(STAGED, 1), (STAGED, 2), (STAGGERED, 2)])
+def test_stages(make_model, prompts, tmp_path, plan, ranks):
+    model = make_model(**SHAPES, attention_bias=True, mlp_bias=True)
+    td.convert(model, tmp_path / "out", plan)
+    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
 
 
 @pytest.mark.parametrize(

@@ -228,8 +228,8 @@ def test_schedules_and_walks_give_what_the_converted_model_gives(converted, case
     opened = td.open_source(source)
     plan = td.Plan(6, GROUPS)
     walk = walk_through(layer_stack(opened, options), Layout(opened, plan), ids[:0], ids, options)
-    for group in plan.groups:
-        walk.advance(group)
+    for segment in walk.layout.segments:
+        walk.advance(segment)
     torch.testing.assert_close(walk.losses()[0, :, 0].float(), expected, **CLOSE)
 
 

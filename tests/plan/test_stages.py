@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from truedepth import Plan, TruedepthError
 from truedepth.plan.config import plan_entries, plan_of
-from truedepth.plan.stages import Sublayer
+from truedepth.plan.stages import Sublayer, group_of
 
 
 def names(plan):
@@ -74,6 +76,34 @@ def test_config_json_numbers_layers_as_they_are_in_the_checkpoint():
     beside = plan_entries(plan, ((0,), (1, 2), (3,), (4,), (5,), (6,)))  # 1 and 2 side by side
     assert beside["stages"] == [["F3", "A4"], ["A6", "F6"]]
     assert plan_of(beside) == plan
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_segments_end_wherever_the_same_sublayers_have_run(seed):
+    generator = random.Random(seed)
+    layers, groups, stages = 9, [], []
+    place = 0
+    while place < 2 * layers:  # a plan of groups, runs and sub-layers alone
+        size = min(generator.randint(1, 4), 2 * layers - place)
+        if place % 2 == 0 and place // 2 + size <= layers and generator.random() < 0.3:
+            groups.append(range(place // 2, place // 2 + size))
+            place += 2 * size
+        else:
+            stages.append([Sublayer.at(each) for each in range(place, place + size)])
+            place += size
+    plan = Plan(layers, groups, stages=stages)
+    ran, expected, running = [], [], []
+    for stage in plan.stages:
+        running.append(stage)
+        ran += [2 * each.layer + "AF".index(str(each)[0]) for each in stage]
+        if sorted(ran) == list(range(len(ran))):  # so has the original, up to here
+            expected.append(tuple(running))
+            running = []
+    assert list(plan.segments) == expected and not running
+    assert {group_of(each) for each in plan.segments if len(each) > 1} == {
+        group for group in plan.groups if len(group) > 1
+    }
+    assert {each[0] for each in plan.segments if len(each) == 1 < len(each[0])} == {*plan.merged}
 
 
 @pytest.mark.parametrize(

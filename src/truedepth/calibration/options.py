@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 SHORTEST = 2  # tokens per window: one is predicted
 
+IN_FLOAT32 = (
+    "Compute in float32: truedepth convert --compute-dtype float32, truedepth plan --dtype float32,"
+    " or Calibration(dtype=torch.float32) in Python."
+)
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -6,7 +6,7 @@ for, starting from the original's states, and through the stage, starting from t
 states so far. Each map is then the ridge regression from what the stage has to what the original
 computed:
 
-    maps that read    W_s ← W_s M_s,  M_s from x̂ to the normalised input that sub-layer s saw
+    maps that read    W_s ← W_s M_s,  M_s from the sub-layer's input to the one that it had there
     maps that write   all of the stage at once, from their joined inputs (the heads' outputs, the
                       gated activations) to what is missing to the original's state
 
@@ -15,7 +15,8 @@ its FFNs to y; x, A_i and y (the input, the attentions and the output) are the o
 earlier stages left uncorrected is thus part of what is missing, and each corrects as much as it
 can.
 
-The architecture does not change. Memory holds the weights of one segment, the sums over tokens of
+Inputs are what maps read, behind their norm and its gain; a wide layer's gains are ones. Norms and
+the architecture do not change. Memory holds the weights of one segment, the sums over tokens of
 the maps that are solved together, and a few hidden states per token.
 """
 
@@ -133,8 +134,8 @@ class Calibrator:
             sublayers: What it becomes.
 
         Returns:
-            What the maps of each of the original's sub-layers read, before any gain that is folded
-            into them; and `x + Σ_i A_i`. All `[fitted windows, length, hidden]`.
+            What the maps of each of the original's sub-layers read, by the norm of what each
+            becomes; and `x + Σ_i A_i`. All `[fitted windows, length, hidden]`.
         """
         walk = self.walk
         count, group = len(self._held), group_of(segment)
@@ -240,7 +241,7 @@ class Calibrator:
         return self._family.sublayers[KINDS.index(sublayer.kind)]
 
     def _normalised(self, sublayer: LoadedSublayer, x: Tensor) -> Tensor:
-        """What the maps of a sub-layer read, before any gain that is folded into them."""
+        """What the maps of a sub-layer read."""
         norm = self._names(sublayer).norm
         if norm is None:
             return x

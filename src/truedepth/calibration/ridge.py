@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from truedepth.calibration.options import IN_FLOAT32
 from truedepth.errors import TruedepthError
 
 LAMBDAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -88,10 +89,7 @@ class Regression:
         prior = prior.to(self._gram)
         if not self._gram.isfinite().all() or not self._cross.isfinite().all():
             raise TruedepthError(
-                "The activations on the calibration text are not finite. Compute in float32:"
-                " truedepth convert --compute-dtype float32, truedepth plan --dtype float32, or"
-                " Calibration(dtype=torch.float32) in Python.",
-                1,
+                f"The activations on the calibration text are not finite. {IN_FLOAT32}", 1
             )
         before = after = float("nan")
         penalty = lambdas[0]

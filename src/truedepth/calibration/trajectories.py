@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -87,7 +88,7 @@ class Walk:
     def allocate(self, windows: int) -> Tensor:
         """One vector per token: `[windows, length, hidden]`, zeros."""
         shape = (windows, self._ids.shape[1], self.stack.hidden_size)
-        if self._workspace is None:
+        if self._workspace is None or not windows:  # no file is empty
             return torch.zeros(shape, dtype=self._activation_dtype)
         try:
             return mapped(self._workspace, None, shape, self._activation_dtype)
@@ -126,17 +127,16 @@ class Walk:
 
         The names are the original's; those of a wide layer are those of its first member.
         """
-        named: dict[int, Mapping[str, LazyTensor]] = {}
+        tensors: dict[int, dict[str, LazyTensor]] = defaultdict(dict)
         if group := group_of(segment):
-            named[group[0]] = self.layout.wide_layer(group, torch.float32)
+            tensors[group[0]] |= self.layout.wide_layer(group, torch.float32)
         else:
             for each in sublayers_of(segment):
-                folded = self.layout.folded(each, torch.float32)
-                named[each.layer] = {**named.get(each.layer, {}), **folded}
+                tensors[each.layer] |= self.stack.sublayer_tensors(each)
         return {
-            self._prefix(layer) + name: tensor.read().float()
-            for layer, tensors in named.items()
-            for name, tensor in tensors.items()
+            self._prefix(layer) + name: tensor.read().to(torch.float32, copy=True)
+            for layer, named in tensors.items()
+            for name, tensor in named.items()
         }
 
     def loaded(

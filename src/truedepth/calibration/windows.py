@@ -116,7 +116,7 @@ def tokens_needed(source: Source, segments: Iterable[Segment]) -> int:
         for kind, name in zip(KINDS, source.family.writes, strict=True)
     }
     stages = (stage for segment in segments for stage in segment)
-    return max(sum(columns[each.kind] for each in stage) for stage in stages)
+    return max((sum(columns[each.kind] for each in stage) for stage in stages), default=0)
 
 
 def _mixed(parts: Sequence[Tensor], seed: int, count: int | None = None) -> Tensor:

@@ -195,6 +195,7 @@ def _plain(
     option = known.get(name, Option(name, ""))
     if limits := tuple(each for each in metadata if isinstance(each, Bounds)):
         option = replace(option, metadata=limits)
+    words = next((each.words for each in option.metadata if isinstance(each, OneOf)), ())
     info = next((copy(each) for each in metadata if isinstance(each, ParameterInfo)), None)
     default = given.default
     if default is EMPTY and not isinstance(info, ArgumentInfo):
@@ -203,6 +204,8 @@ def _plain(
         info = _switch(given.name) if default is False else typer.Option()
     if panel := next((each.title for each in metadata if isinstance(each, Panel)), None):
         info.rich_help_panel = panel
+    if words and type_ is str:  # refused in a sentence, shown like the choices of typer
+        info.metavar = f"<{'|'.join(words)}>"
     return _Parameter(given.name, type_, default, info, option)
 
 

@@ -58,7 +58,7 @@ def plan(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Picture of the loss against effective depth: .png or .svg.", callback=writable
+            help="Picture of the loss against all-reduces: .png, .svg or .pdf.", callback=writable
         ),
     ] = None,
     allow_pickle: bool,
@@ -133,8 +133,8 @@ def convert(
         str | None,
         PLAN,
         typer.Option(
-            help="Let every FFN of this span run beside the next layer's attention: one all-reduce"
-            " less for each, at less loss than pairs of layers."
+            help="In this span (14-27) let every FFN but the last run beside the next layer's"
+            " attention: one all-reduce less for each, at less loss than pairs of layers."
         ),
     ] = None,
     plan: Annotated[Path | None, PLAN, typer.Option(help="Plan file (YAML) to apply.")] = None,
@@ -176,6 +176,8 @@ def convert(
     calibrate = searched if calibrate is None else calibrate
     if budget is not None and not searched:
         raise TruedepthError("--budget goes with --max-loss, --all-reduces, --depth and --pairs.")
+    if form != "auto" and not searched:
+        raise TruedepthError("--form goes with --max-loss, --all-reduces, --depth and --pairs.")
     _check_needed(calibration, searched, calibrate)
     limit = parse_loss(max_loss) if max_loss is not None else None
     chosen = Plan.from_yaml(plan) if plan is not None else None
@@ -183,19 +185,17 @@ def convert(
     span = parse_span(given) if given is not None else None
     options = calibration.over()
 
-    from truedepth.calibration.windows import given_text
+    from truedepth.calibration.windows import given_text, tokens_needed
     from truedepth.conversion import check_conversion
     from truedepth.conversion import convert as convert_model
     from truedepth.planning.candidates import segments_to_merge
     from truedepth.planning.search import search
     from truedepth.report.conversion import print_conversion
+    from truedepth.text import window_of
     from truedepth.widening.layout import Layout
 
     source = trusted(model, allow_pickle, trust_remote_code)
     check_conversion(source, out, force, pad_heads)
-    if calibrate and searched:
-        original = Layout(source, Plan(source.num_layers))
-        given_text(source, options, segments_to_merge(original, form, max_group, max_run))
     found = None
     if span is not None and staggered is not None:
         chosen = Plan.staggered(source.num_layers, *span)
@@ -204,6 +204,14 @@ def convert(
     elif pairs == 0:
         chosen = Plan(source.num_layers)
     elif searched:
+        original = Layout(source, Plan(source.num_layers))
+        merges = "pairs" if pairs is not None else form
+        segments = segments_to_merge(original, merges, max_group, max_run)
+        refitted = [each for each in segments if original.is_merged(each)]
+        if calibrate and refitted:
+            given_text(source, options, refitted)
+        window = window_of(source, options.window)
+        needed = tokens_needed(source, refitted) + window  # in whole windows
         found = search(
             source,
             pairs=pairs,
@@ -214,12 +222,18 @@ def convert(
             max_group=max_group,
             max_run=max_run,
             calibrate=calibrate,
-            calibration=replace(
-                options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * (options.window or 0))
-            ),
+            calibration=replace(options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * window, needed)),
             budget=budget,
         )
         chosen = found.plan
+        layout = Layout(source, chosen)
+        if calibrate and not any(map(layout.is_merged, layout.segments)):
+            print(
+                "truedepth: note: nothing of the plan can be calibrated: its layers run side by"
+                " side as they are.",
+                file=sys.stderr,
+            )
+            calibrate = False
     assert chosen is not None  # one of the five was given
     if chosen.model not in (None, model, source.name):
         print(f"truedepth: note: the plan was made for {chosen.model}.", file=sys.stderr)

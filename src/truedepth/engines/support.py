@@ -22,7 +22,7 @@ def refused_by(family: str, side_by_side: bool, stages: bool = False) -> dict[st
         reason = "" if family in families else "not for this family"
         if side_by_side and not reason:
             reason = "not with layers side by side"
-        if stages and not reason:
+        if stages and not reason and engine != "vLLM":
             reason = "not with stages of sub-layers"
         reasons[engine] = reason
     return reasons

@@ -1,15 +1,25 @@
-"""What a search may merge, by form."""
+"""What a search may merge, by form, and which of it is worth refitting."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from truedepth.plan.stages import FFN, Segment, Sublayer, group_of, group_segment
+from truedepth.plan.choose import Costs, cheapest_plans
+from truedepth.plan.stages import (
+    FFN,
+    Segment,
+    Sublayer,
+    group_of,
+    group_segment,
+    sublayers_of,
+)
 from truedepth.widening.layout import Layout
 
 STAGGERED, BLOCKS, RUNS, PAIRS = "staggered", "blocks", "runs", "pairs"
 FORMS = (PAIRS, STAGGERED, BLOCKS, RUNS)
 """`[F14 A15]`, `[A14 F14]`, longer stages, and groups of layers."""
+
+HOPELESS = 2  # times the loss of other merges in the same place
 
 
 def form_of(segment: Segment) -> str:
@@ -46,3 +56,30 @@ def _stages(num_layers: int, most: int) -> Iterator[Segment]:
     for size in range(2, most + 1):
         for first in range(2 * num_layers - size + 1):
             yield (tuple(Sublayer.at(position) for position in range(first, first + size)),)
+
+
+def promising(num_layers: int, raw: Costs) -> list[Segment]:
+    """The merges that are worth refitting, by what each loses as it is.
+
+    One is not if others in its place, a sub-layer more at either side, save as many stages and lose
+    less than `1 / HOPELESS` of its loss: refitting repairs forms alike, within that factor.
+
+    Args:
+        num_layers: Of the original.
+        raw: What every merge loses, as it is.
+    """
+    return [s for s, loss in raw.items() if loss <= HOPELESS * _least(num_layers, s, raw)]
+
+
+def _least(num_layers: int, segment: Segment, raw: Costs) -> float:
+    """The least loss with which merges in a segment's place save as many stages as it does."""
+    first, *_, last = sublayers_of(segment)
+    near = {
+        other: loss
+        for other, loss in raw.items()
+        if first.position - 1 <= other[0][0].position
+        if sublayers_of(other)[-1].position <= last.position + 1
+    }
+    saved = len(sublayers_of(segment)) - len(segment)
+    (plan,) = cheapest_plans(num_layers, near)[2 * num_layers - saved]
+    return sum(near.get(each, 0.0) for each in plan.segments)

@@ -15,17 +15,17 @@ from torch import Tensor
 from truedepth.calibration.options import Calibration
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.trajectories import layer_stack, walk_through
-from truedepth.calibration.windows import calibration_windows
+from truedepth.calibration.windows import calibration_windows, given_text
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import loss_of
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import Segment, sublayers_of
 from truedepth.progress import progress_bar
-from truedepth.sources.source import Source
 from truedepth.widening.layout import Layout
 
-MEASURED_WINDOWS = 16
+MEASURED_WINDOWS = 16  # of the text, for whole plans
+ALONE_WINDOWS = 8  # of these, for each merge alone
 AT_ONCE = 32  # segments per walk: the states of each are kept to the walk's end
 
 
@@ -43,24 +43,29 @@ class Scorer:
     """Measures segments and plans of one original on one text."""
 
     def __init__(
-        self, source: Source, options: Calibration, segments: Callable[[Layout], Sequence[Segment]]
+        self,
+        layout: Layout,
+        options: Calibration,
+        segments: Sequence[Segment],
+        refitted: Sequence[Segment],
     ) -> None:
         """Cut the text into windows.
 
         Args:
-            source: The original.
+            layout: The original's.
             options: The text, and where and how to compute.
-            segments: What may be merged, given the original's layout.
+            segments: What may be merged, in the order of the first sub-layers.
+            refitted: Those of them that may be refitted.
 
         Raises:
             TruedepthError: The text is too short, or options do not fit.
         """
-        self._source, self._options = source, options
-        self._layout = Layout(source, Plan(source.num_layers))
-        self.segments = segments(self._layout)
-        """What may be merged, in the order of the first sub-layers."""
-
-        self._text = calibration_windows(source, options, self.segments, MEASURED_WINDOWS)
+        source = layout.source
+        self._layout, self._options, self.segments = layout, options, segments
+        if refitted:
+            self._text = calibration_windows(source, options, refitted, MEASURED_WINDOWS)
+        else:
+            self._text, _ = given_text(source, options, (), MEASURED_WINDOWS)
         self._window = self._text.window
         if not len(self._text.measured) or not len(self._text.check):
             raise TruedepthError(
@@ -99,7 +104,8 @@ class Scorer:
         """`alone` in one walk."""
         text = self._text
         fitted = text.fitted if refitted else text.fitted[:0]
-        walk = walk_through(self._stack, self._layout, fitted, text.measured, self._options)
+        measured = text.measured[:ALONE_WINDOWS]
+        walk = walk_through(self._stack, self._layout, fitted, measured, self._options)
         calibrator = Calibrator(walk)
         states: dict[Segment, Tensor] = {}
         ends = {segment: sublayers_of(segment)[-1] for segment in segments}
@@ -124,9 +130,10 @@ class Scorer:
             refitted: Whether segments are refitted, from the first to the last.
             check: Called before every segment; what it raises ends the work.
         """
-        text, layout = self._text, Layout(self._source, plan)
+        text, layout = self._text, Layout(self._layout.source, plan)
+        fitted = text.fitted if refitted else text.fitted[:0]
         both = torch.cat([text.measured, text.check])
-        walk = walk_through(self._stack, layout, text.fitted, both, self._options)
+        walk = walk_through(self._stack, layout, fitted, both, self._options)
         calibrator = Calibrator(walk)
         title = f"A plan of {plan.all_reduces} stages"
         with progress_bar(title, len(layout.segments)) as advance:

@@ -15,25 +15,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
-from truedepth.calibration.options import Calibration
+from truedepth.calibration.options import IN_FLOAT32, Calibration
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, OneOf, checked
-from truedepth.plan.choose import cheapest_plans
+from truedepth.plan.choose import Costs, cheapest_plans
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import Segment
 from truedepth.planning.budget import Budget, OutOfTimeError
-from truedepth.planning.candidates import FORMS, PAIRS, form_of, segments_to_merge
+from truedepth.planning.candidates import FORMS, PAIRS, form_of, promising, segments_to_merge
 from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
+from truedepth.widening.layout import Layout
 
 NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
-HOPELESS = 5  # a merge that loses more than HOPELESS medians of its form is not refitted
+CANDIDATES = 3  # plans of least predicted loss that are tried at a number of stages
 SCORING = 0.6  # the share of the time after which plans are measured
 
 
@@ -123,7 +123,6 @@ def search(
     max_run: Annotated[int, Bounds(2)] = 3,
     calibrate: bool = True,
     calibration: Calibration | None = None,
-    candidates: Annotated[int, Bounds(1)] = 3,
     frontier: bool = False,
     budget: Annotated[float | None, Bounds(0)] = None,
 ) -> Search:
@@ -143,7 +142,6 @@ def search(
         max_run: Largest number of sub-layers in a stage that a search considers.
         calibrate: Refit the plans that are compared, for a conversion that will be calibrated.
         calibration: Text and tokens that plans are refitted on; default: `SEARCH_CALIBRATION`.
-        candidates: Plans of least predicted loss to measure, of the number of stages chosen.
         frontier: Also measure a plan of each of the other numbers of stages.
         budget: Minutes after which the search takes the best plan so far. Default: no limit.
 
@@ -153,17 +151,17 @@ def search(
     source = open_source(model)
     if sum(goal is not None for goal in (pairs, depth, all_reduces, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of pairs, depth, all_reduces, max_loss.")
+    original = Layout(source, Plan(source.num_layers))
     form = PAIRS if pairs is not None else form
+    segments = segments_to_merge(original, form, max_group, max_run)
     wanted = _stages_wanted(source.num_layers, pairs, depth, all_reduces)
+    _check_reach(source, segments, wanted)
+    refitted = [each for each in segments if original.is_merged(each)] if calibrate else []
+    calibrate = bool(refitted)
     clock = Budget(budget)
-    scorer = Scorer(
-        source,
-        calibration or SEARCH_CALIBRATION,
-        partial(segments_to_merge, form=form, max_group=max_group, max_run=max_run),
-    )
-    _check_reach(source.num_layers, scorer.segments, wanted)
+    scorer = Scorer(original, calibration or SEARCH_CALIBRATION, segments, refitted)
     searcher = _Searcher(scorer, source.num_layers, calibrate, clock)
-    searcher.score(candidates)
+    searcher.score()
     if wanted is not None:
         chosen = searcher.best_of(wanted)
     else:
@@ -182,7 +180,7 @@ def _stages_wanted(
         depth = num_layers - pairs
     if depth is None:
         return all_reduces
-    if not (2 * depth).is_integer():
+    if 2 * depth % 1:
         raise TruedepthError(
             f"An effective depth of {depth:g} is not half a number of stages; give one such as"
             " 23 or 22.5."
@@ -190,16 +188,25 @@ def _stages_wanted(
     return int(2 * depth)
 
 
-def _check_reach(num_layers: int, segments: Sequence[Segment], wanted: int | None) -> None:
+def _check_reach(source: Source, segments: Sequence[Segment], wanted: int | None) -> None:
     """Refuse a number of stages that no plan of these merges has."""
-    reached = cheapest_plans(num_layers, dict.fromkeys(segments, 0.0))
-    del reached[2 * num_layers]
-    if wanted is not None and wanted not in reached:
-        step = "" if len(reached) == max(reached) - min(reached) + 1 else ", in steps of 2"
+    reached = cheapest_plans(source.num_layers, dict.fromkeys(segments, 0.0))
+    stages, *fewer = reached
+    if not fewer:
+        raise TruedepthError(f"{source.name} has one layer, and no two can run together.")
+    if wanted is not None and wanted not in fewer:
+        most, least = fewer[0], fewer[-1]
+        said = f"{least} to {most}" if least < most else f"{most}"
+        step = "" if len(fewer) == most - least + 1 else ", in steps of 2"
+        subject = "1 all-reduce is" if wanted == 1 else f"{wanted} all-reduces are"
         raise TruedepthError(
-            f"{wanted} all-reduces (an effective depth of {wanted / 2:g}) are out of reach: these"
-            f" merges take the model's {2 * num_layers} to {min(reached)} to {max(reached)}{step}."
+            f"{subject} out of reach (an effective depth of {wanted / 2:g}): these merges leave"
+            f" {said} of the model's {stages}{step}."
         )
+
+
+def _finite(losses: Costs) -> dict[Segment, float]:
+    return {segment: loss for segment, loss in losses.items() if math.isfinite(loss)}
 
 
 class _Searcher:
@@ -218,36 +225,29 @@ class _Searcher:
 
         self._hopeless = 0
 
-    def score(self, count: int) -> None:
+    def score(self) -> None:
         """Every merge by itself, and from these the best plans of every number of stages."""
         in_time = partial(self._budget.check, SCORING)
         try:
             for segment, loss in self._scorer.alone(self._scorer.segments, False, in_time):
                 self._scores[segment] = Score(segment, loss, None)
             if self._calibrate:
-                promising = self._promising()
-                self._hopeless = len(self._scores) - len(promising)
-                for segment, loss in self._scorer.alone(promising, True, in_time):
+                raw = {segment: score.raw.kl for segment, score in self._scores.items()}
+                worth = promising(self._num_layers, _finite(raw))
+                self._hopeless = len(raw) - len(worth)
+                for segment, loss in self._scorer.alone(worth, True, in_time):
                     self._scores[segment] = replace(self._scores[segment], refitted=loss)
         except OutOfTimeError:
             if not self._scores:
                 raise self._budget.too_small() from None
-        costs = {segment: self._loss(segment).kl for segment in self._scores}
-        costs = {segment: kl for segment, kl in costs.items() if math.isfinite(kl)}
-        self.plans = cheapest_plans(self._num_layers, costs, count)
+        costs = _finite({segment: self._loss(segment).kl for segment in self._scores})
+        self.plans = cheapest_plans(self._num_layers, costs, CANDIDATES)
         del self.plans[2 * self._num_layers]
+        if not self.plans:
+            raise TruedepthError(f"No merge gives outputs that are finite. {IN_FLOAT32}", 1)
         for form in FORMS:
             own = {segment: kl for segment, kl in costs.items() if form_of(segment) == form}
             self._by_form[form] = cheapest_plans(self._num_layers, own)
-
-    def _promising(self) -> list[Segment]:
-        """The merges that are worth refitting: none loses much more than others of its form."""
-        raw = {segment: score.raw.kl for segment, score in self._scores.items()}
-        limits = {
-            form: HOPELESS * median(kl for segment, kl in raw.items() if form_of(segment) == form)
-            for form in {form_of(segment) for segment in raw}
-        }
-        return [segment for segment, kl in raw.items() if kl <= limits[form_of(segment)]]
 
     def _loss(self, segment: Segment) -> Loss:
         score = self._scores[segment]
@@ -268,6 +268,8 @@ class _Searcher:
     def best_of(self, stages: int) -> Plan:
         """The plan of least measured KL among the most promising of a number of stages."""
         if stages not in self.plans:
+            if self._budget.spent:
+                raise self._budget.too_small()
             raise TruedepthError(f"No merges that keep the model finite give {stages} stages.", 1)
         with contextlib.suppress(OutOfTimeError):
             for plan in self.plans[stages]:

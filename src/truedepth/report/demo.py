@@ -26,11 +26,14 @@ def print_demo(demo: Demo) -> None:
     )
     print()
     assert demo.speed.base is not None
+    counted = [
+        str(sum(each.collectives.calls.values())) if each.collectives else "-"
+        for each in (demo.speed.base, demo.speed.model)
+    ]
     print_rows(
         [
-            ("effective depth", str(plan.num_layers), str(plan.effective_depth)),
             (
-                "all-reduces per token, tensor-parallel",
+                "all-reduces per token over several ranks",
                 str(plan.unpaired.all_reduces),
                 str(done.executed_plan.all_reduces),
             ),
@@ -38,26 +41,31 @@ def print_demo(demo: Demo) -> None:
             ("excess loss, nats per token", "", excess_text(measured)),
             ("KL from the original, nats per token", "", f"{measured.kl:.4f}"),
             ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
-            (
-                f"decode on this {demo.device}, tokens/s",
-                _rate(demo.speed.base),
-                _rate(demo.speed.model),
-            ),
+            (f"tokens per second, {_where(demo)}", _rate(demo.speed.base), _rate(demo.speed.model)),
+            *([("all-reduces counted per token", *counted)] if demo.ranks > 1 else []),
+            ("speed-up", "", f"{demo.speed.speedup:.2f}x"),
         ],
-        header=("", "original", "layer-parallel"),
+        header=("", "original", "fewer steps"),
     )
     print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
-    print("One device has no all-reduces to save; the gain comes with tensor parallelism.")
+    if demo.ranks == 1:
+        print("One rank has no all-reduces to save; the gain comes with tensor parallelism.")
     print(f"\n{demo.prompt}\n")
     width = min(console().width, 100) // 2 - 1
     console().print(
         Columns(
             [
                 Panel(demo.answer_before or "(nothing)", title="original", width=width),
-                Panel(demo.answer_after or "(nothing)", title="layer-parallel", width=width),
+                Panel(demo.answer_after or "(nothing)", title="fewer steps", width=width),
             ]
         )
     )
+
+
+def _where(demo: Demo) -> str:
+    """For example `2 tensor-parallel ranks on cpu`."""
+    ranks = f"{demo.ranks} tensor-parallel ranks" if demo.ranks > 1 else "one process"
+    return f"{ranks} on {demo.device}"
 
 
 def _rate(timing: Timing) -> str:

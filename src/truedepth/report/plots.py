@@ -32,8 +32,9 @@ def check_plot(path: Path) -> None:
 def plot_frontier(found: Search, path: Path) -> None:
     """Draw measured losses with standard errors, and for all plans the sum of merges' losses."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
     for form in (*FORMS, "any"):
         sums = [
@@ -43,7 +44,9 @@ def plot_frontier(found: Search, path: Path) -> None:
             if found_sum is not None
         ]
         if sums:
-            axes.plot(*zip(*sums, strict=True), ":", label=f"sum of the merges' losses, {form}")
+            color = "black" if form == "any" else None
+            label = f"sum of merges, {form}"
+            axes.plot(*zip(*sums, strict=True), ".:", color=color, label=label)
     known = [(p.plan.all_reduces, p.measured) for p in found.frontier if p.measured]
     axes.errorbar(
         [stages for stages, _ in known],
@@ -55,10 +58,10 @@ def plot_frontier(found: Search, path: Path) -> None:
         label="measured" + (", refitted" if found.calibrated else ", not refitted"),
     )
     axes.plot(
-        found.plan.all_reduces, found.check.excess, "x", color="tab:red", label="held-out text"
+        found.plan.all_reduces, found.check.excess, "D", color="tab:red", label="held-out text"
     )
     if found.max_loss is not None:
-        axes.axhline(found.max_loss, color="tab:green", linewidth=1, label="limit")
+        axes.axhline(found.max_loss, color="tab:gray", linestyle="--", linewidth=1, label="limit")
     axes.set(
         title=f"{found.plan.model}: {found.plan.num_layers} layers",
         xlabel="all-reduces per token",
@@ -69,9 +72,10 @@ def plot_frontier(found: Search, path: Path) -> None:
     ticks = [tick for tick in TICKS if lowest <= tick <= highest]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=150)
 
 

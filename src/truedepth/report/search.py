@@ -22,14 +22,14 @@ def print_search(found: Search, out: Path) -> None:
     )
     forms = [form for form in FORMS if any(form in point.by_form for point in found.frontier)]
     print(
-        "\nExcess loss in nats per token, by number of all-reduces: the sum over the merges of the"
-        "\nbest plan, in one form alone and in any, and what whole plans lose:\n"
+        "\nExcess loss in nats per token, by number of all-reduces (twice the effective"
+        "\ndepth): the sum over the merges of the best plan in one form alone and in any,"
+        "\nand what whole plans lose:\n"
     )
     print_rows(
         [
             (
                 str(point.plan.all_reduces),
-                f"{point.plan.effective_depth:g}",
                 *(_number(point.by_form.get(form)) for form in forms),
                 f"{point.predicted:.3f}",
                 loss_text(point.measured) if point.measured else "-",
@@ -37,7 +37,7 @@ def print_search(found: Search, out: Path) -> None:
             )
             for point in found.frontier
         ],
-        header=("all-reduces", "depth", *forms, "any", "measured", "KL"),
+        header=("all-reduces", *forms, "any", "measured", "KL"),
         words=(),
     )
 
@@ -62,7 +62,7 @@ def effort_text(found: Search) -> str:
     """What a search measured, and the time it took."""
     return (
         f"{len(found.scores)} merges"
-        + (f", {found.hopeless} of them hopeless," if found.hopeless else "")
+        + (f" ({found.hopeless} lose too much to be refitted)" if found.hopeless else "")
         + f" and {found.plans_measured} plans measured in {found.seconds / 60:.1f} min"
         f" ({found.forward_passes:,.0f} forward passes of one window)"
         + ("; stopped when time was up" if found.stopped else "")

@@ -112,13 +112,20 @@ class LayerStack:
             which: The original's.
             tensors: Its weights by name within the layer; default: the original's.
         """
-        kind, prefix = which.kind, self._family.layer.format(which.layer)
+        own = self.sublayer_tensors(which)
         layer = copy.deepcopy(self._model.base_model.layers[which.layer])
-        names = [name for name, _ in layer.named_parameters() if self._family.part_of(kind, name)]
-        if tensors is None:
-            tensors = {name: self._source.tensors[prefix + name] for name in names}
-        layer = self._filled(layer, tensors, names)
-        return LoadedSublayer(kind, which.layer, layer, self._form, self._count)
+        layer = self._filled(layer, own if tensors is None else tensors, own)
+        return LoadedSublayer(which.kind, which.layer, layer, self._form, self._count)
+
+    def sublayer_tensors(self, which: Sublayer) -> dict[str, LazyTensor]:
+        """The original's weights of an attention or an FFN and its norms, by name in the layer."""
+        prefix = self._family.layer.format(which.layer)
+        layer = self._model.base_model.layers[which.layer]
+        return {
+            name: self._source.tensors[prefix + name]
+            for name, _ in layer.named_parameters()
+            if self._family.part_of(which.kind, name)
+        }
 
     def wide_layer(self, group: tuple[int, ...], tensors: Mapping[str, LazyTensor]) -> nn.Module:
         """The wide layer that stands for a group, with these weights.

@@ -30,6 +30,14 @@ def check_accelerator(ranks: int, device: torch.device) -> None:
         )
 
 
+def possible_ranks(most: int, device: torch.device) -> int:
+    """The ranks that a device's machine can run at a time, each on a GPU or core of its own."""
+    if device.type == "cuda":
+        return min(most, torch.cuda.device_count())
+    alone = device.type != "cpu" or torch.cuda.is_available()
+    return 1 if alone else min(most, len(os.sched_getaffinity(0)))
+
+
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run `function(*arguments)` in every rank, and return the first rank's result.
 

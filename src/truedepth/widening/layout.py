@@ -195,25 +195,6 @@ class Layout:
         except TruedepthError as error:
             raise TruedepthError(f"Layers {list(group)} cannot be joined: {error}") from error
 
-    def folded(self, sublayer: Sublayer, dtype: torch.dtype | None = None) -> Layer:
-        """The tensors of a sub-layer whose norm has unit gain, by name within its layer.
-
-        Args:
-            sublayer: Of the original.
-            dtype: Dtype of the tensors; default: as in the source.
-
-        Raises:
-            TruedepthError: Its norm cannot be folded exactly.
-        """
-        family, layer = self.source.family, self._members[0][sublayer.layer]
-        folded = widen(family, [layer], dtype, self._original.to_dict())
-        kept = {name: layer[name] for name in layer if name.rpartition(".")[0] in family.head_norms}
-        return {
-            name: tensor.to(dtype or tensor.dtype)
-            for name, tensor in (folded | kept).items()
-            if family.part_of(sublayer.kind, name)
-        }
-
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The plan's segments; where attention and FFN read one state, layers are not parted."""

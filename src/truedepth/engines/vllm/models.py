@@ -1,4 +1,7 @@
-"""vLLM's own model classes with layers of different widths. Only vLLM imports this module."""
+"""vLLM's own model classes with layers of different widths, and with stages of sub-layers.
+
+Only vLLM imports this module.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from truedepth.engines.vllm.plugin import check_version
+from truedepth.engines.vllm.stages import merge_stages
 from truedepth.modeling import PREFIX, WIDENED
 
 check_version(vllm.__version__)
@@ -34,10 +38,6 @@ def layer_config(whole: Any, prefix: str) -> Any:
     if whole.side_by_side:
         raise ValueError(
             "vLLM does not run layers side by side, only wide layers; use transformers"
-        )
-    if whole.stages:
-        raise ValueError(
-            "vLLM does not run stages of sub-layers, only wide layers; use transformers"
         )
     width = whole.layer_widths[extract_layer_index(prefix)]
     if width == 1:
@@ -57,10 +57,11 @@ class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class TruedepthLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """vLLM's Llama with wide layers."""
+    """vLLM's Llama with wide layers and stages."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=WideLlamaDecoderLayer)
+        merge_stages(self.model, vllm_config.model_config.hf_config)
 
 
 class TruedepthMistralForCausalLM(TruedepthLlamaForCausalLM):
@@ -132,6 +133,7 @@ def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             with patch.object(holder, name, WideLayer):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
+            merge_stages(self.model, vllm_config.model_config.hf_config)
 
     Wide.__name__ = Wide.__qualname__ = f"{PREFIX}{base.__name__}"
     return Wide

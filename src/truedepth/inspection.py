@@ -19,9 +19,12 @@ from truedepth.widening.layout import Layout
 
 @dataclass(frozen=True)
 class Saving:
-    """What a number of pairs would save."""
+    """What a number of pairs would save, or of staggered stages."""
 
     pairs: int
+    staggered: int | None
+    """Stages such as `[F14 A15]` that save as much; None where no plan has so many of them."""
+
     paired_layers: int
     effective_depth: int | float
     all_reduces_per_token: int
@@ -59,8 +62,11 @@ class Info:
     side_by_side_reason: str
     """Why the first of them does not, as the end of a sentence."""
 
+    no_stages_reason: str
+    """Why sub-layers cannot share a stage, as the end of a sentence; empty if they can."""
+
     engines: dict[str, str]
-    """Every engine and why it does not run the model in groups; empty where it does."""
+    """Every engine and why it does not run the model converted; empty where it does."""
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -114,22 +120,25 @@ def inspect_model(model: str | Path | Source) -> Info:
         head_dim=head_dim(config.to_dict()),
         ffn=config.intermediate_size,
         quantization=source.quantization,
-        savings=() if converted else _savings(source),
+        savings=() if converted else _savings(layout),
         executed_plan=layout.executed_plan,
         side_by_side=tuple(reasons),
         side_by_side_reason=next(iter(reasons.values()), ""),
+        no_stages_reason="" if converted else layout.why_no_stages,
         engines=refused_by(family.model_type, refused, stages=bool(plan.merged)),
     )
 
 
-def _savings(source: Source) -> tuple[Saving, ...]:
+def _savings(original: Layout) -> tuple[Saving, ...]:
     """Plans that take away about 0, 10, 20, 30, 40 and 50 % of the depth."""
-    num_layers = source.num_layers
+    source, num_layers = original.source, original.plan.num_layers
+    most = 0 if original.why_no_stages else num_layers - 1
     counts = sorted({num_layers * tenth // 10 for tenth in range(5)} | {num_layers // 2})
     plans = [(pairs, Plan.late_pairs(num_layers, pairs)) for pairs in counts]
     return tuple(
         Saving(
             pairs,
+            2 * pairs if 2 * pairs <= most else None,
             plan.paired_layers,
             plan.effective_depth,
             Layout(source, plan).all_reduces,

@@ -13,6 +13,7 @@ import pytest
 from typer.main import get_command
 
 import truedepth as td
+from family_models import options_of
 from truedepth.cli import app as cli
 
 
@@ -26,7 +27,8 @@ def text(tmp_path):
 def test_info(run, make_model, tmp_path):
     code, out, _ = run("info", make_model(), "--json", tmp_path / "info.json", "--seed", "1")
     assert code == 0
-    assert "can be paired  layers 0 to 5" in out
+    assert "can be paired     layers 0 to 5" in out
+    assert "can share stages  any neighbours" in out
     data = json.loads((tmp_path / "info.json").read_text())
     assert data["plan"]["num_layers"] == 6
     assert data["kv_elements_per_token"] == 2 * 6 * 2 * 16
@@ -34,6 +36,27 @@ def test_info(run, make_model, tmp_path):
     assert data["parameters"] == sum(t.read().numel() for t in source.tensors.values())
     assert [saving["effective_depth"] for saving in data["savings"]] == [6, 5, 4, 3]
     assert [saving["all_reduces_per_token"] for saving in data["savings"]] == [12, 10, 8, 6]
+    assert [saving["staggered"] for saving in data["savings"]] == [0, 2, 4, None]  # 5 at most
+
+
+def test_info_of_stages(run, make_model, tmp_path):
+    plan = td.Plan(6, [[0, 1]], stages=[["F2", "A3"], ["F3", "A4"]])
+    td.convert(make_model(), tmp_path / "out", plan)
+    code, out, _ = run("info", tmp_path / "out", "--json", tmp_path / "info.json")
+    assert code == 0
+    rows = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    assert rows["plan"].strip() == "[0+1] · A2 [F2 A3] [F3 A4] F4 · 5"
+    assert rows["effective depth"].strip() == "6 -> 4"
+    assert rows["all-reduces"].strip() == "12 -> 8 per token with tensor parallelism"
+    assert "2 hold several sub-layers" in rows["stages"]
+    data = json.loads((tmp_path / "info.json").read_text())
+    assert data["plan"]["stages"] == data["run"]["stages"] == [["F2", "A3"], ["F3", "A4"]]
+
+
+def test_info_of_a_family_without_stages(run, make_model):
+    code, out, _ = run("info", make_model(**options_of("cohere")))
+    assert code == 0
+    assert "can share stages  none: attention and FFN" in out
 
 
 def test_info_needs_no_weights(run, make_model, tmp_path):
@@ -346,6 +369,19 @@ def test_a_note_where_the_plan_was_made_for_another_model(run, make_model, tmp_p
     code, _, err = run(*arguments)
     assert code == 0
     assert "note: the plan was made for someone/other" in err
+
+
+def test_a_converted_model_needs_no_import_of_ours_first(make_model, tmp_path):
+    """The command itself makes transformers know the checkpoint's classes."""
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, stages=[["F2", "A3"]]))
+    done = subprocess.run(
+        [sys.executable, "-m", "truedepth", "info", "out"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 -> 11" in done.stdout
 
 
 def test_terminals_without_unicode(make_model):

@@ -410,6 +410,16 @@ def test_sliding_windows(make_model, options, tmp_path):
     refused(converted(make_model, tmp_path, options, PAIRS), "no sliding window.* 64 tokens back")
 
 
+@pytest.mark.parametrize("kind", ["auto", "q4_k_m"])
+def test_stages_of_sublayers(make_model, tmp_path, monkeypatch, kind):
+    """Refused by the config alone, before weights are read and a quantizer is looked for."""
+    td.convert(make_model(), tmp_path / "out", td.Plan(6, [[0, 1]], stages=[["F2", "A3"]]))
+    monkeypatch.setattr("truedepth.runtime.llama_cpp.library", None)
+    monkeypatch.setattr("truedepth.sources.source.Source.tensors", None)
+    words = r"stages of sub-layers such as \[F2 A3\], .* truedepth convert MODEL OUT --form pairs"
+    refused(tmp_path / "out", words, type=kind)
+
+
 def test_norms_of_single_heads(pairs):
     """As Qwen3 has them."""
     tensors = load_file(pairs / "model.safetensors")

@@ -88,6 +88,17 @@ def test_two_ranks(make_model, tmp_path):
         assert 0 < after.share < 1
 
 
+def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
+    plan = td.Plan(6, stages=[["F0", "A1"], ["F1", "A2"], ["A4", "F4", "A5"]])
+    td.convert(make_model(), tmp_path / "out", plan)
+    assert plan.all_reduces == 8
+    for row in bench(tmp_path / "out", make_model(), ranks=2):
+        passes = row.case.length if row.case.task is Task.generate else 1
+        before, after = row.base.collectives, row.model.collectives
+        assert before.calls["all_reduce"] - after.calls["all_reduce"] == passes * (12 - 8)
+        assert before.calls["all_gather"] == after.calls["all_gather"] == passes
+
+
 def test_a_decoded_token_is_a_share_of_a_run(make_model, monkeypatch):
     monkeypatch.setattr(transformers, "stopwatch", lambda steps, device: (steps(), 8.0)[1])
     timed = transformers.TimedTransformersModel(td.load(make_model()).model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ TIMES = LayerTimes(layers={1: 5.0, 2: 8.0}, weights=3.0, rest=7.0, all_reduce=0.
 def timed(monkeypatch):
     """The arguments of what would be timed."""
     seen = []
-    monkeypatch.setattr(prediction, "layer_times", lambda *given: seen.append(given) or TIMES)
+    monkeypatch.setattr(prediction, "layer_times", lambda *given, **_: seen.append(given) or TIMES)
     return seen
 
 
@@ -36,6 +37,23 @@ def test_sums_of_layers_on_one_rank(make_model, timed):
     assert widths == [1, 2]
     assert case == Case(Task.decode, 9, 2)
     assert ranks == 1
+
+
+def test_sums_of_stages(make_model, monkeypatch, tmp_path):
+    """Each sub-layer that runs in the stage of another costs `shared` more, and no all-reduce."""
+    asked = []
+    times = replace(TIMES, shared=-0.25)
+    monkeypatch.setattr(prediction, "layer_times", lambda *_, **more: asked.append(more) or times)
+    plan = td.Plan(6, [[0, 1]], stages=[["F2", "A3", "F3"], ["A5", "F5"]])
+    found = td.predict(make_model(), plan, ranks=2, device="cpu")
+    assert found.before.weights + found.before.layers == 6 * 5
+    assert found.after.weights + found.after.layers == 8 + 4 * 5 - 3 * 0.25
+    assert found.before.all_reduces == 12 * 0.5
+    assert found.after.all_reduces == (12 - 2 - 3) * 0.5
+    td.convert(make_model(), tmp_path / "out", plan)
+    assert td.predict(tmp_path / "out", ranks=2, device="cpu").after == found.after
+    td.predict(make_model(), PLAN, ranks=2, device="cpu")
+    assert asked == [{"staggered": True}, {"staggered": True}, {"staggered": False}]
 
 
 def test_all_reduces_measured_between_ranks(make_model, timed):
@@ -80,7 +98,7 @@ def test_what_does_not_pay_is_called_so(make_model, timed, monkeypatch, capsys):
     print_prediction(found)
     assert "not pay" not in capsys.readouterr().out
     same = LayerTimes(layers={1: 5.0, 2: 10.0}, weights=4.9, rest=1.0, all_reduce=0, bandwidth=1)
-    monkeypatch.setattr(prediction, "layer_times", lambda *given: same)
+    monkeypatch.setattr(prediction, "layer_times", lambda *given, **_: same)
     found = td.predict(make_model(), PLAN, device="cpu")
     assert not found.pays
     print_prediction(found)
@@ -111,22 +129,32 @@ def test_layers_are_timed(make_model, ranks):
     path = make_model()
     config = unpaired_config(json.loads((path / "config.json").read_text()), ranks)
     case = Case(Task.decode, 4)
-    found = layer_times(config, path, [1, 2], case, "cpu", torch.float32, ranks, 1 << 16)
+    found = layer_times(
+        config, path, [1, 2], case, "cpu", torch.float32, ranks, 1 << 16, staggered=True
+    )
     assert found.layers.keys() == {1, 2}
+    assert found.shared != 0
     assert found.bandwidth > 0
     assert found.weights > 0
     assert (found.all_reduce > 0) == (ranks == 2)
 
 
 def test_times_of_layers_are_differences_of_stacks(make_model, monkeypatch):
-    """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5."""
+    """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5.
+
+    A shared stage takes 0.25 less than its sub-layers alone, and saves an all-reduce.
+    """
 
     class TimedStack:
         def __init__(self, model):
             self.widths = model.config.layer_widths
+            self.stages = model.config.stages or []
+            assert all(stage == [f"F{k}", f"A{k + 1}"] for k, stage in enumerate(self.stages))
+            assert len(self.stages) in (0, len(self.widths) - 1)
 
         def seconds(self, case):
-            return 4 + 0.5 + sum(2 * width + 1 + 2 * 0.5 for width in self.widths)
+            whole = 4 + 0.5 + sum(2 * width + 1 + 2 * 0.5 for width in self.widths)
+            return whole - len(self.stages) * (0.25 + 0.5)
 
         def collectives(self, case):
             calls = {"all_reduce": 2 * len(self.widths), "all_gather": 1}
@@ -136,8 +164,9 @@ def test_times_of_layers_are_differences_of_stacks(make_model, monkeypatch):
     monkeypatch.setattr(layer_timing, "TimedTransformersModel", TimedStack)
     path, case = make_model(), Case(Task.decode, 4)
     config = unpaired_config(json.loads((path / "config.json").read_text()), 1)
-    found = layer_times(config, path, [1, 2, 3], case, "cpu", torch.float32)
+    found = layer_times(config, path, [1, 2, 3], case, "cpu", torch.float32, staggered=True)
     assert found.layers == {1: pytest.approx(3), 2: pytest.approx(5), 3: pytest.approx(7)}
+    assert found.shared == pytest.approx(-0.25)
     assert found.all_reduce == pytest.approx(0.5)
     assert found.rest == pytest.approx(4.5)
 

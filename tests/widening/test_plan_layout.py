@@ -26,7 +26,7 @@ def test_what_is_written_is_laid_out_as_it_was_planned(make_model, tmp_path):
         assert written.layers == planned.layers
         assert written.executed_plan == planned.executed_plan == done.executed_plan
         assert written.all_reduces == planned.all_reduces
-        assert written.paired_layers == planned.paired_layers
+        assert written.shared_sublayers == planned.shared_sublayers
         assert written.kept_layers == planned.kept_layers
         assert written.tensors.keys() == planned.tensors.keys()
         assert {key: written.config[key] for key in planned.config} == planned.config
@@ -36,12 +36,13 @@ def test_groups_become_wide_layers_or_keep_their_places(make_model):
     wide = Layout(td.open_source(make_model()), PLAN)
     assert wide.layers == ((0,), (1,), (2,))
     assert wide.executed_plan == PLAN
-    assert (wide.all_reduces, wide.paired_layers, wide.kept_layers) == (6, {1, 2}, {0: 0})
+    assert (wide.all_reduces, wide.kept_layers) == (6, {0: 0})
+    assert " ".join(map(str, wide.shared_sublayers)) == "A1 F1 A2 F2"
     beside = Layout(td.open_source(make_model(**options_of("gemma2"))), PLAN)
     assert beside.layers == ((0,), (1, 2), (3, 4, 5))
     assert beside.executed_plan == Plan(6)
     assert beside.all_reduces == 12
-    assert beside.paired_layers == {1, 2, 3, 4, 5}
+    assert " ".join(map(str, beside.shared_sublayers)) == "A1 F1 A2 F2 A3 F3 A4 F4 A5 F5"
     assert beside.kept_layers == {index: index for index in range(6)}
 
 

@@ -8,9 +8,9 @@ from truedepth.sources.source import Source
 from truedepth.version import __version__
 
 TRAINED = {
-    "paired": "the wide layers were",
+    "paired": "{} were",
     "all": "all weights were",
-    "lora": "low-rank additions to the wide layers were",
+    "lora": "low-rank additions to {} were",
 }
 
 
@@ -34,10 +34,11 @@ def model_card(
     quantized = ""
     if source.quantization:
         quantized = f"\nThe source's weights were dequantized once from {source.quantization}.\n"
-    repaired = ""
+    repaired, together = "", _together(plan)
     if calibration:
         repaired = (
-            f"\nThe wide layers were refitted to the original in closed form, on {calibration}.\n"
+            f"\n{together[0].upper()}{together[1:]} were refitted to the original in closed form,"
+            f" on {calibration}.\n"
         )
         if check := calibration.check:
             repaired += (
@@ -48,10 +49,10 @@ def model_card(
         tokens = sum(healing.text.values())
         loss = healing.validation.after
         repaired += (
-            f"\nThen {TRAINED[healing.train]} trained toward the original on {tokens:,} tokens"
-            f" of {', '.join(healing.text)}.\nOn tokens of that text that it was not trained on,"
-            f" the loss is {loss['excess']:.4f} nats per token above the original's, the KL"
-            f" divergence from the original {loss['kl']:.4f} nats per token.\n"
+            f"\nThen {TRAINED[healing.train].format(together)} trained toward the original on"
+            f" {tokens:,} tokens of {', '.join(healing.text)}.\nOn tokens of that text that it was"
+            f" not trained on, the loss is {loss['excess']:.4f} nats per token above the"
+            f" original's, the KL divergence from the original {loss['kl']:.4f} nats per token.\n"
         )
     without = "" if healing else " without training"
     before = plan.unpaired.all_reduces
@@ -74,7 +75,7 @@ made by truedepth {__version__}{without}.
 | all-reduces per token under tensor parallelism | {before} | {all_reduces} |
 
 The number of weights and the size of the KV cache are the original's. The output is not:
-`truedepth eval THIS --against ORIGINAL` measures what pairing costs.
+`truedepth eval THIS --against ORIGINAL` measures what that costs.
 {repaired}{quantized}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,6 +89,14 @@ argument, transformers 5 asks about the model's. The licence is the original's.
 """
 
 
+def _together(plan: Plan) -> str:
+    """What runs together, as calibration and healing change it."""
+    if not plan.merged:
+        return "the wide layers"
+    wide = "the wide layers and " if plan.paired_layers else ""
+    return f"{wide}the sub-layers that share a stage"
+
+
 def _what_runs_together(plan: Plan) -> str:
     parts = []
     if plan.paired_layers or not plan.merged:
@@ -97,7 +106,7 @@ def _what_runs_together(plan: Plan) -> str:
         )
     if plan.merged:
         parts.append(
-            f"with {len(plan.merged)} stages in which sub-layers (A: attention, F: FFN) read one"
-            " state"
+            f"with {len(plan.merged)} stage{'s' * (len(plan.merged) > 1)} in which sub-layers (A:"
+            " attention, F: FFN) read one state"
         )
     return ", and\n".join(parts)

@@ -69,7 +69,7 @@ class CalibrationRecord:
     """Loss on windows that nothing was fitted to; None if no windows were set aside."""
 
     held_out_errors: dict[str, dict[str, MapError]]
-    """Errors by group (`14+15`) and map."""
+    """Errors by group (`14+15`) or stage (`F14 A15`), and map."""
 
     @classmethod
     def from_dict(cls, data: Data) -> CalibrationRecord:

@@ -71,7 +71,7 @@ def info(
         DType, typer.Option(help="Dtype assumed when printing sizes; auto: bfloat16.")
     ] = DType.auto,
 ) -> None:
-    """Show what a model is, which layers can be paired, and what a plan would save."""
+    """Show what a model is, what of it can run together, and what a plan would save."""
     from truedepth.inspection import inspect_model
     from truedepth.report.inspection import print_info
 

@@ -39,7 +39,7 @@ def heal(
     force: bool,
     json_path: JsonPath = None,
 ) -> None:
-    """Train the wide layers of CKPT toward the original.
+    """Train what CKPT runs together toward the original.
 
     Run the same command again to resume an interrupted run.
     """

@@ -114,7 +114,7 @@ def predict(
     device: Device = None,
     dtype: Fast = DType.auto,
 ) -> None:
-    """Predict the time per token before and after pairing, on this machine."""
+    """Predict the time per token before and after, on this machine."""
     if plan is not None and depth is not None:
         raise TruedepthError("Say what to pair with one of --plan and --depth.")
     if link is not None and tp == 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from truedepth.families.lookup import all_families
 
 
+@cache
 def register() -> None:
     """Register every family's classes with AutoConfig, AutoModel and AutoModelForCausalLM."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -3,8 +3,9 @@
     loss = (1 - a) τ² KL(original ‖ student) + a NLL of the next token + b error of hidden states
 
 KL compares the predictions at temperature τ, in nats per token. The error compares the outputs h of
-the wide layers with the original's h*: ‖h - h*‖² / ‖h*‖² per token, averaged over layers and
-tokens. The logits of all tokens are never in memory at once.
+the wide layers, and of those with a sub-layer in a stage of several, with the original's h*:
+‖h - h*‖² / ‖h*‖² per token, averaged over layers and tokens.
+The logits of all tokens are never in memory at once.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ class Distillation(nn.Module):
         self.student = student
         self._teacher, self._validation = teacher, validation
         self._objective = objective
+        sharing = {each.layer for each in layout.shared_sublayers}
         self._alike = [
             (layers[-1] + 1, group[-1] + 1)
             for group, layers in zip(layout.plan.groups, layout.layers, strict=True)
-            if group[1:]
+            if layers[-1] in sharing
         ]
 
     def forward(self, input_ids: Tensor, number: Tensor, measure: bool = False) -> Tensor:
@@ -88,7 +90,7 @@ class Distillation(nn.Module):
         )
         loss = summed / len(targets)
         if hidden:
-            errors = [_relative_error(outputs[i], wanted[j]) for i, j in self._alike]
+            errors = [_relative_error(_added_up(outputs[i]), wanted[j]) for i, j in self._alike]
             loss = loss + objective.hidden * torch.stack(errors).mean()
         return loss
 
@@ -172,6 +174,11 @@ class _HeadLoss(torch.autograd.Function):
         slopes, *sums = (outer[0] * each for each in ctx.saved_tensors)
         rest = iter(sums)
         return (slopes, None, None, None, *(next(rest) if had else None for had in ctx.trained))
+
+
+def _added_up(output: Tensor) -> Tensor:
+    """The stream behind a layer; one at whose end a stage is open passes on x and a sum."""
+    return output.sum(0) if output.ndim == 4 else output
 
 
 def _relative_error(states: Tensor, wanted: Tensor) -> Tensor:

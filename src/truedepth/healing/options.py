@@ -78,7 +78,7 @@ class Objective:
     """Temperature τ of the KL divergence."""
 
     hidden: Annotated[float, Bounds(0), TRAINED] = 0.0
-    """Weight b of the hidden-state error of the wide layers."""
+    """Weight b of the error of the hidden states behind what runs together."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,11 +88,11 @@ class Train(StrEnum):
     """Which parameters are trained."""
 
     paired = "paired"
-    """All parameters of the wide layers."""
+    """All parameters of the wide layers, and of the sub-layers that share a stage."""
 
     all = "all"
     lora = "lora"
-    """Low-rank additions to the linear maps of the wide layers."""
+    """Low-rank additions to the linear maps of the same."""
 
 
 class LearningRateSchedule(StrEnum):
@@ -126,8 +126,8 @@ class Healing:
     kept."""
 
     train: Annotated[Train, TRAINED] = Train.paired
-    """Which parameters to train: those of the wide layers (paired), all, or LoRA on the wide
-    layers."""
+    """Which parameters to train: those of the wide layers and of the sub-layers that share a stage
+    (paired), all, or LoRA on the same."""
 
     rank: Annotated[int, Bounds(1), TRAINED] = 16
     """Rank of LoRA."""

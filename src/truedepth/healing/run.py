@@ -1,9 +1,10 @@
-"""Healing: trains the wide layers of a checkpoint back toward the original.
+"""Healing: trains what a checkpoint runs together back toward the original.
 
 Calibration gives every linear map the best weights that sums over tokens can give it; to improve
 further, the layers must change together. The student learns the original's predictions, and by
-default only its wide layers are trained. A run keeps its text and its state in a directory next to
-its output until it is done; the same call resumes an interrupted run.
+default only its wide layers and the sub-layers that share a stage are trained. A run keeps its text
+and its state in a directory next to its output until it is done; the same call resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from truedepth.healing.teacher import KeptPredictions, Original, Teacher
 from truedepth.healing.text import TrainingText, training_text
 from truedepth.healing.training import last_whole, passes_per_step, run_training
 from truedepth.plan.config import plan_of
-from truedepth.plan.stages import said
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
@@ -358,13 +358,10 @@ def _check(source: Source, original: Source) -> None:
         raise TruedepthError(
             f"{source.path} is a GGUF file; heal the checkpoint it was exported from."
         )
-    if plan.merged:
+    if plan == plan.unpaired:
         raise TruedepthError(
-            f"{source.path} runs stages of sub-layers ({said(plan.merged[0])}), which cannot be"
-            " healed; heal a checkpoint of groups of layers."
+            f"Every sub-layer of {source.path} runs alone: there is nothing to heal."
         )
-    if not plan.paired_layers:
-        raise TruedepthError(f"No layers of {source.path} are paired: there is nothing to heal.")
     if plan_of(original.config) is not None or original.num_layers != plan.num_layers:
         raise TruedepthError(
             f"{original.name} is not the original of {source.path}, which was made from a model of"

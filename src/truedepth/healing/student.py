@@ -1,4 +1,4 @@
-"""The model that is trained, all of it or its wide layers, and the original that shares with it."""
+"""The model that is trained, whole or where it is merged, and the original that shares with it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from truedepth.errors import TruedepthError
 from truedepth.families.family import Family
 from truedepth.healing.options import Train
+from truedepth.plan.stages import KINDS, Sublayer
 from truedepth.runtime.empty import filled_model
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
@@ -74,14 +75,28 @@ def original_beside(
 
 def is_trained(family: Family, layout: Layout, train: Train) -> Callable[[str], bool]:
     """Whether the parameter of that name is trained; with LoRA, none of the checkpoint's is."""
-    paired = layout.paired_layers
-    return lambda name: (
-        train is Train.all or (train is Train.paired and family.split(name)[0] in paired)
-    )
+    shares = shares_a_stage(family, layout)
+    return lambda name: train is Train.all or (train is Train.paired and shares(name))
+
+
+def shares_a_stage(family: Family, layout: Layout) -> Callable[[str], bool]:
+    """Whether the module or tensor of that name is of a sub-layer that shares a stage.
+
+    Those of wide layers do, and so do those of layers side by side.
+    """
+    sharing = set(layout.shared_sublayers)
+
+    def shares(name: str) -> bool:
+        layer, rest = family.split(name)
+        return layer is not None and any(
+            Sublayer(layer, kind) in sharing and family.part_of(kind, rest) for kind in KINDS
+        )
+
+    return shares
 
 
 def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int) -> Any:
-    """Add low-rank matrices to the linear maps of the wide layers, in place.
+    """Add low-rank matrices to the linear maps of the sub-layers that share a stage, in place.
 
     Returns:
         peft's configuration.
@@ -93,10 +108,10 @@ def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise TruedepthError("LoRA needs peft: `pip install truedepth[heal]`.") from error
-    maps = "|".join(map(re.escape, (*family.reads, *family.writes)))
-    paired = sorted(layout.paired_layers)
-    layers = "|".join(re.escape(family.layer.format(index)) for index in paired)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({layers})({maps})")
+    maps, shares = (*family.reads, *family.writes), shares_a_stage(family, layout)
+    names = [name for name, _ in student.named_modules() if family.split(name)[1] in maps]
+    targets = "|".join(re.escape(name) for name in names if shares(name))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     inject_adapter_in_model(config, student)
     for name, parameter in student.named_parameters():
         added = LORA_DOWN in name or LORA_UP in name

@@ -11,7 +11,7 @@ from truedepth.tensors import dtype_name
 
 
 def print_info(info: Info, dtype: torch.dtype | None) -> None:
-    """Print what a model is and what pairing would save; sizes for `dtype`, default bfloat16."""
+    """Print what a model is and what plans would save; sizes for `dtype`, default bfloat16."""
     dtype = dtype or torch.bfloat16
     name = dtype_name(dtype)
     weights, cache = info.parameters * dtype.itemsize, info.kv_elements_per_token * dtype.itemsize
@@ -33,13 +33,18 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         print_rows([*rows, *plan_rows(plan, info.executed_plan), *_side_by_side_rows(info)])
         return
     paired = f"layers 0 to {plan.num_layers - 1}, in groups of any size (exact)"
-    print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info)])
-    print("\nWhat pairing would save (weights and KV cache keep their size):\n")
+    shared = "any neighbours, such as an FFN and the next attention, [F0 A1] (exact)"
+    if info.no_stages_reason:
+        shared = f"none: {info.no_stages_reason}"
+    staged = ("can share stages", shared)
+    print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info, staged)])
+    print("\nWhat plans would save (weights and KV cache keep their size):\n")
     full = plan.all_reduces
     print_rows(
         [
             (
                 str(saving.pairs),
+                "-" if saving.staggered is None else str(saving.staggered),
                 str(saving.paired_layers),
                 str(saving.effective_depth),
                 str(saving.all_reduces_per_token),
@@ -47,15 +52,15 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
             )
             for saving in info.savings
         ],
-        header=("pairs", "Δ", "effective depth", "all-reduces per token*", "change"),
+        header=("pairs", "or [Fk Ak+1]", "Δ", "effective depth", "all-reduces*", "change"),
         words=(),
     )
-    print("\n* with tensor parallelism; a single device needs none")
+    print("\n* per token, with tensor parallelism; a single device needs none")
 
 
-def _side_by_side_rows(info: Info) -> list[tuple[str, str]]:
-    """Which groups cannot become wide layers, and which engines run the model."""
-    rows = []
+def _side_by_side_rows(info: Info, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    """Which groups cannot become wide layers, `more`, and which engines run the model."""
+    rows: list[tuple[str, str]] = []
     if info.side_by_side:
         begin = ", ".join(map(str, info.side_by_side[:4])) + (
             ", …" if len(info.side_by_side) > 4 else ""
@@ -66,4 +71,4 @@ def _side_by_side_rows(info: Info) -> list[tuple[str, str]]:
         said = f"{which}: {info.side_by_side_reason}" if info.side_by_side_reason else which
         rows = [("side by side", said), ("", "also exact, but they save no all-reduces")]
     engines = (f"{name}: {why or 'yes'}" for name, why in info.engines.items())
-    return [*rows, ("engines", "; ".join(engines))]
+    return [*rows, *more, ("engines", "; ".join(engines))]

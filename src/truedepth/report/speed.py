@@ -65,7 +65,7 @@ def print_benchmark(found: Benchmark) -> None:
 
 
 def print_prediction(found: Prediction) -> None:
-    """Print what the time per token consists of, before and after, and whether pairing pays."""
+    """Print what the time per token consists of, before and after, and whether the plan pays."""
     before, after, plan = found.before, found.after, found.plan
     one = found.ranks == 1
     link = "measured" if found.link is None else f"over {found.link.name} ({found.link.source})"
@@ -97,16 +97,16 @@ def print_prediction(found: Prediction) -> None:
             for name, *times in parts
             if not (one and name == "all-reduces")
         ],
-        header=("", "original", "paired"),
+        header=("", "original", "planned"),
     )
     print(f"\nPredicted speed-up: {found.speedup:.2f}.")
     if not found.pays:
         most = max(parts[:-1], key=lambda part: part[1])
         console().print(
-            f"Pairing will not pay here: {most[1] / before.total:.0%} of the time is {most[0]},"
+            f"The plan will not pay here: {most[1] / before.total:.0%} of the time is {most[0]},"
             " which it does not change."
             if most[0] in ("reading layer weights", "embedding and head")
-            else "Pairing will not pay here."
+            else "The plan will not pay here."
         )
 
 

@@ -47,11 +47,16 @@ def print_rows(
 def plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]]:
     """The rows that describe a plan; `executed` is the plan as engines run it, if that differs."""
     depths = f"{plan.num_layers} -> {plan.effective_depth}"
-    if not plan.merged:  # Δ, the paper's, counts layers in groups
+    stages = []
+    if plan.merged:
+        holds = "1 holds" if len(plan.merged) == 1 else f"{len(plan.merged)} hold"
+        stages = [("stages", f"{holds} several sub-layers (A: attention, F: FFN)")]
+    else:  # Δ, the paper's, counts layers in groups
         depths += f" (Δ = {plan.paired_layers})"
     before, after = plan.unpaired.all_reduces, (executed or plan).all_reduces
     return [
         ("plan", str(plan)),
+        *stages,
         ("effective depth", depths),
         ("all-reduces", f"{before} -> {after} per token with tensor parallelism"),
     ]

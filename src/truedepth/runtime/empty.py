@@ -18,6 +18,8 @@ from transformers import (
 
 from truedepth.errors import TruedepthError, reason_of
 from truedepth.families.family import QUERY
+from truedepth.families.lookup import CONVERTED
+from truedepth.families.registration import register
 from truedepth.runtime.generation_config import without_generation
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
@@ -33,6 +35,8 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
     Raises:
         TruedepthError: transformers does not know the model type or refuses a value.
     """
+    if str(config.get("model_type")).startswith(CONVERTED):
+        register()
     try:
         # Config classes write into what they are given.
         return AutoConfig.for_model(**copy.deepcopy(without_generation(config)))

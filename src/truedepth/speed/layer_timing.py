@@ -1,7 +1,8 @@
 """Times layers of different widths on this machine, with random weights.
 
-Stacks of layers are timed as `bench` times models: a full stack, one of half the height, and stacks
-of wide layers. The time of one layer follows from their differences.
+Stacks of layers are timed as `bench` times models: a full stack, one of half the height, stacks of
+wide layers, and one in which every FFN shares a stage with the next attention. The time of one
+layer, and what a shared stage adds to it, follow from their differences.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.distributed import DistributedConfig
 
 from truedepth.families.family import KEY_VALUE, QUERY, head_dim
 from truedepth.families.lookup import CONVERTED, original_family, unconverted
+from truedepth.plan.stages import staggered_stages
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import Case, in_turn
@@ -53,9 +55,19 @@ class LayerTimes:
     bandwidth: float
     """Bytes per second at which a large matrix is read in a matrix product."""
 
+    shared: float = 0.0
+    """Seconds that a sub-layer takes longer, or less below 0, if it runs in the stage of the one
+    before it; without all-reduces."""
 
-Stack = tuple[int, int]
-"""Width and number of the layers of a stack."""
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers on top of each other."""
+
+    width: int
+    layers: int
+    staggered: bool = False
+    """Whether every FFN shares a stage with the next layer's attention."""
 
 
 def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
@@ -100,6 +112,8 @@ def layer_times(
     dtype: torch.dtype,
     ranks: int = 1,
     enough: int = ENOUGH,
+    *,
+    staggered: bool = False,
 ) -> LayerTimes:
     """Time stacks of layers, and compute the time of one layer of each width.
 
@@ -112,28 +126,44 @@ def layer_times(
         dtype: Dtype of the weights.
         ranks: Number of processes over which transformers shards the layers.
         enough: Most bytes of weights in a stack; more than caches hold.
+        staggered: Whether to time stages that an FFN and the next attention share.
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
     count = max(2 * max(widths), min(config["num_hidden_layers"], ceil(enough / size)))
-    full, half = (1, count), (1, count // 2)
-    stacks = [full, half, *((width, count // width) for width in widths if width > 1)]
+    full, half = Stack(1, count), Stack(1, count // 2)
+    stacks = [full, half, *(Stack(width, count // width) for width in widths if width > 1)]
+    stacks += [Stack(1, count, staggered=True)] if staggered else []
     measure = (case, device, size // ranks, min(enough, size * count) // ranks)
 
     def build(stack: Stack) -> Any:
-        width, layers = stack
-        own = {**config, "num_hidden_layers": layers, "layer_widths": [width] * layers}
+        own = {**config, **_stack_config(config, where, stack)}
         return AutoModelForCausalLM.from_config(transformers_config(own, where), dtype=dtype)
 
     if ranks == 1:
         models = {stack: build(stack).to(device).eval() for stack in stacks}
         return _measure(models, full, half, *measure)
     with tempfile.TemporaryDirectory() as directory:
-        paths = {stack: Path(directory, "x".join(map(str, stack))) for stack in stacks}
+        paths = {stack: Path(directory, str(number)) for number, stack in enumerate(stacks)}
         for stack, path in paths.items():
             build(stack).save_pretrained(path)
         found: LayerTimes = run_ranks(ranks, _measure_shares, paths, dtype, full, half, *measure)
         return found
+
+
+def _stack_config(config: Mapping[str, Any], where: Path, stack: Stack) -> dict[str, Any]:
+    """What config.json says of the layers of a stack."""
+    entries: dict[str, Any] = {
+        "num_hidden_layers": stack.layers,
+        "layer_widths": [stack.width] * stack.layers,
+    }
+    if stack.staggered:
+        family = original_family(config, str(where))
+        form = family.layer_form(transformers_config(config, where))
+        stages = staggered_stages(0, stack.layers - 1)
+        entries["stages"] = [list(map(str, stage)) for stage in stages]
+        entries["sublayers"] = form | {"writes": list(family.writes)}
+    return entries
 
 
 def _measure_shares(paths: Mapping[Stack, Path], dtype: torch.dtype, *measure: Any) -> LayerTimes:
@@ -164,23 +194,31 @@ def _measure(
     timed = {stack: TimedTransformersModel(model) for stack, model in models.items()}
     runs = [partial(model.seconds, case) for model in timed.values()]
     taken = dict(zip(timed, in_turn(runs, REPETITIONS), strict=True))
-    layers, fewer = full[1], half[1]
-    differences = [a - b for a, b in zip(taken[full], taken[half], strict=True)]
-    rest = max(0.0, median(taken[half]) - fewer * median(differences) / (layers - fewer))
+
+    def longer(stack: Stack, other: Stack) -> float:
+        return median(a - b for a, b in zip(taken[stack], taken[other], strict=True))
+
+    each = longer(full, half) / (full.layers - half.layers)
+    rest = max(0.0, median(taken[half]) - half.layers * each)
     sent = timed[full].collectives(case)
     all_reduce = sent.seconds / sum(sent.calls.values()) if sent else 0.0
     weights: Any = next(models[full].parameters())
     bandwidth = _bandwidth(matrix, weights.shape[-1], case.batch, device, weights.dtype)
     return LayerTimes(
         layers={
-            stack[0]: (median(seconds) - rest) / stack[1] - 2 * all_reduce
+            stack.width: (median(seconds) - rest) / stack.layers - 2 * all_reduce
             for stack, seconds in taken.items()
-            if stack != half
+            if stack != half and not stack.staggered
         },
         weights=layer / bandwidth,
         rest=rest,
         all_reduce=all_reduce,
         bandwidth=bandwidth,
+        shared=sum(
+            longer(stack, full) / (stack.layers - 1) + all_reduce
+            for stack in taken
+            if stack.staggered
+        ),
     )
 
 

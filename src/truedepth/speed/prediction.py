@@ -1,4 +1,4 @@
-"""`truedepth predict`: the time per token before and after pairing, without converting anything.
+"""`truedepth predict`: the time per token before and after, without converting anything.
 
 The prediction adds up the times of a plan's layers, which are measured on stacks of layers with
 random weights. Either the layers are sharded over ranks of this machine, or one rank's share is
@@ -79,7 +79,7 @@ class Prediction:
 
     @property
     def speedup(self) -> float:
-        """Time per token before pairing, divided by that after it."""
+        """Time per token of the original, divided by that under the plan."""
         return self.before.total / self.after.total
 
     @property
@@ -109,7 +109,7 @@ def predict(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prediction:
-    """Predict the time per token of a model before and after pairing.
+    """Predict the time per token of a model as it is, and under a plan.
 
     Args:
         model: What `open_source` takes; its weights are not read.
@@ -147,6 +147,7 @@ def predict(
             str(where),
             dtype,
             ranks if link is None else 1,
+            staggered=bool(run.merged),
         )
     each, rest = measured.all_reduce, measured.rest
     if link is not None:
@@ -183,7 +184,8 @@ def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
 
 def _token(plan: Plan, measured: LayerTimes, all_reduce: float, rest: float) -> Token:
     """The time of one token under a plan, from the times of one all-reduce and of the rest."""
-    layers = sum(measured.layers[width] for width in plan.widths)
+    shared = sum(len(stage) - 1 for stage in plan.merged)
+    layers = sum(measured.layers[width] for width in plan.widths) + shared * measured.shared
     reading = min(layers, plan.num_layers * measured.weights)
     return Token(
         weights=reading,

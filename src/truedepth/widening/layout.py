@@ -21,7 +21,7 @@ from truedepth.families.family import KEY_VALUE, head_dim
 from truedepth.families.lookup import CONVERTED
 from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_of
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import Segment, group_of, group_segment
+from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, group_segment
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, dtype_name
@@ -96,10 +96,14 @@ class Layout:
         return self.executed_plan.all_reduces
 
     @property
-    def paired_layers(self) -> set[int]:
-        """The converted model's layers that stand for, or are in, groups of two or more."""
+    def shared_sublayers(self) -> tuple[Sublayer, ...]:
+        """The converted model's sub-layers that share a stage, or stand for some that do."""
         pairs = zip(self.plan.groups, self.layers, strict=True)
-        return {layer for group, layers in pairs if len(group) > 1 for layer in layers}
+        groups = (layers for group, layers in pairs if len(group) > 1)
+        grouped = {Sublayer(layer, kind) for at in groups for layer in at for kind in KINDS}
+        kept = self.kept_layers
+        merged = (each for stage in self.plan.merged for each in stage)
+        return tuple(sorted(grouped | {Sublayer(kept[each.layer], each.kind) for each in merged}))
 
     @property
     def kept_layers(self) -> dict[int, int]:

@@ -94,12 +94,12 @@ def export(
             the model exactly, the quantizer is missing, or `out` cannot be written.
     """
     source, out = open_source(model), Path(out).expanduser()
+    _check_source(source)
     kind = MatrixType.of(type)
     if kind.needs_llama_cpp:
         from truedepth.runtime.llama_cpp import library
 
         library()
-    _check_source(source)
     if out.suffix != ".gguf":
         raise TruedepthError(f"The output {out} must end in .gguf.")
     check_apart(source.path, out.resolve())
@@ -131,10 +131,17 @@ def _check_source(source: Source) -> None:
     """Raise TruedepthError if llama.cpp would compute something else."""
     if source.path.is_file():
         raise TruedepthError(f"{source.path} is already a GGUF file; give the checkpoint.")
-    if plan_of(source.config) is None:
+    plan = plan_of(source.config)
+    if plan is None:
         raise TruedepthError(
             f"{source.path} is not a layer-parallel checkpoint; make one with truedepth convert"
             " (--pairs 0 keeps the model as it is)."
+        )
+    if plan.merged:
+        raise TruedepthError(
+            f"{source.path} runs stages of sub-layers such as {said(plan.merged[0])}, which"
+            " llama.cpp's layers cannot; make a checkpoint of groups of layers with truedepth"
+            " convert MODEL OUT --form pairs --max-loss LOSS."
         )
     config = transformers_config(source.config, source.path)
     if reason := _why_not_stored(source) or _why_not_computed(config):
@@ -147,11 +154,6 @@ def _check_source(source: Source) -> None:
 def _why_not_stored(source: Source) -> str | None:
     """Why the architecture has no place for some of the model's tensors, or None."""
     layout = Layout.of(source)
-    if layout.plan.merged:
-        return (
-            f"it runs groups of layers, not stages such as {said(layout.plan.merged[0])}; make"
-            " groups with truedepth convert MODEL OUT --layers or --pairs"
-        )
     if layout.executed_plan != layout.plan:
         return "it runs wide layers, but not layers side by side"
     names = gguf.get_tensor_name_map(ARCHITECTURE, source.num_layers)

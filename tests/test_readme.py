@@ -45,6 +45,8 @@ def test_the_commands(model, prose, tmp_path):
             command += ["--stride", "14", "--permutations", "1"]
         if command[1] == "convert":
             command += ["--force", *(["--tokens", "4096"] if not RAW & {*command} else [])]
+        if {"--max-loss", "--all-reduces"} & {*command}:  # runs of three take as long again
+            command += ["--max-run", "2"]
         if command[1] == "heal":
             command += ["--tokens", "1024", "--sequence-length", "64", "--batch-size", "4"]
         if command[1] == "bench":
@@ -67,7 +69,7 @@ def test_the_python(model, tmp_path):
     for code in reversed(snippets):  # the second makes what the first loads
         few = "td.Calibration(tokens=4096)"
         code = code.replace('"default"', repr(model)).replace('"out", plan', f'"out", plan, {few}')
-        code = code.replace("max_loss=0.05", f"max_loss=5, calibration={few}")
+        code = code.replace("max_loss=0.05", f"max_loss=5, max_run=2, calibration={few}")
         code = code.replace("against=", "windows=2, against=")
         done = forks.python(code, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

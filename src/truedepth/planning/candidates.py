@@ -20,7 +20,7 @@ STAGGERED, BLOCKS, RUNS, PAIRS = "staggered", "blocks", "runs", "pairs"
 FORMS = (PAIRS, STAGGERED, BLOCKS, RUNS)
 """`[F14 A15]`, `[A14 F14]`, longer stages, and groups of layers."""
 
-HOPELESS = 2  # times the loss of other merges in the same place
+HOPELESS = 4  # times the loss of other merges in the same place
 
 
 def form_of(segment: Segment) -> str:
@@ -72,7 +72,7 @@ def promising(num_layers: int, raw: Costs) -> list[Segment]:
     """The merges that are worth refitting, by what each loses as it is.
 
     One is not if others in its place, a sub-layer more at either side, save as many stages and lose
-    less than `1 / HOPELESS` of its loss: refitting repairs forms alike, within that factor.
+    less than `1 / HOPELESS` of its loss: refitting rarely repairs one so much better than others.
 
     Args:
         num_layers: Of the original.

@@ -3,8 +3,8 @@
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
         --plans PATH --raw-plans PATH [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
 
-The plans come from `truedepth plan MODEL --depth 23 --frontier --json PATH`, and from the same
-command with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the
+The plans come from `truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from
+the same command with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the
 same command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
 """
 

@@ -23,8 +23,8 @@ from truedepth.speed.benchmark import bench
 from truedepth.speed.ranks import possible_ranks
 from truedepth.speed.timing import Row, Task
 
-# 60 -> 46 all-reduces, as in the paper's dose of 7 pairs. Made by
-# truedepth plan default -o demo_plan.yaml --all-reduces 46 (all options are in docs/results.md)
+# 60 -> 46 all-reduces, as many as the paper's 7 pairs save: of all such plans the one whose merges,
+# refitted alone, lose least in sum (docs/search.md)
 PLAN = Path(__file__).with_name("demo_plan.yaml")
 TOKENS = 1 << 14  # for calibration; sampled from the model, so that the measured text stays unseen
 WINDOWS = 16

@@ -4,8 +4,9 @@
         --plans PATH --raw-plans PATH [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
 
 The plans come from `truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from
-the same command with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the
-same command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
+the same command with `--no-calibrate`. Rows that are already in the JSON file are not measured
+again, so the same command resumes. Rivals choose and fit on windows of the text that this package
+calibrates on.
 """
 
 from __future__ import annotations

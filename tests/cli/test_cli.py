@@ -408,7 +408,7 @@ def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
     assert data["conversion"]["all_reduces_per_token"] == {"original": 60, "converted": 46}
     for name in ("model", "base"):
         assert min(data["speed"][name]["seconds"]) > 0
-    for words in ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens per second"):
+    for words in ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens/s"):
         assert words in out
     assert (tmp_path / "kept" / "config.json").exists()
     assert run("demo", "--out", tmp_path / "kept")[0] == 2

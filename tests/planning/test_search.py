@@ -202,11 +202,6 @@ def test_sublayers_lose_less_than_layers(trained, calibration):
     """At equal numbers of all-reduces, for a choice that may also merge layers."""
     options = {"all_reduces": 8, "calibration": calibration}
     found = [td.search(trained, form=form, **options) for form in ("auto", "pairs")]
-    predicted = [
-        next(point.predicted for point in each.frontier if point.plan.all_reduces == 8)
-        for each in found
-    ]
-    assert predicted[0] < predicted[1]
     assert found[0].loss.kl < found[1].loss.kl
     assert not found[1].plan.merged
 

@@ -27,13 +27,13 @@ def print_demo(demo: Demo) -> None:
     print()
     assert demo.speed.base is not None
     counted = [
-        str(sum(each.collectives.calls.values())) if each.collectives else "-"
+        str(each.collectives.calls.get("all_reduce")) if each.collectives else "-"
         for each in (demo.speed.base, demo.speed.model)
     ]
     print_rows(
         [
             (
-                "all-reduces per token over several ranks",
+                "all-reduces per token, in the layers",
                 str(plan.unpaired.all_reduces),
                 str(done.executed_plan.all_reduces),
             ),
@@ -41,8 +41,8 @@ def print_demo(demo: Demo) -> None:
             ("excess loss, nats per token", "", excess_text(measured)),
             ("KL from the original, nats per token", "", f"{measured.kl:.4f}"),
             ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
-            (f"tokens per second, {_where(demo)}", _rate(demo.speed.base), _rate(demo.speed.model)),
-            *([("all-reduces counted per token", *counted)] if demo.ranks > 1 else []),
+            *([("… counted, with the embedding's", *counted)] if demo.ranks > 1 else []),
+            (f"tokens/s, {_where(demo)}", _rate(demo.speed.base), _rate(demo.speed.model)),
             ("speed-up", "", f"{demo.speed.speedup:.2f}x"),
         ],
         header=("", "original", "fewer steps"),
@@ -63,9 +63,9 @@ def print_demo(demo: Demo) -> None:
 
 
 def _where(demo: Demo) -> str:
-    """For example `2 tensor-parallel ranks on cpu`."""
+    """For example `2 tensor-parallel ranks, cpu`."""
     ranks = f"{demo.ranks} tensor-parallel ranks" if demo.ranks > 1 else "one process"
-    return f"{ranks} on {demo.device}"
+    return f"{ranks}, {demo.device}"
 
 
 def _rate(timing: Timing) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from truedepth.healing.options import Healing
     from truedepth.healing.run import heal
     from truedepth.planning.search import search
+    from truedepth.runtime.fusing import fuse
     from truedepth.runtime.loading import load
     from truedepth.sources.opening import open_source
     from truedepth.speed.benchmark import bench
@@ -45,6 +46,7 @@ __all__ = [
     "calibrate",
     "convert",
     "export",
+    "fuse",
     "heal",
     "load",
     "open_source",
@@ -64,6 +66,7 @@ _LAZY = {
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",
     "export": "truedepth.engines.gguf.export",
+    "fuse": "truedepth.runtime.fusing",
     "heal": "truedepth.healing.run",
     "load": "truedepth.runtime.loading",
     "open_source": "truedepth.sources.opening",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 PREFIX = "Truedepth"
 
@@ -252,9 +252,12 @@ class PartOfSum(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if isinstance(weight, DTensor):
-            first = weight.device_mesh.get_local_rank() == 0
+            mesh = weight.device_mesh
+            if features.shape[-1] == self.in_features:  # whole, as behind maps that are packed
+                features = DTensor.from_local(features, mesh, [Replicate()])
+                features = features.redistribute(mesh, [Shard(-1)]).to_local()
             bias = bias.to_local() if isinstance(bias, DTensor) else bias
-            weight, bias = weight.to_local(), bias if first else None  # once in the sum
+            weight, bias = weight.to_local(), bias if mesh.get_local_rank() == 0 else None
         return nn.functional.linear(features, weight, bias)
 
     forward = property(lambda self: self._part, lambda self, replacement: None)
@@ -347,11 +350,7 @@ def run_sublayer(
     return added if form.multiplier is None else added * getattr(layer, form.multiplier)
 
 
-_AUTO_CLASSES = {
-    "Config": "AutoConfig",
-    "Model": "AutoModel",
-    "ForCausalLM": "AutoModelForCausalLM",
-}
+_AUTO = {"Config": "AutoConfig", "Model": "AutoModel", "ForCausalLM": "AutoModelForCausalLM"}
 
 
 def __getattr__(name: str) -> Any:
@@ -359,12 +358,12 @@ def __getattr__(name: str) -> Any:
 
     Making them ahead would import every family's model code with this file.
     """
-    suffix = next((suffix for suffix in _AUTO_CLASSES if name.endswith(suffix)), "")
+    suffix = next((suffix for suffix in _AUTO if name.endswith(suffix)), "")
     base = getattr(transformers, name.removeprefix(PREFIX), None) if suffix else None
     if not name.startswith(PREFIX) or base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = _config_class(name, base) if suffix == "Config" else _model_class(name, base)
-    made.register_for_auto_class(_AUTO_CLASSES[suffix])  # save_pretrained copies this file too
+    made.register_for_auto_class(_AUTO[suffix])  # save_pretrained copies this file too
     globals()[name] = made
     return made
 
@@ -395,6 +394,5 @@ def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
     """
     module = __name__.rpartition(".")[2]
     return {
-        auto: f"{module}.{PREFIX}{name}"
-        for name, auto in zip(classes, _AUTO_CLASSES.values(), strict=True)
+        auto: f"{module}.{PREFIX}{name}" for name, auto in zip(classes, _AUTO.values(), strict=True)
     }

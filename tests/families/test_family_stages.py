@@ -87,7 +87,7 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
-CASES_OF_RANKS = ["llama", "qwen2", "granite", "starcoder2"]
+CASES_OF_RANKS = ["llama", "qwen2", "granite", "starcoder2", "phi3", "glm"]
 """With and without biases, and with a multiplier."""
 
 

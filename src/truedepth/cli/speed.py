@@ -46,6 +46,7 @@ def bench(
     ] = Engine.transformers,
     tp: Annotated[int, Like("ranks")],
     eager: bool,
+    fuse: bool,
     repetitions: int = REPETITIONS,
     plot: Annotated[
         Path | None,
@@ -79,6 +80,7 @@ def bench(
         engine=engine,
         ranks=tp,
         eager=eager,
+        fuse=fuse,
         repetitions=repetitions,
         device=device,
         dtype=dtype.torch(),

@@ -19,6 +19,7 @@ def print_benchmark(found: Benchmark) -> None:
     ranks = f", {setup.ranks} tensor-parallel ranks" if setup.ranks > 1 else ""
     dtype = f", {dtype_name(setup.dtype)}" if setup.dtype else ""
     eager = ", nothing compiled" if setup.eager else ""
+    fused = ", stages fused" if setup.fuse else ""
     runs = len(found.rows[0].model.seconds)
     print_rows(
         [
@@ -26,7 +27,7 @@ def print_benchmark(found: Benchmark) -> None:
             *([("against", setup.against)] if setup.against else []),
             (
                 "engine",
-                f"{found.engine} {found.version} on {setup.device}{dtype}{ranks}{eager}",
+                f"{found.engine} {found.version} on {setup.device}{dtype}{ranks}{eager}{fused}",
             ),
             ("runs", f"{runs} of each" + (", in turn" if setup.against else "")),
         ]

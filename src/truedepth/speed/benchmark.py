@@ -56,6 +56,7 @@ def bench(
     engine: Engine = Engine.transformers,
     ranks: Annotated[int, Bounds(1)] = 1,
     eager: bool = False,
+    fuse: bool = False,
     repetitions: Annotated[int, Bounds(1)] = REPETITIONS,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -73,6 +74,7 @@ def bench(
         engine: Engine that runs the models.
         ranks: Tensor-parallel size; its processes are started here.
         eager: Compile nothing. Default: vLLM compiles, and so does transformers on a GPU.
+        fuse: Fuse the stages of both models first, as `truedepth.fuse` does; transformers only.
         repetitions: Timed runs of each model and case.
         device: As in `load`; for vLLM it must be the one that vLLM was built for.
         dtype: Dtype of both models. Default: on a CPU bfloat16 if it is fast there, else float32;
@@ -91,6 +93,10 @@ def bench(
         raise TruedepthError(
             "llama.cpp runs a file with its own types in one process; drop --tp and --dtype."
         )
+    if fuse and engine is not Engine.transformers:
+        raise TruedepthError(
+            f"--fuse goes with --engine transformers; {engine.value} joins maps by itself."
+        )
     setup = Setup(
         model=str(model),
         against=None if against is None else str(against),
@@ -98,6 +104,7 @@ def bench(
         device=str(where),
         dtype=None if in_llama_cpp else dtype or fast_dtype(open_source(model), where),
         eager=eager,
+        fuse=fuse,
     )
     for name in filter(None, (setup.model, setup.against)):
         source = open_source(name)

@@ -75,6 +75,9 @@ class Setup:
     eager: bool
     """Whether nothing is compiled. If False, vLLM compiles, and so does transformers on a GPU."""
 
+    fuse: bool = False
+    """Whether the stages of both models are fused in transformers (`truedepth.fuse`)."""
+
 
 @dataclass(frozen=True)
 class Collectives:

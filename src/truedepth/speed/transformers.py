@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.distributed import DistributedConfig
 
+from truedepth.runtime.fusing import fuse
 from truedepth.runtime.loading import load
 from truedepth.speed.collectives import watched
 from truedepth.speed.ranks import run_ranks
@@ -142,7 +143,9 @@ def _measured(setup: Setup, cases: list[Case], repetitions: int) -> list[Row]:
         options["device_map"] = None
 
     def timed(name: str) -> TimedTransformersModel:
-        return TimedTransformersModel(load(name, **options).model, False if setup.eager else None)
+        model = load(name, **options).model
+        model = fuse(model) if setup.fuse else model
+        return TimedTransformersModel(model, False if setup.eager else None)
 
     # Every case is compiled separately; at the default limit Dynamo would silently stop compiling.
     limit = {"recompile_limit": 4 * len(cases) + 8, "fail_on_recompile_limit_hit": True}

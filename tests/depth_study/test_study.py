@@ -14,15 +14,28 @@ from safetensors.torch import save_file
 from scipy import stats
 from test_schedule import rebuilt, rebuilt_update
 from torch.nn.functional import cosine_similarity
+from transformers import CohereConfig
 
 import forks
 import truedepth as td
 from tiny_models import random_ids
-from truedepth.depth_study.dependence import dependence, rank_correlation
+from truedepth.depth_study.correlation import rank_correlation
+from truedepth.depth_study.dependence import dependence, sublayer_dependence
 from truedepth.depth_study.measurements import FILE, Measurements
 from truedepth.depth_study.run import study
 from truedepth.depth_study.schedule import Runner, Step, in_order, layer_evaluations
-from truedepth.depth_study.transformations import TRANSFORMATIONS, Cell, all_cells
+from truedepth.depth_study.transformations import (
+    OF_SUBLAYERS,
+    TRANSFORMATIONS,
+    Cell,
+    all_cells,
+)
+from truedepth.plan.stages import KINDS, Sublayer, stage_of
+
+
+def in_stages(*stages):
+    return tuple(Step(stage=stage_of(names.split())) for names in stages)
+
 
 SIZE = {"window": 16, "windows": 3, "dtype": torch.float32}
 
@@ -45,6 +58,8 @@ def text(tmp_path):
         ("2-parallel (PAR)", (Step((1, 2), "par"), Step((3, 4), "par"))),
         ("3-parallel", (Step((1, 2, 3)), Step((4,)))),
         ("3-parallel (PAR)", (Step((1, 2, 3), "par"), Step((4,)))),
+        ("staggered", in_stages("A1", "F1 A2", "F2 A3", "F3 A4", "F4")),
+        ("A beside F", in_stages("A1 F1", "A2 F2", "A3 F3", "A4 F4")),
     ],
 )
 def test_transformations(transformation, expected):
@@ -89,7 +104,7 @@ def test_a_study_is_what_rebuilt_models_give(make_model, text, tmp_path):
         for first in range(6):
             for last in range(6):
                 assert (matrix[first][last] is None) == (first > last), name
-        if name != "prune":  # a span of one layer changes nothing
+        if name not in ("prune", "A beside F"):  # a span of one layer changes nothing
             assert [matrix[i][i] for i in range(6)] == pytest.approx([found.nll] * 6, abs=1e-6)
 
 
@@ -103,6 +118,68 @@ def test_pairs_are_what_conversion_writes(make_model, text, tmp_path):
     assert row.last_layers == [3, 4, 5]
     assert row.nll[1] == pytest.approx(measured.nll, abs=1e-5)
     assert row.best_nll == min(row.nll) == row.nll[row.last_layers.index(row.best_last_layer)]
+
+
+@pytest.mark.parametrize("name", OF_SUBLAYERS)
+def test_stages_are_what_conversion_writes(make_model, text, tmp_path, name):
+    found = study(make_model(), tmp_path / "study", text=text, transformations=[name], **SIZE)
+    plans = {
+        "staggered": td.Plan.staggered(6, 1, 4),
+        "A beside F": td.Plan(
+            6, stages=[[Sublayer(k, kind) for kind in KINDS] for k in (1, 2, 3, 4)]
+        ),
+    }
+    td.convert(make_model(), tmp_path / "out", plans[name])
+    measured = td.perplexity(tmp_path / "out", text=text, window=16, windows=3)
+    assert found.transformed[name][1][4] == pytest.approx(measured.nll, abs=1e-5)
+    saved = 12 - plans[name].all_reduces
+    candidates = {
+        found.transformed[name][first][first + 3]: (first, first + 3) for first in range(3)
+    }
+    best = found.best_spans[saved][name]
+    assert ((best.first, best.last), best.nll) == (candidates[min(candidates)], min(candidates))
+
+
+def test_where_attention_and_ffn_read_one_state(make_model, text, tmp_path):
+    model = make_model(family=CohereConfig)
+    found = study(model, tmp_path / "study", text=text, stride=3, **SIZE)
+    assert set(found.transformed) == set(TRANSFORMATIONS) - set(OF_SUBLAYERS)
+    interaction = found.sublayer_dependence["interaction"]
+    assert [interaction[2 * k][2 * k + 1] for k in range(6)] == [0.0] * 6
+    assert all(interaction[2 * k + 1][2 * k + 2] > 0 for k in range(5))
+    with pytest.raises(td.TruedepthError, match="'staggered' changes nothing in"):
+        study(model, tmp_path / "other", text=text, transformations=["staggered"], **SIZE)
+
+
+@torch.no_grad()
+def test_dependence_of_sublayers_by_the_definitions(make_model):
+    loaded = td.load(make_model())
+    ids = random_ids(2, 13)
+    measures = sublayer_dependence(Runner(loaded, ids))
+    body, (first, second) = loaded.model.model, (loaded.model.model.layers[i] for i in (1, 2))
+    rotary = body.rotary_emb(body.embed_tokens(ids), position_ids=torch.arange(13)[None])
+
+    def attention(layer, x):
+        return layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary)[0]
+
+    def ffn(layer, x):
+        return layer.mlp(layer.post_attention_layernorm(x))
+
+    def mean_norm(y):
+        return y.norm(dim=-1).mean().item()
+
+    x = loaded.model(ids, output_hidden_states=True).hidden_states
+    read = x[1] + attention(first, x[1])  # what F1 reads
+    added = ffn(first, read)
+    lost = attention(second, x[2] - added) - attention(second, x[2])
+    expected = mean_norm(lost) / mean_norm(attention(second, x[2]))
+    assert measures["interaction"][3, 4] == pytest.approx(expected, rel=1e-4)
+    size = mean_norm(attention(first, x[1])) / mean_norm(read)
+    assert measures["update size"][2, 3] == pytest.approx(size, rel=1e-5)
+    similarity = cosine_similarity(x[1], read, -1).mean().item()
+    assert measures["input similarity"][2, 3] == pytest.approx(similarity, rel=1e-5)
+    for matrix in measures.values():
+        assert torch.equal(matrix.isnan(), torch.ones(12, 12).tril().bool())
 
 
 @torch.no_grad()
@@ -169,6 +246,14 @@ def test_correlations_are_among_neighbours_and_among_spans_of_a_length(make_mode
         neighbours = [(matrix[i][i + 1], parallel[i][i + 1]) for i in range(7)]
         expected = stats.spearmanr(*zip(*neighbours, strict=True)).statistic
         assert found.correlation[name]["pairs"] == pytest.approx(expected)
+        merges = [(found.transformed["A beside F"][k][k], k, k) for k in range(8)]
+        merges += [(found.transformed["staggered"][k][k + 1], k, k + 1) for k in range(7)]
+        merges.sort(key=lambda merge: merge[1:])
+        between = found.sublayer_dependence[name]
+        expected = stats.spearmanr(
+            [between[k][k + 1] for k in range(15)], [loss for loss, *_ in merges]
+        ).statistic
+        assert found.correlation[name]["merges"] == pytest.approx(expected)
         within = []
         for length in (2, 3, 4):  # five spans or more
             rows = []
@@ -190,6 +275,7 @@ def test_layers_are_counted_before_they_are_evaluated(make_model):
         list(alone.run([schedule]))
         merges = sum(step.form == "merge" for step in schedule)
         single = sum(len(step.layers) for step in schedule if step.form != "merge")
+        single += sum(len(step.stage) for step in schedule) / 2
         assert alone.evaluated == layer_evaluations([schedule]) == merges + single
 
 

@@ -96,7 +96,7 @@ def test_a_phone_need_not_scroll_sideways(directory, tmp_path):
     frame = f'<iframe id="frame" width="360" height="800" frameborder="0" srcdoc="{content}">'
     page.write_text(f"<!doctype html><body>{frame}</iframe><script>{script}</script>")
     dom, _ = browse(page, tmp_path)
-    assert re.search(r'data-found="([^"]*)"', dom)[1] == "17,360,false"
+    assert re.search(r'data-found="([^"]*)"', dom)[1] == "25,360,false"
 
 
 @in_browser
@@ -106,11 +106,12 @@ def test_every_plot_is_drawn_without_error_or_request(directory, tmp_path_factor
     dom, hosts = browse(directory / "report.html", profiles[1])
     body = re.search(r"<body[^>]*>", dom)[0]
     assert "data-errors" not in body
-    assert 'data-drawn="17"' in body  # 9 transformations, 3 measures, their 4 scales, sweep
+    # 11 transformations, 3 measures of layers and of sub-layers, their 7 scales, sweep
+    assert 'data-drawn="25"' in body
     curves, dots = 2, 5 + 3  # Δ = 2 and 4; one span of 6 makes no curve
     assert dom.count("<polyline ") == curves
     assert dom.count("<circle ") == dots
-    assert dom.count('data-tip="') == 9 * 21 + 3 * 15 + curves + dots
+    assert dom.count('data-tip="') == 11 * 21 + 3 * (15 + 66) + curves + dots
     assert "&lt;/script&gt;&lt;b&gt;model" in dom
     assert not [host for host in hosts - own if not host.endswith(BROWSERS_OWN)]
 
@@ -133,7 +134,7 @@ def test_columns_of_tables_are_aligned_by_their_type(directory, tmp_path):
     """Words to the left, also those that begin with a digit; numbers and titles to the right."""
     dom, _ = browse(directory / "report.html", tmp_path)
     assert "<td>2-parallel</td>" in dom
-    for name, words in (("medians", 1), ("best", 0), ("correlation", 1)):
+    for name, words in (("medians", 1), ("units", 0), ("best", 0), ("correlation", 1)):
         (table,) = re.findall(rf'<table id="{name}">(.*?)</table>', dom)
         rows = re.findall(r"<tr>(.*?)</tr>", table)
         assert len(rows) > 2

@@ -114,7 +114,6 @@ def study(
 ) -> None:
     """Measure how deep a model really is: transform every span of layers, write report.html."""
     from truedepth.depth_study.run import study
-    from truedepth.depth_study.transformations import TRANSFORMATIONS
     from truedepth.report.study import print_study
     from truedepth.report.study_report import write_study
 
@@ -128,7 +127,7 @@ def study(
             windows=windows,
             stride=stride,
             permutations=permutations,
-            transformations=only or list(TRANSFORMATIONS),
+            transformations=only,
             seed=seed,
             device=device,
             dtype=dtype.torch(),

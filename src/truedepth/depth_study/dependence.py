@@ -1,11 +1,13 @@
-"""How strongly layers depend on one another, measured without a sweep over spans.
+"""How strongly layers and sub-layers depend on one another, measured without a sweep over spans.
 
-Every measure gives one figure per pair of layers i < j, from the hidden states of the original
-model, averaged over all tokens. f_i is what layer i adds to its input x_i.
+Every measure gives one figure per pair i < j, of layers or of sub-layers in the order A0 F0 A1 F1,
+from the hidden states of the original model, averaged over all tokens. f_i is what i adds to the
+state x_i that it reads.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from truedepth.depth_study.schedule import Runner
+from truedepth.plan.stages import Sublayer
 
 MEASURES = {
     "interaction": "E‖f_j(x_j) - f_j(x_j - f_i)‖ / E‖f_j(x_j)‖: how j's update changes without i's",
@@ -21,47 +24,62 @@ MEASURES = {
 }
 """The measures and their formulas.
 
-Pairing should cost more where interaction and update size are high and inputs differ.
+Merging should cost more where interaction and update size are high and inputs differ.
 """
 
+Advance = Callable[[int], object]
 
-def dependence(
-    runner: Runner, advance: Callable[[int], object] = lambda steps: None
-) -> dict[str, Tensor]:
-    """Every measure as a matrix `[layers, layers]` float64, NaN on and below the diagonal.
+
+def dependence(runner: Runner, advance: Advance = lambda steps: None) -> dict[str, Tensor]:
+    """Every measure of layers, `[layers, layers]` float64, NaN on and below the diagonal.
 
     Costs one layer evaluation per pair and one per layer; `advance(1)` is called after each pair.
     """
     states = runner.inputs()
-    count = len(runner.layers)
+    updates = [after - before for before, after in itertools.pairwise(states)]
+    return _measures(states[:-1], updates, runner.update, lambda i, j: True, advance)
+
+
+def sublayer_dependence(runner: Runner, advance: Advance = lambda steps: None) -> dict[str, Tensor]:
+    """Every measure of sub-layers, `[2 layers, 2 layers]` float64, NaN on and below the diagonal.
+
+    Where attention and FFN of a layer read the same state, the FFN loses nothing without the
+    attention: their interaction is 0. Costs half a layer evaluation per pair.
+    """
+    states = runner.sublayer_inputs()
+    sublayers = [Sublayer.at(position) for position in range(len(states))]
+    updates = [runner.added(each, x) for each, x in zip(sublayers, states, strict=True)]
+
+    def update(j: int, x: Tensor) -> Tensor:
+        return runner.added(sublayers[j], x)
+
+    def is_seen(i: int, j: int) -> bool:
+        return not (runner.parallel and sublayers[i].layer == sublayers[j].layer)
+
+    return _measures(states, updates, update, is_seen, advance)
+
+
+def _measures(
+    states: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    update: Callable[[int, Tensor], Tensor],
+    is_seen: Callable[[int, int], bool],
+    advance: Advance,
+) -> dict[str, Tensor]:
+    """The measures from what each reads and adds, and `update(j, x)`, what j adds to a state x."""
+    count = len(states)
     matrices = {
         name: torch.full((count, count), float("nan"), dtype=torch.float64) for name in MEASURES
     }
-    for j in range(count):
-        x_j, f_j = states[j], states[j + 1] - states[j]
+    for j, (x_j, f_j) in enumerate(zip(states, updates, strict=True)):
         size = _norm(f_j)
-        for i in range(j):
-            f_i = states[i + 1] - states[i]
-            lost = runner.update(j, x_j - f_i) - f_j
-            matrices["interaction"][i, j] = _norm(lost) / size
-            matrices["input similarity"][i, j] = cosine_similarity(states[i], x_j, -1).mean().item()
+        for i, (x_i, f_i) in enumerate(zip(states[:j], updates, strict=False)):
+            lost = _norm(update(j, x_j - f_i) - f_j) if is_seen(i, j) else 0.0
+            matrices["interaction"][i, j] = lost / size
+            matrices["input similarity"][i, j] = cosine_similarity(x_i, x_j, -1).mean().item()
             matrices["update size"][i, j] = _norm(f_i) / _norm(x_j)
             advance(1)
     return matrices
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation; ties get their mean rank. NaN for fewer than three values."""
-    if len(first) < 3:
-        return float("nan")
-    ranks = torch.stack([_ranks(torch.tensor(v, dtype=torch.float64)) for v in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    smaller = (values[:, None] > values[None]).sum(1)
-    equal = (values[:, None] == values[None]).sum(1)
-    return smaller + (equal - 1) / 2
 
 
 def _norm(x: Tensor) -> float:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
 
-from truedepth.depth_study.dependence import dependence, rank_correlation
+from truedepth.depth_study.correlation import Matrix, correlations, empty_matrix
+from truedepth.depth_study.dependence import dependence, sublayer_dependence
 from truedepth.depth_study.measurements import Measurements
+from truedepth.depth_study.result import Study
 from truedepth.depth_study.schedule import Runner, Schedule, in_order, layer_evaluations
-from truedepth.depth_study.transformations import PAIRS, TRANSFORMATIONS, Cell, all_cells
+from truedepth.depth_study.transformations import (
+    BLOCKS,
+    OF_SUBLAYERS,
+    STAGGERED,
+    TRANSFORMATIONS,
+    Cell,
+    all_cells,
+)
 from truedepth.errors import TruedepthError
-from truedepth.evaluation.loss import perplexity_of
 from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
 from truedepth.runtime.device import default_device, fast_dtype
+from truedepth.runtime.empty import transformers_config
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
@@ -30,105 +37,10 @@ from truedepth.tensors import dtype_name
 from truedepth.text import DEFAULT_TEXT, default_text, read_text, token_windows, window_of
 from truedepth.version import __version__
 
-Matrix = list[list[float | None]]
-"""`matrix[i][j]` for layers i <= j: the first and the last of a span, or the earlier and the later
-of a pair. None where nothing was measured."""
-
 Cells = dict[Cell, Schedule]
 """The whole model's schedule for each cell."""
 
 WINDOW = 256  # tokens, where nothing else is said and the model has as many positions
-MIN_SPANS = 5  # fewest spans of one length for a rank correlation among them
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """The paper's sweep for one Δ: NLL of consecutive pairs, by the last layer of the span."""
-
-    paired_layers: int
-    effective_depth: int
-    last_layers: list[int]
-    nll: list[float]
-    best_last_layer: int
-    best_nll: float
-
-
-@dataclass(frozen=True)
-class Study:
-    """The results of `truedepth study`. NLL is in nats per token."""
-
-    settings: dict[str, Any]
-    """Model, text, windows, dtype, seed and versions: what reproduces the figures."""
-
-    num_layers: int
-    nll: float
-    """NLL of the original model."""
-
-    transformed: dict[str, Matrix]
-    """NLL of every span by transformation; for shuffles, the mean over permutations."""
-
-    shuffle_spread: Matrix
-    """Sample standard deviation of a shuffle's NLL over permutations; None for a single one."""
-
-    dependence: dict[str, Matrix]
-    """The measures of `dependence.py`, by name."""
-
-    correlation: dict[str, dict[str, float]]
-    """Rank correlations, by measure: of the measure with the excess loss of pairing neighbours
-    (`pairs`), and of its mean over a span with the excess loss of running the span side by side
-    (`spans`). The latter is taken among spans of one length and averaged over lengths, because
-    longer spans always lose more."""
-
-    evaluated: float
-    """Layers that the whole study evaluates, including those measured by earlier runs."""
-
-    naive: float
-    """Layers that would be evaluated if every cell were run by itself, nothing shared."""
-
-    @property
-    def sweep(self) -> list[SweepRow]:
-        """The sweep for each Δ for which pairs were measured."""
-        matrix = self.transformed.get(PAIRS, _empty(self.num_layers))
-        rows = []
-        for paired in range(2, self.num_layers + 1, 2):
-            points = {
-                start + paired - 1: nll
-                for start in range(self.num_layers - paired + 1)
-                if (nll := matrix[start][start + paired - 1]) is not None
-            }
-            if points:
-                best = min(points, key=points.__getitem__)
-                depth = self.num_layers - paired // 2
-                ends, values = list(points), list(points.values())
-                rows.append(SweepRow(paired, depth, ends, values, best, points[best]))
-        return rows
-
-    @property
-    def medians(self) -> dict[str, dict[int, float]]:
-        """Median excess loss of all spans of 2, 4, 8, … layers, by transformation."""
-        found: dict[str, dict[int, float]] = {}
-        for name, matrix in self.transformed.items():
-            for length in (2**power for power in range(1, self.num_layers.bit_length())):
-                spans = [
-                    row[start + length - 1 : start + length] for start, row in enumerate(matrix)
-                ]
-                losses = [nll - self.nll for span in spans for nll in span if nll is not None]
-                if losses:
-                    found.setdefault(name, {})[length] = statistics.median(losses)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """The study as JSON-compatible data; study.json without the command."""
-        correlation = {
-            name: {kind: None if math.isnan(value) else value for kind, value in found.items()}
-            for name, found in self.correlation.items()
-        }
-        return asdict(self) | {
-            "perplexity": perplexity_of(self.nll),
-            "correlation": correlation,
-            "medians": self.medians,
-            "sweep": [asdict(row) for row in self.sweep],
-        }
 
 
 @checked
@@ -141,7 +53,7 @@ def study(
     windows: Annotated[int, Bounds(1)] = 16,
     stride: Annotated[int, Bounds(1)] = 1,
     permutations: Annotated[int, Bounds(1)] = 2,
-    transformations: Sequence[str] = tuple(TRANSFORMATIONS),
+    transformations: Sequence[str] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -157,7 +69,7 @@ def study(
         windows: Number of windows, from the beginning of the text.
         stride: Study only spans that begin and end at multiples of this number of layers.
         permutations: Number of random layer orders per span.
-        transformations: Which of `TRANSFORMATIONS`.
+        transformations: Which of `TRANSFORMATIONS`. Default: all that change this family's layers.
         seed: Random seed for the layer orders.
         device: Device to run on. Default: the first GPU, else the CPU.
         dtype: Dtype of weights and products. Default: bfloat16 on processors that are fast at it,
@@ -165,38 +77,48 @@ def study(
 
     Raises:
         TruedepthError: The directory holds another study or cannot be written, model or text cannot
-            be used, or the model's files changed meanwhile.
+            be used, a transformation is unknown or changes nothing in layers of this family, or the
+            model's files changed meanwhile.
     """
-    if unknown := sorted(set(transformations) - set(TRANSFORMATIONS)):
-        raise TruedepthError(
-            f"{unknown[0]!r} is not a transformation; choose from {', '.join(TRANSFORMATIONS)}."
-        )
     source = open_source(model)
-    source.family  # noqa: B018  an unsupported family is refused before anything is loaded
+    possible = _possible(source, transformations)
+    transformations = possible if transformations is None else transformations
     ids = _windows(source, text, window_of(source, window, WINDOW), windows)
     device = torch.device(device or default_device())
     dtype = dtype or fast_dtype(source, device)
     identity = _identity(source, ids, dtype)
-    original, pairs, spans = _schedules(source.num_layers, permutations, stride, seed)
+    layers = source.num_layers
+    original, pairs, merges = in_order(range(layers)), _pairs(layers), _merges(layers, possible)
+    spans = {
+        cell: cell.schedule(layers, seed)
+        for cell in all_cells(
+            layers, permutations=permutations, stride=stride, transformations=possible
+        )
+    }
     wanted = [s for cell, s in spans.items() if cell.transformation in transformations]
     with Measurements(Path(out).expanduser(), identity) as kept:
         runner = Runner(load(source, device=device, dtype=dtype), ids)
-        _measure(runner, [original, *pairs.values(), *wanted], kept, source)
+        always = pairs | merges
+        _measure(runner, [original, *always.values(), *wanted], kept, source)
         measures = _dependence(runner)
         source.check_unchanged()
         cells = _complete(spans, kept)
-        base, losses = _losses(kept, original, pairs | cells)
-    transformed, spread = _by_span(source.num_layers, cells, losses)
-    schedules = (pairs | cells).values()
+        base, losses = _losses(kept, original, always | cells)
+    transformed, spread = _by_span(layers, cells, losses)
+    schedules = (always | cells).values()
     return Study(
         settings=_settings(source, text, identity, stride, permutations, seed),
-        num_layers=source.num_layers,
+        num_layers=layers,
         nll=base,
         transformed=transformed,
         shuffle_spread=spread,
-        dependence=measures,
-        correlation=_correlations(
-            measures, [losses[pair] for pair in pairs], transformed.get("parallel", [])
+        dependence=measures[0],
+        sublayer_dependence=measures[1],
+        correlation=correlations(
+            *measures,
+            [losses[pair] for pair in pairs],
+            [losses[merge] for merge in merges],
+            transformed.get("parallel", []),
         ),
         evaluated=layer_evaluations([original, *schedules]),
         naive=sum(layer_evaluations([schedule]) for schedule in schedules),
@@ -238,17 +160,41 @@ def _settings(
     }
 
 
-def _schedules(
-    layers: int, permutations: int, stride: int, seed: int
-) -> tuple[Schedule, Cells, Cells]:
-    """The original's schedule, those of all neighbours in parallel, and those of all spans."""
-    neighbours = [Cell("parallel", layer, layer + 2) for layer in range(layers - 1)]
-    spans = all_cells(layers, permutations=permutations, stride=stride)
-    return (
-        in_order(range(layers)),
-        {cell: cell.schedule(layers) for cell in neighbours},
-        {cell: cell.schedule(layers, seed) for cell in spans},
-    )
+def _possible(source: Source, wanted: Sequence[str] | None) -> list[str]:
+    """The transformations that change layers of this family.
+
+    Raises:
+        TruedepthError: The family is not supported, or one that is wanted is not among them.
+    """
+    parallel = source.family.is_parallel(transformers_config(source.config, source.path))
+    possible = [name for name in TRANSFORMATIONS if not (parallel and name in OF_SUBLAYERS)]
+    for name in sorted(set(wanted or ()) - set(possible)):
+        if name in TRANSFORMATIONS:
+            raise TruedepthError(
+                f"{name!r} changes nothing in {source.name}: attention and FFN of its layers read"
+                " one state already."
+            )
+        raise TruedepthError(
+            f"{name!r} is not a transformation; choose from {', '.join(possible)}."
+        )
+    return possible
+
+
+def _pairs(layers: int) -> Cells:
+    """All neighbouring layers side by side."""
+    cells = [Cell("parallel", layer, layer + 2) for layer in range(layers - 1)]
+    return {cell: cell.schedule(layers) for cell in cells}
+
+
+def _merges(layers: int, possible: Sequence[str]) -> Cells:
+    """All neighbouring sub-layers in one stage: `[A0 F0]`, `[F0 A1]`, `[A1 F1]`, …"""
+    spans = [(BLOCKS, 1, k) for k in range(layers)] + [(STAGGERED, 2, k) for k in range(layers - 1)]
+    cells = [
+        Cell(name, first, first + size)
+        for name, size, first in sorted(spans, key=lambda span: (span[2], span[1]))
+        if name in possible
+    ]
+    return {cell: cell.schedule(layers) for cell in cells}
 
 
 def _complete(spans: Cells, kept: Measurements) -> Cells:
@@ -270,12 +216,14 @@ def _losses(
     return base, losses
 
 
-def _dependence(runner: Runner) -> dict[str, Matrix]:
-    """Every measure of `dependence.py` as a matrix, with a progress bar."""
-    layers = len(runner.layers)
-    with progress_bar("Dependence of layers", layers * (layers - 1) // 2) as advance:
-        measures = dependence(runner, advance)
-    return {name: _matrix(values) for name, values in measures.items()}
+def _dependence(runner: Runner) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
+    """Every measure of `dependence.py`, of layers and of sub-layers, with a progress bar."""
+    count = len(runner.layers)
+    pairs = count * (count - 1) // 2 + count * (2 * count - 1)
+    with progress_bar("Dependence", pairs) as advance:
+        measured = dependence(runner, advance), sublayer_dependence(runner, advance)
+    layers, sublayers = ({name: _matrix(m) for name, m in each.items()} for each in measured)
+    return layers, sublayers
 
 
 def _windows(source: Source, text: str | Path | None, window: int, windows: int) -> torch.Tensor:
@@ -312,45 +260,14 @@ def _by_span(
     for cell in cells:
         orders.setdefault((cell.transformation, cell.start, cell.end), []).append(losses[cell])
     transformed: dict[str, Matrix] = {}
-    spread = _empty(layers)
+    spread = empty_matrix(layers)
     for (transformation, start, end), values in orders.items():
-        matrix = transformed.setdefault(transformation, _empty(layers))
+        matrix = transformed.setdefault(transformation, empty_matrix(layers))
         found = torch.tensor(values, dtype=torch.float64)
         matrix[start][end - 1] = found.mean().item()
         if transformation == "shuffle":
             spread[start][end - 1] = found.std().item() if len(values) > 1 else None
     return transformed, spread
-
-
-def _correlations(
-    measures: dict[str, Matrix], pairs: Sequence[float], parallel: Matrix
-) -> dict[str, dict[str, float]]:
-    """How well every measure ranks the losses of running layers side by side."""
-    found = {}
-    for name, matrix in measures.items():
-        neighbours = [_value(matrix[i][i + 1]) for i in range(len(pairs))]
-        by_length: dict[int, list[tuple[float, float]]] = {}
-        for first, row in enumerate(parallel):
-            for last in range(first + 1, len(row)):
-                if (loss := row[last]) is not None:
-                    inside = [_value(v) for line in matrix[first:last] for v in line[: last + 1]]
-                    values = [value for value in inside if not math.isnan(value)]
-                    by_length.setdefault(last - first, []).append((sum(values) / len(values), loss))
-        enough = [spans for spans in by_length.values() if len(spans) >= MIN_SPANS]
-        within = [rank_correlation(*zip(*spans, strict=True)) for spans in enough]
-        found[name] = {
-            "pairs": rank_correlation(neighbours, pairs),
-            "spans": sum(within) / len(within) if within else math.nan,
-        }
-    return found
-
-
-def _value(entry: float | None) -> float:
-    return math.nan if entry is None else entry
-
-
-def _empty(size: int) -> Matrix:
-    return [[None] * size for _ in range(size)]
 
 
 def _matrix(values: torch.Tensor) -> Matrix:

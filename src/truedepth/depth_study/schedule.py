@@ -1,9 +1,9 @@
 """Runs a loaded decoder layer by layer over hidden states, in any order and any grouping.
 
-A schedule is a sequence of steps; a step is one or more layers that run side by side. The weights
-are the model's own and are not copied. Many schedules run as one tree: steps that they share at
-the beginning are computed once, so a change at layer s costs only the layers from s on, and equal
-schedules are run once.
+A schedule is a sequence of steps; a step is one or more layers that run side by side, or a stage of
+sub-layers. The weights are the model's own and are not copied. Many schedules run as one tree:
+steps that they share at the beginning are computed once, so a change at layer s costs only the
+layers from s on, and equal schedules are run once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from truedepth.evaluation.loss import window_measures
 from truedepth.modeling import LayerForm
-from truedepth.plan.stages import KINDS, Kind
+from truedepth.plan.stages import ATTENTION, KINDS, Kind, Stage, Sublayer, said
 from truedepth.runtime.calls import Calls, record
 from truedepth.runtime.loading import Loaded
 from truedepth.runtime.output_head import OutputHead
@@ -36,7 +36,9 @@ BatchedCalls = Sequence[Calls]
 
 @dataclass(frozen=True, order=True)
 class Step:
-    """Layers that run side by side on the same input x, with attention A, FFN F and norms N.
+    """What runs on the same input x: layers side by side, or the sub-layers of a stage.
+
+    With attention A, FFN F and norms N, layers run in one of these forms:
 
     lp      a = x + Σ A_i(N_i x),  y = a + Σ F_i(N'_i a)                    arXiv 2502.02790
     par     y = x + Σ [A_i(N_i x) + F_i(N'_i (x + A_i(N_i x)))]             arXiv 2404.06709
@@ -45,15 +47,19 @@ class Step:
     For a single layer all forms are equal.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     form: Form = "lp"
+    stage: Stage = ()
+    """Instead of layers: y = x + Σ s(N_s x)."""
 
     def __post_init__(self) -> None:
         if len(self.layers) == 1:
             object.__setattr__(self, "form", "lp")
 
     def __str__(self) -> str:
-        """For example `3`, `3+4` or `3+4:par`."""
+        """For example `3`, `3+4`, `3+4:par` or `[F3 A4]`."""
+        if self.stage:
+            return said(self.stage)
         form = "" if self.form == "lp" else f":{self.form}"
         return "+".join(map(str, self.layers)) + form
 
@@ -81,7 +87,10 @@ def layer_evaluations(schedules: Iterable[Schedule]) -> float:
 def _node_evaluations(steps: Iterable[Step]) -> float:
     """Layers evaluated for steps that start from one state; what they share is computed once."""
     merged, attentions, own_ffns, ffns = 0, set[int](), set[int](), 0
+    staged = set[int]()
     for step in steps:
+        for sublayer in step.stage:
+            (attentions if sublayer.kind == ATTENTION else staged).add(sublayer.layer)
         if step.form == "merge":
             merged += 1
             continue
@@ -90,7 +99,7 @@ def _node_evaluations(steps: Iterable[Step]) -> float:
             own_ffns.update(step.layers)
         else:
             ffns += len(step.layers)
-    return merged + (len(attentions) + len(own_ffns) + ffns) / 2
+    return merged + (len(attentions) + len(own_ffns) + len(staged) + ffns) / 2
 
 
 class Runner:
@@ -139,6 +148,23 @@ class Runner:
         for step in in_order(range(len(self.layers))):
             states.append(_Node(self, states[-1]).run(step))
         return states
+
+    @torch.inference_mode()
+    def sublayer_inputs(self) -> list[Tensor]:
+        """What every sub-layer reads in the original: A0, F0, A1, F1, …
+
+        Each is `[windows, length, hidden]` float32.
+        """
+        states = []
+        for layer, x in enumerate(self.inputs()[:-1]):
+            attention = Sublayer(layer, ATTENTION)
+            states += [x, x if self.parallel else x + self.added(attention, x)]
+        return states
+
+    @torch.inference_mode()
+    def added(self, sublayer: Sublayer, x: Tensor) -> Tensor:
+        """What a sub-layer adds to a state, `s(N_s x)`."""
+        return self.member(sublayer.kind, sublayer.layer)(x, self.calls)
 
     @torch.inference_mode()
     def update(self, layer: int, x: Tensor) -> Tensor:
@@ -221,6 +247,7 @@ class _Node:
         self._x = x
         self._attentions: dict[int, Tensor] = {}
         self._own_ffns: dict[int, Tensor] = {}
+        self._ffns: dict[int, Tensor] = {}
 
     def attention(self, layer: int) -> Tensor:
         """`A_i(N_i x)`."""
@@ -237,6 +264,16 @@ class _Node:
             self._own_ffns[layer] = self._runner.member("ffn", layer)(read, self._runner.calls)
         return self._own_ffns[layer]
 
+    def ffn(self, layer: int) -> Tensor:
+        """`F_i(N'_i x)`: the FFN that does not see its own layer's attention."""
+        if layer not in self._ffns:
+            self._ffns[layer] = self._runner.member("ffn", layer)(self._x, self._runner.calls)
+        return self._ffns[layer]
+
+    def _in_stage(self, sublayer: Sublayer) -> Member[Any]:
+        run = self.attention if sublayer.kind == ATTENTION else self.ffn
+        return lambda *_: run(sublayer.layer)
+
     def _attention(self, layer: int) -> Member[Any]:
         """The attention as a member of a stage that reads this state."""
         return lambda *_: self.attention(layer)
@@ -247,6 +284,8 @@ class _Node:
     def run(self, step: Step) -> Tensor:
         """The state after a step."""
         runner, calls, layers = self._runner, self._runner.calls, step.layers
+        if step.stage:
+            return run_stage(self._x, map(self._in_stage, step.stage), calls)
         if step.form == "merge":
             mean = runner.mean_layer(layers)
             attentions, ffns = ([runner.member(kind, layers[0], mean)] for kind in KINDS)

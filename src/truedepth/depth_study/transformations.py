@@ -1,4 +1,6 @@
-"""The paper's transformations of a span of layers, as schedules (arXiv 2502.02790)."""
+"""Transformations of a span of layers, as schedules: the paper's (arXiv 2502.02790), and stages of
+sub-layers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from truedepth.depth_study.schedule import Form, Schedule, Step, in_order
+from truedepth.plan.stages import ATTENTION, FFN, KINDS, Stage, Sublayer, staggered_stages
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,26 @@ def _random_order(span: range, seed: str) -> Schedule:
     return in_order(order)
 
 
+def _in_stages(*stages: Stage) -> Schedule:
+    return tuple(Step(stage=stage) for stage in stages)
+
+
+def _staggered(span: range, _: str) -> Schedule:
+    """`[A14] [F14 A15] … [F26 A27] [F27]`."""
+    if len(span) == 1:
+        return in_order(span)
+    first, last = span[0], span[-1]
+    ends = (Sublayer(first, ATTENTION),), (Sublayer(last, FFN),)
+    return _in_stages(ends[0], *staggered_stages(first, last), ends[1])
+
+
+def _blocks(span: range, _: str) -> Schedule:
+    """`[A14 F14] [A15 F15] …`."""
+    return _in_stages(*(tuple(Sublayer(layer, kind) for kind in KINDS) for layer in span))
+
+
+STAGGERED, BLOCKS = "staggered", "A beside F"
+
 TRANSFORMATIONS = {
     "shuffle": Transformation("the layers of the span in random order", _random_order, random=True),
     "prune": Transformation("the span left out", lambda span, _: ()),
@@ -69,11 +92,26 @@ TRANSFORMATIONS = {
     "3-parallel (PAR)": Transformation(
         "consecutive triples of the span side by side, each layer whole", _side_by_side(3, "par")
     ),
+    STAGGERED: Transformation("every FFN beside the next layer's attention", _staggered),
+    BLOCKS: Transformation("every FFN beside its own layer's attention", _blocks),
 }
 """All transformations. If pairs or triples do not divide a span, its last group is smaller."""
 
 PAIRS = "2-parallel"
 """The transformation that the paper settles on, in the form that a wide layer computes."""
+
+OF_SUBLAYERS = (STAGGERED, BLOCKS)
+"""Transformations that change nothing where attention and FFN read the same state."""
+
+
+def saved(form: str, layers: int) -> int:
+    """The all-reduces that a span of so many layers saves as pairs, staggered or in blocks.
+
+    Spans that end in a layer alone are not counted.
+    """
+    if form == PAIRS:
+        return layers if layers % 2 == 0 else 0
+    return layers - 1 if form == STAGGERED else layers
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from truedepth.depth_study.run import Study
+from truedepth.depth_study.result import BestSpan, Study
 from truedepth.evaluation.loss import perplexity_of
 from truedepth.report.tables import print_rows
 
@@ -31,6 +31,17 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
             ],
             header=("transformation", *map(str, lengths)),
         )
+    if study.best_spans:
+        forms = list(dict.fromkeys(name for row in study.best_spans.values() for name in row))
+        print("\nBest spans by all-reduces saved (excess loss in nats per token, span):\n")
+        print_rows(
+            [
+                (str(count), *(_span(row.get(form), study.nll) for form in forms))
+                for count, row in study.best_spans.items()
+            ],
+            header=("saved", *forms),
+            words=(),
+        )
     if study.sweep:
         print("\nBest spans of consecutive pairs (excess loss in nats per token):\n")
         print_rows(
@@ -50,12 +61,16 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
     print("\nRank correlation of each measure with the loss of pairing:\n")
     print_rows(
         [
-            (name, _correlation(found["pairs"]), _correlation(found["spans"]))
+            (name, *(_correlation(found[kind]) for kind in ("pairs", "merges", "spans")))
             for name, found in study.correlation.items()
         ],
-        header=("measure", "single pairs", "spans of equal length"),
+        header=("measure", "single pairs", "single merges", "spans of equal length"),
     )
     print(f"\nWritten to {written[0].parent}: " + ", ".join(path.name for path in written))
+
+
+def _span(best: BestSpan | None, base: float) -> str:
+    return "-" if best is None else f"{best.nll - base:+.3f} {best.first}-{best.last}"
 
 
 def _correlation(value: float) -> str:

@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truedepth.depth_study.correlation import Matrix
 from truedepth.depth_study.dependence import MEASURES
-from truedepth.depth_study.run import Matrix, Study
+from truedepth.depth_study.result import Study
 from truedepth.depth_study.transformations import TRANSFORMATIONS
 from truedepth.evaluation.loss import perplexity_of
 from truedepth.files.atomic import whole_file
@@ -127,12 +128,14 @@ def _drawn(nll: float, study: Study) -> float:
 def _dependence_figure(study: Study) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.7), layout="constrained")
-    axes = figure.subplots(1, len(study.dependence))
-    for axis, (name, matrix) in zip(axes, study.dependence.items(), strict=True):
-        image = _heat_map(axis, name, matrix)
-        axis.set(xlabel="later layer", ylabel="earlier layer")
-        figure.colorbar(image, ax=axis)
+    measured = {"layer": study.dependence, "sub-layer": study.sublayer_dependence}
+    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    axes = figure.subplots(len(measured), len(study.dependence))
+    for row, (unit, matrices) in zip(axes, measured.items(), strict=True):
+        for axis, (name, matrix) in zip(row, matrices.items(), strict=True):
+            image = _heat_map(axis, f"{name} of {unit}s", matrix)
+            axis.set(xlabel=f"later {unit}", ylabel=f"earlier {unit}")
+            figure.colorbar(image, ax=axis)
     return figure
 
 

@@ -50,10 +50,11 @@ def fuse(model: Model) -> Model:
         TruedepthError: Layers have norms behind their sub-layers or run side by side, or maps are
             quantized, adapted, or packed and sharded; the model is as it was.
     """
-    config: Any = model.config
+    whole: Any = model
+    config = whole.config
     name = type(model).__name__
     family = made_from(config.to_dict(), name)
-    layers: Any = model.base_model.layers
+    layers = whole.base_model.layers
     if isinstance(layers[0], FusedLayer):
         return model
     members = {
@@ -75,7 +76,7 @@ def fuse(model: Model) -> Model:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (FusedLayer, kind), {"__module__": kind.__module__})
         layer.parts = nn.ModuleList(own)
-    model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+    whole.save_pretrained = _refuse_to_save
     return model
 
 
@@ -109,10 +110,9 @@ def _why_not(family: Family, config: Any, members: Iterable[_Member]) -> str:
     for member in members:
         for name in (*member.reads, member.writes):
             linear = member.layer.get_submodule(name)
-            weight = getattr(linear, "weight", None)
-            if not isinstance(linear, nn.Linear) or not torch.is_floating_point(weight):
+            if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
                 return f"{name} is a {type(linear).__name__}; fuse before quantizing or adapting"
-            if isinstance(weight, DTensor) and name in family.packed:
+            if isinstance(linear.weight, DTensor) and name in family.packed:
                 return f"transformers shards {name}, which packs several maps, in another way"
     return ""
 

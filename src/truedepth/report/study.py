@@ -32,7 +32,8 @@ def print_study(study: Study, written: Sequence[Path]) -> None:
             header=("transformation", *map(str, lengths)),
         )
     if study.best_spans:
-        forms = list(dict.fromkeys(name for row in study.best_spans.values() for name in row))
+        compared = {name for row in study.best_spans.values() for name in row}
+        forms = [name for name in study.transformed if name in compared]
         print("\nBest spans by all-reduces saved (excess loss in nats per token, span):\n")
         print_rows(
             [

@@ -1,12 +1,13 @@
-"""Ways to make a model shallower, compared at equal effective depth on the same text and tasks.
+"""Ways to run a model in fewer steps, compared at equal numbers of all-reduces on the same text.
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
-        --plans PATH --raw-plans PATH [--task-dir DIR] [--depths 27,25,23,20,15] --json PATH
+        --plans PATH --pairs PATH --raw-pairs PATH [--task-dir DIR]
+        [--all-reduces 54,50,46,40,36,30] --json PATH
 
-The plans come from `truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from
-the same command with `--no-calibrate`. Rows that are already in the JSON file are not measured
-again, so the same command resumes. Rivals choose and fit on windows of the text that this package
-calibrates on.
+The plans come from `truedepth plan MODEL --all-reduces 46 --json PATH`; those of pairs from
+`truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from the same command
+with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the same
+command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
 """
 
 from __future__ import annotations
@@ -24,25 +25,57 @@ import torch
 from torch import Tensor
 
 import truedepth as td
-from rivals import drop, drop_by_influence, greedy_order, parallel_whole_layers, patch_linearly
+from rivals import (
+    drop,
+    drop_by_influence,
+    drop_syncs,
+    ghost_layers,
+    greedy_order,
+    parallel_whole_layers,
+    patch_linearly,
+    patch_magnitudes,
+    sync_order,
+)
 from rows import WINDOWS, Rows, parser_of
 from truedepth.calibration.windows import calibration_windows
+from truedepth.plan.choose import cheapest_plans
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import group_segment
+from truedepth.plan.stages import Segment, group_segment, stage_of
 from truedepth.planning.options import SEARCH_CALIBRATION
 from truedepth.runtime.device import fast_dtype
 from truedepth.runtime.loading import Loaded
 
-GREEDY_WINDOWS = 4  # SLEB runs the model hundreds of times
+GREEDY_WINDOWS = 4  # SLEB and SPD run the model tens or hundreds of times
+RANKS = (2, 4)  # that SPD is simulated on
+STAGGERED_END = 28  # of the late span; like the pairs' it leaves the last layer alone
 SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
 
-def plans_of(path: Path) -> dict[int, Plan]:
-    """The best plan that a search found, by effective depth."""
+Plans = dict[int, Plan]
+"""By number of all-reduces."""
+
+
+def pairs_of(path: Path) -> Plans:
+    """The best plans of pairs that a search found."""
     found = json.loads(path.read_text())
     layers = found["plan"]["num_layers"]
-    return {point["effective_depth"]: Plan(layers, point["groups"]) for point in found["frontier"]}
+    plans = (Plan(layers, point["groups"]) for point in found["frontier"])
+    return {plan.all_reduces: plan for plan in plans}
+
+
+def stages_of(path: Path) -> tuple[Plans, Plans]:
+    """The plans of least sum of the merges' KL by a search, as they are and refitted."""
+    found = json.loads(path.read_text())
+    layers = found["plan"]["num_layers"]
+    raw, refitted = dict[Segment, float](), dict[Segment, float]()
+    for score in found["scores"]:
+        segment = tuple(stage_of(names) for names in score["merged"])
+        raw[segment] = score["raw"]["kl"]
+        refitted[segment] = (score["refitted"] or score["raw"])["kl"]
+    best = (cheapest_plans(layers, costs) for costs in (raw, refitted))
+    first, second = ({n: plans[0] for n, plans in found.items()} for found in best)
+    return first, second
 
 
 class Comparison:
@@ -53,8 +86,8 @@ class Comparison:
         self.source = td.open_source(arguments.model)
         self.dtype = fast_dtype(self.source, torch.device("cpu"))
         self.calibration = td.Calibration(text=arguments.calibration, tokens=arguments.tokens)
-        self.plans = plans_of(arguments.plans)
-        self.raw_plans = plans_of(arguments.raw_plans)
+        self.raw_stages, self.stages = stages_of(arguments.plans)
+        self.pairs, self.raw_pairs = pairs_of(arguments.pairs), pairs_of(arguments.raw_pairs)
         self.rows = Rows(arguments.json)
         self._ids: Tensor | None = None
 
@@ -72,15 +105,15 @@ class Comparison:
         """A fresh copy, by default of the original."""
         return td.load(self.source if model is None else model, dtype=self.dtype)
 
-    def row(self, method: str, depth: int, make: Callable[[], tuple[Loaded, Any]]) -> None:
+    def row(self, method: str, all_reduces: int, make: Callable[[], tuple[Loaded, Any]]) -> None:
         """Make a model and measure it, unless that was done before."""
-        key = f"{method} @ {depth}"
+        key = f"{method} @ {all_reduces}"
         if key in self.rows:
             return
         start = time.perf_counter()
         loaded, what = make()
         made = time.perf_counter()
-        row: dict[str, Any] = {"method": method, "depth": depth, "what": what}
+        row: dict[str, Any] = {"method": method, "all_reduces": all_reduces, "what": what}
         row["nll"] = {
             path.name: td.perplexity(loaded, text=path, windows=WINDOWS).nll
             for path in self.arguments.text
@@ -98,9 +131,10 @@ class Comparison:
         self.rows[key] = row
         self.rows.show(key)
 
-    def repeat(self, method: str, other: str, depth: int) -> None:
+    def repeat(self, method: str, other: str, all_reduces: int) -> None:
         """Copy another method's row: the model is the same."""
-        self.rows[f"{method} @ {depth}"] = self.rows[f"{other} @ {depth}"] | {"method": method}
+        row = self.rows[f"{other} @ {all_reduces}"]
+        self.rows[f"{method} @ {all_reduces}"] = row | {"method": method}
 
     def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
         """A checkpoint of this package."""
@@ -126,11 +160,52 @@ class Comparison:
     def greedily(self, count: int) -> tuple[Loaded, list[int]]:
         """SLEB, whose order is found once."""
         if "SLEB order" not in self.rows:
-            most = self.source.num_layers - min(self.arguments.depths)
+            most = self.source.num_layers - min(self.arguments.all_reduces) // 2
             self.rows["SLEB order"] = greedy_order(self.load(), self.ids[:GREEDY_WINDOWS], most)
         loaded = self.load()
         drop(loaded, self.rows["SLEB order"][:count])
         return loaded, sorted(self.rows["SLEB order"][:count])
+
+    def without_syncs(self, ranks: int, count: int) -> tuple[Loaded, list[int]]:
+        """SPD on so many ranks, whose order is found once."""
+        name = f"SPD order, {ranks} ranks"
+        if name not in self.rows:
+            self.rows[name] = sync_order(self.load(), self.ids[:GREEDY_WINDOWS], ranks)
+        loaded, layers = self.load(), sorted(self.rows[name][:count])
+        drop_syncs(loaded, layers, ranks)
+        return loaded, layers
+
+    def makers(self, all_reduces: int) -> dict[str, Callable[[], tuple[Loaded, Any]]]:
+        """How each method makes a model of so many all-reduces."""
+        layers = self.source.num_layers
+        saved = 2 * layers - all_reduces
+        count = saved // 2
+        span = Plan.late_pairs(layers, count)
+        found: dict[str, Callable[[], tuple[Loaded, Any]]] = {
+            "ShortGPT": partial(self.rival, drop_by_influence, count),
+            "SLEB": partial(self.greedily, count),
+            "ReplaceMe": partial(self.rival, patch_linearly, count),
+            "LinearPatch": partial(self.rival, patch_magnitudes, count),
+            "Ghosted Layers": partial(self.rival, ghost_layers, count),
+            "PAR, late span": partial(self.parallel, span),
+            "LP, late span": partial(self.converted, span, calibrated=False),
+            "LP, plan": partial(self.converted, self.raw_pairs[all_reduces], calibrated=False),
+            "LP, late span, calibrated": partial(self.converted, span, calibrated=True),
+            "LP, plan, calibrated": partial(
+                self.converted, self.pairs[all_reduces], calibrated=True
+            ),
+        }
+        for ranks in RANKS:
+            found[f"SPD, {ranks} ranks"] = partial(self.without_syncs, ranks, saved)
+        if saved <= STAGGERED_END:
+            late = Plan.staggered(layers, STAGGERED_END - saved, STAGGERED_END)
+            found["staggered, late span"] = partial(self.converted, late, calibrated=False)
+        return found | {
+            "stages, plan": partial(self.converted, self.raw_stages[all_reduces], calibrated=False),
+            "stages, plan, calibrated": partial(
+                self.converted, self.stages[all_reduces], calibrated=True
+            ),
+        }
 
 
 def main() -> None:
@@ -140,60 +215,48 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--plans", type=Path, required=True, help="JSON of a search")
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON of a search for pairs")
     parser.add_argument(
-        "--raw-plans", type=Path, required=True, help="JSON of an uncalibrated search"
+        "--raw-pairs", type=Path, required=True, help="JSON of an uncalibrated search for pairs"
     )
     parser.add_argument("--task-dir", type=Path)
     parser.add_argument("--limit", type=int, default=200, help="items per task")
     parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens to calibrate on")
     parser.add_argument(
-        "--depths", type=lambda text: list(map(int, text.split(","))), default=[27, 25, 23, 20, 15]
+        "--all-reduces",
+        type=lambda text: list(map(int, text.split(","))),
+        default=[54, 50, 46, 40, 36, 30],
     )
     comparison = Comparison(parser.parse_args())
     layers = comparison.source.num_layers
-    comparison.row("original", layers, lambda: (comparison.load(), ""))
-    for depth in comparison.arguments.depths:
-        count = layers - depth
-        span = Plan.late_pairs(layers, count)
-        makers: dict[str, Callable[[], tuple[Loaded, Any]]] = {
-            "ShortGPT": partial(comparison.rival, drop_by_influence, count),
-            "SLEB": partial(comparison.greedily, count),
-            "ReplaceMe": partial(comparison.rival, patch_linearly, count),
-            "PAR, late span": partial(comparison.parallel, span),
-            "LP, late span": partial(comparison.converted, span, calibrated=False),
-            "LP, plan": partial(
-                comparison.converted, comparison.raw_plans[depth], calibrated=False
-            ),
-            "LP, late span, calibrated": partial(comparison.converted, span, calibrated=True),
-            "LP, plan, calibrated": partial(
-                comparison.converted, comparison.plans[depth], calibrated=True
-            ),
-        }
+    comparison.row("original", 2 * layers, lambda: (comparison.load(), ""))
+    for number in comparison.arguments.all_reduces:
+        span = Plan.late_pairs(layers, layers - number // 2)
         same = {
-            "LP, plan": ("LP, late span", comparison.raw_plans[depth]),
-            "LP, plan, calibrated": ("LP, late span, calibrated", comparison.plans[depth]),
+            "LP, plan": ("LP, late span", comparison.raw_pairs[number]),
+            "LP, plan, calibrated": ("LP, late span, calibrated", comparison.pairs[number]),
         }
-        for method, make in makers.items():
+        for method, make in comparison.makers(number).items():
             other, plan = same.get(method, ("", None))
             if plan is not None and plan.groups == span.groups:
-                comparison.repeat(method, other, depth)
+                comparison.repeat(method, other, number)
             else:
-                comparison.row(method, depth, make)
+                comparison.row(method, number, make)
     print_tables([row for row in comparison.rows.values() if "method" in row])
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
-    """Markdown: excess loss on every text, and mean accuracy, by method and depth."""
+    """Markdown: excess loss on every text, and mean accuracy, by method and all-reduces."""
     original = rows[0]
-    depths = list(dict.fromkeys(row["depth"] for row in rows[1:]))
+    numbers = sorted({row["all_reduces"] for row in rows[1:]}, reverse=True)
     by_method: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows[1:]:
-        by_method.setdefault(row["method"], {})[row["depth"]] = row
+        by_method.setdefault(row["method"], {})[row["all_reduces"]] = row
 
     def table(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
-        print(f"\n{title}\n\n| | {' | '.join(map(str, depths))} |\n|---|{'---|' * len(depths)}")
+        print(f"\n{title}\n\n| | {' | '.join(map(str, numbers))} |\n|---|{'---|' * len(numbers)}")
         for method, found in by_method.items():
-            cells = [cell(found[depth]) if depth in found else "-" for depth in depths]
+            cells = [cell(found[number]) if number in found else "-" for number in numbers]
             print(f"| {method} | {' | '.join(cells)} |")
 
     texts = list(original["nll"])
@@ -202,9 +265,13 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         lambda row: " / ".join(f"{row['nll'][x] - original['nll'][x]:.3f}" for x in texts),
     )
     if "tasks" in original:
-        mean = {id(row): sum(row["tasks"][name] for name in SHOWN) / len(SHOWN) for row in rows}
+        mean = {
+            id(row): sum(row["tasks"][name] for name in SHOWN) / len(SHOWN)
+            for row in rows
+            if "tasks" in row
+        }
         title = f"Mean of {', '.join(SHOWN)}; the original has {mean[id(original)]:.1%}"
-        table(title, lambda row: f"{mean[id(row)]:.1%}")
+        table(title, lambda row: f"{mean[id(row)]:.1%}" if id(row) in mean else "-")
 
 
 if __name__ == "__main__":

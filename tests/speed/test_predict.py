@@ -192,3 +192,16 @@ def test_errors(make_model):
         td.predict(make_model())
     with pytest.raises(td.TruedepthError, match=r"plan is for 7 layers; .* has 6"):
         td.predict(make_model(), td.Plan(7))
+
+
+def test_so_many_all_reduces(make_model, monkeypatch):
+    monkeypatch.setattr(prediction, "layer_times", lambda *_, **more: TIMES)
+    found = td.predict(make_model(), all_reduces=9, device="cpu")
+    assert found.plan == td.Plan.staggered(6, 2, 5)
+    assert found.plan.all_reduces == 9
+    assert td.predict(make_model(), all_reduces=12, device="cpu").plan == td.Plan(6)
+    for number in (6, 13):
+        with pytest.raises(td.TruedepthError, match=f"have 7 to 12 all-reduces, not {number}"):
+            td.predict(make_model(), all_reduces=number, device="cpu")
+    with pytest.raises(td.TruedepthError, match="one of plan, depth and all_reduces"):
+        td.predict(make_model(), depth=5, all_reduces=9, device="cpu")

@@ -100,6 +100,7 @@ def predict(
         typer.Option(help="Plan file (YAML).", show_default="the converted model's own plan"),
     ] = None,
     depth: int | None,
+    all_reduces: int | None,
     tp: Annotated[int, Like("ranks")],
     link: Annotated[
         str | None,
@@ -117,8 +118,8 @@ def predict(
     dtype: Fast = DType.auto,
 ) -> None:
     """Predict the time per token before and after, on this machine."""
-    if plan is not None and depth is not None:
-        raise TruedepthError("Say what to pair with one of --plan and --depth.")
+    if [plan, depth, all_reduces].count(None) < 2:
+        raise TruedepthError("Say what runs together with one of --plan, --depth, --all-reduces.")
     if link is not None and tp == 1:
         raise TruedepthError("One rank sends nothing: --link goes with --tp of 2 and more.")
     import torch
@@ -134,6 +135,7 @@ def predict(
         model,
         Plan.from_yaml(plan) if plan is not None else None,
         depth=depth,
+        all_reduces=all_reduces,
         ranks=tp,
         link=wire,
         batch=batch,

@@ -18,6 +18,7 @@ from truedepth.families.lookup import family_of
 from truedepth.options import Bounds, checked
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import staggered_stages
 from truedepth.progress import working
 from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.sources.opening import open_source
@@ -102,6 +103,7 @@ def predict(
     plan: Plan | None = None,
     *,
     depth: Annotated[int | None, Bounds(1)] = None,
+    all_reduces: Annotated[int | None, Bounds(1)] = None,
     ranks: Annotated[int, Bounds(1)] = 1,
     link: Link | None = None,
     batch: Annotated[int, Bounds(1)] = 1,
@@ -114,7 +116,9 @@ def predict(
     Args:
         model: What `open_source` takes; its weights are not read.
         plan: The plan; default: a converted model's own.
-        depth: Effective depth, instead of a plan; which layers are paired does not affect speed.
+        depth: Effective depth of pairs of layers, instead of a plan; which ones does not affect
+            speed.
+        all_reduces: Number of all-reduces of staggered layers, instead of a plan.
         ranks: Tensor-parallel size.
         link: Link between the ranks; default: all-reduces are measured on this machine.
         batch: Number of sequences that run at a time.
@@ -124,14 +128,17 @@ def predict(
             on a GPU the config's dtype.
 
     Raises:
-        TruedepthError: The model or device does not exist, the family is not supported, neither
-            plan nor depth is given or they do not fit the model, or there are too few GPUs.
+        TruedepthError: The model or device does not exist, the family is not supported, not one of
+            plan, depth and all_reduces is given or it does not fit the model, or there are too few
+            GPUs.
     """
     source = open_source(model)
     where = device_of(device)
     if link is None:
         check_accelerator(ranks, where)
-    plan = _plan(source, plan, depth)
+    if [plan, depth, all_reduces].count(None) < 2:
+        raise TruedepthError("Say what runs together with one of plan, depth and all_reduces.")
+    plan = _plan(source, plan, depth, all_reduces)
     run = _executed(source, plan)
     dtype = dtype or _default_dtype(source, where)
     config = unpaired_config(source.config, ranks)
@@ -195,8 +202,8 @@ def _token(plan: Plan, measured: LayerTimes, all_reduce: float, rest: float) -> 
     )
 
 
-def _plan(source: Source, plan: Plan | None, depth: int | None) -> Plan:
-    """The plan to predict, for a model that can be paired or is paired already."""
+def _plan(source: Source, plan: Plan | None, depth: int | None, all_reduces: int | None) -> Plan:
+    """The plan to predict, for a model that can be converted or is converted already."""
     own = plan_of(source.config)
     if own is None:
         family_of(source.config, str(source.path))
@@ -208,10 +215,20 @@ def _plan(source: Source, plan: Plan | None, depth: int | None) -> Plan:
                 f" {num_layers - num_layers // 2} to {num_layers}, not {depth}."
             )
         plan = Plan.late_pairs(num_layers, num_layers - depth)
+    if all_reduces is not None:
+        if not num_layers < all_reduces <= 2 * num_layers:
+            raise TruedepthError(
+                f"{num_layers} staggered layers have {num_layers + 1} to {2 * num_layers}"
+                f" all-reduces, not {all_reduces}; for fewer give --plan."
+            )
+        saved = 2 * num_layers - all_reduces
+        stages = staggered_stages(num_layers - 1 - saved, num_layers - 1)
+        plan = Plan(num_layers, stages=stages)
     plan = plan or own
     if plan is None:
         raise TruedepthError(
-            f"{source.name} is not converted yet, so it has no plan; give --depth or --plan."
+            f"{source.name} is not converted yet, so it has no plan; give --all-reduces, --depth"
+            " or --plan."
         )
     if plan.num_layers != num_layers:
         raise TruedepthError(

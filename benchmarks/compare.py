@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
         --plans PATH --pairs PATH --raw-pairs PATH [--task-dir DIR]
-        [--all-reduces 54,50,46,40,36,30] --json PATH
+        [--all-reduces 54,50,46,40,36,30] [--only METHOD]… --json PATH
 
 The plans come from `truedepth plan MODEL --all-reduces 46 --json PATH`; those of pairs from
 `truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from the same command
@@ -227,6 +227,7 @@ def main() -> None:
         type=lambda text: list(map(int, text.split(","))),
         default=[54, 50, 46, 40, 36, 30],
     )
+    parser.add_argument("--only", action="append", help="measure this method; repeat for several")
     comparison = Comparison(parser.parse_args())
     layers = comparison.source.num_layers
     comparison.row("original", 2 * layers, lambda: (comparison.load(), ""))
@@ -237,6 +238,8 @@ def main() -> None:
             "LP, plan, calibrated": ("LP, late span, calibrated", comparison.pairs[number]),
         }
         for method, make in comparison.makers(number).items():
+            if comparison.arguments.only and method not in comparison.arguments.only:
+                continue
             other, plan = same.get(method, ("", None))
             if plan is not None and plan.groups == span.groups:
                 comparison.repeat(method, other, number)

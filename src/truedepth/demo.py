@@ -23,8 +23,8 @@ from truedepth.speed.benchmark import bench
 from truedepth.speed.ranks import possible_ranks
 from truedepth.speed.timing import Row, Task
 
-# 60 -> 46 all-reduces, as many as the paper's 7 pairs save: of all such plans the one whose merges,
-# refitted alone, lose least in sum (docs/search.md)
+# 60 -> 46 all-reduces, as many as the paper's 7 pairs save, by `truedepth plan default
+# --all-reduces 46` (docs/results.md)
 PLAN = Path(__file__).with_name("demo_plan.yaml")
 TOKENS = 1 << 14  # for calibration; sampled from the model, so that the measured text stays unseen
 WINDOWS = 16
@@ -100,6 +100,7 @@ def run_demo(
             tasks=[Task.decode],
             lengths=[CONTEXT],
             ranks=ranks,
+            fuse=True,
             repetitions=REPETITIONS,
             device=device,
             dtype=dtype,

@@ -144,8 +144,12 @@ BAD = {
     "lengths that are none": (["bench", "{model}", "--lengths", "1,a"], "not '1,a'"),
     "no such task": (["bench", "{model}", "--tasks", "write"], "prefill, generate, decode"),
     "a picture of nothing": (["bench", "{model}", "--plot", "x.png"], "needs --against"),
+    "an engine that fuses by itself": (
+        ["bench", "{model}", "--engine", "vllm", "--fuse"],
+        "--fuse goes with --engine transformers; vllm joins maps by itself",
+    ),
     "heads over ranks": (["bench", "{model}", "--tp", "3"], "4 heads and 2 KV heads"),
-    "nothing to predict": (["predict", "{model}"], "give --depth or --plan"),
+    "nothing to predict": (["predict", "{model}"], "give --all-reduces, --depth or --plan"),
     "depth out of reach": (["predict", "{model}", "--depth", "2"], "of 3 to 6, not 2"),
     "a link for one": (["predict", "{model}", "--depth", "4", "--link", "pcie4"], "--tp of 2"),
     "drafts of nobody": (["generate", "{model}", "hi", "--draft-tokens", "3"], "with --verify"),

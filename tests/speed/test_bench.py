@@ -66,6 +66,15 @@ def test_one_process(make_model, tmp_path):
         assert row.model.collectives is None
 
 
+def test_both_models_are_fused(make_model, monkeypatch):
+    fused = []
+    monkeypatch.setattr(transformers, "fuse", lambda model: fused.append(model) or model)
+    bench(make_model(), make_model(), fuse=True)
+    assert len(fused) == 2
+    bench(make_model())
+    assert len(fused) == 2
+
+
 def test_lengths_beyond_the_positions_are_said(make_model, capsys, monkeypatch):
     monkeypatch.setattr(progress, "_noted", set())
     model = make_model(max_position_embeddings=8)
@@ -88,11 +97,12 @@ def test_two_ranks(make_model, tmp_path):
         assert 0 < after.share < 1
 
 
-def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_stage_costs_one_all_reduce(make_model, tmp_path, fuse):
     plan = td.Plan(6, stages=[["F0", "A1"], ["F1", "A2"], ["A4", "F4", "A5"]])
     td.convert(make_model(), tmp_path / "out", plan)
     assert plan.all_reduces == 8
-    for row in bench(tmp_path / "out", make_model(), ranks=2):
+    for row in bench(tmp_path / "out", make_model(), ranks=2, fuse=fuse):
         passes = row.case.length if row.case.task is Task.generate else 1
         before, after = row.base.collectives, row.model.collectives
         assert before.calls["all_reduce"] - after.calls["all_reduce"] == passes * (12 - 8)

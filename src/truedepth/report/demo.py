@@ -48,6 +48,7 @@ def print_demo(demo: Demo) -> None:
         header=("", "original", "fewer steps"),
     )
     print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
+    print("Both models are timed with fused stages (truedepth.fuse).")
     if demo.ranks == 1:
         print("One rank has no all-reduces to save; the gain comes with tensor parallelism.")
     print(f"\n{demo.prompt}\n")

@@ -93,10 +93,6 @@ def bench(
         raise TruedepthError(
             "llama.cpp runs a file with its own types in one process; drop --tp and --dtype."
         )
-    if fuse and engine is not Engine.transformers:
-        raise TruedepthError(
-            f"--fuse goes with --engine transformers; {engine.value} joins maps by itself."
-        )
     setup = Setup(
         model=str(model),
         against=None if against is None else str(against),
@@ -106,18 +102,7 @@ def bench(
         eager=eager,
         fuse=fuse,
     )
-    for name in filter(None, (setup.model, setup.against)):
-        source = open_source(name)
-        check_heads(source, ranks)
-        if in_llama_cpp and source.path.is_dir():
-            raise TruedepthError(f"{name} is not a GGUF file; write one with truedepth export.")
-        if source.path.is_file() and (ranks > 1 or engine is Engine.vllm):
-            raise TruedepthError(
-                f"{name} is a GGUF file, which {engine.value} cannot run here; convert it first"
-                " (truedepth convert --pairs 0 keeps the model as it is)."
-            )
-        if source.path.is_file() and plan_of(source.config) and not in_llama_cpp:
-            raise TruedepthError(f"{name} runs only in llama.cpp; give --engine llama.cpp.")
+    _check_models(setup, engine)
     cases = [Case(task, n, batch) for task in tasks for n in lengths for batch in batches]
     measure, version = _engine(engine)
     with working(f"Timing {len(cases)} cases"):
@@ -127,6 +112,31 @@ def bench(
         if positions is not None and max(lengths) > positions:
             note(f"{max(lengths)} tokens are more than the {positions} positions of {name}.")
     return Benchmark(setup, engine.value, version, rows)
+
+
+def _check_models(setup: Setup, engine: Engine) -> None:
+    """Refuse what an engine cannot run.
+
+    Raises:
+        TruedepthError: It cannot.
+    """
+    if setup.fuse and engine is not Engine.transformers:
+        raise TruedepthError(
+            f"--fuse goes with --engine transformers; {engine.value} joins maps by itself."
+        )
+    in_llama_cpp = engine is Engine.llama_cpp
+    for name in filter(None, (setup.model, setup.against)):
+        source = open_source(name)
+        check_heads(source, setup.ranks)
+        if in_llama_cpp and source.path.is_dir():
+            raise TruedepthError(f"{name} is not a GGUF file; write one with truedepth export.")
+        if source.path.is_file() and (setup.ranks > 1 or engine is Engine.vllm):
+            raise TruedepthError(
+                f"{name} is a GGUF file, which {engine.value} cannot run here; convert it first"
+                " (truedepth convert --pairs 0 keeps the model as it is)."
+            )
+        if source.path.is_file() and plan_of(source.config) and not in_llama_cpp:
+            raise TruedepthError(f"{name} runs only in llama.cpp; give --engine llama.cpp.")
 
 
 def _engine(engine: Engine) -> tuple[Callable[..., list[Row]], str]:

@@ -47,7 +47,6 @@ from truedepth.runtime.loading import Loaded
 
 GREEDY_WINDOWS = 4  # SLEB and SPD run the model tens or hundreds of times
 RANKS = (2, 4)  # that SPD is simulated on
-STAGGERED_END = 28  # of the late span; like the pairs' it leaves the last layer alone
 SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
@@ -197,8 +196,9 @@ class Comparison:
         }
         for ranks in RANKS:
             found[f"SPD, {ranks} ranks"] = partial(self.without_syncs, ranks, saved)
-        if saved <= STAGGERED_END:
-            late = Plan.staggered(layers, STAGGERED_END - saved, STAGGERED_END)
+        last = layers - 2  # the late span leaves the last layer alone
+        if saved <= last:
+            late = Plan.staggered(layers, last - saved, last)
             found["staggered, late span"] = partial(self.converted, late, calibrated=False)
         return found | {
             "stages, plan": partial(self.converted, self.raw_stages[all_reduces], calibrated=False),

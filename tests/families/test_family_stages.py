@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from family_models import CASES, options_of, staged
-from tiny_models import left_padded_logits, random_ids, torchrun
+from tiny_models import found_over_two_ranks, left_padded_logits, random_ids
 from truedepth.plan.config import plan_of
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -93,14 +91,9 @@ CASES_OF_RANKS = ["llama", "qwen2", "granite", "starcoder2", "phi3", "glm"]
 
 def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
     ids = random_ids()
-    torch.save(ids, tmp_path / "ids")
     for case in CASES_OF_RANKS:
         td.convert(make_model(**options_of(case)), tmp_path / case, FIRST_AND_LAST)
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [*torchrun(2), str(tmp_path / "rank.py"), str(tmp_path)]
-    subprocess.run([*command, *CASES_OF_RANKS], check=True)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"found.{rank}")
+    for found in found_over_two_ranks(RANK, tmp_path, CASES_OF_RANKS, ids):
         for case, (logits, all_reduces, gradient) in found.items():
             assert all_reduces == len(FIRST_AND_LAST.stages) == 7, case
             model = td.load(tmp_path / case).model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import truedepth as td
 from family_models import CASES, options_of
-from tiny_models import left_padded_logits, random_ids, torchrun
+from tiny_models import found_over_two_ranks, left_padded_logits, random_ids
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 STAGES = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
@@ -178,14 +177,9 @@ OVER_RANKS |= {"cohere": GROUP, "qwen3": GROUP, "phi3": STAGES}
 
 def test_over_two_ranks(make_model, tmp_path):
     ids = random_ids()
-    torch.save(ids, tmp_path / "ids")
     for case, plan in OVER_RANKS.items():
         td.convert(make_model(**options_of(case)), tmp_path / case, plan)
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [*torchrun(2), str(tmp_path / "rank.py"), str(tmp_path)]
-    subprocess.run([*command, *OVER_RANKS], check=True)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"found.{rank}")
+    for found in found_over_two_ranks(RANK, tmp_path, OVER_RANKS, ids):
         assert "packs several maps" in found.pop("phi3")
         for case, (logits, all_reduces) in found.items():
             stages = len(OVER_RANKS[case].stages) // (2 if case == "cohere" else 1)

@@ -12,13 +12,12 @@ Matrix = list[list[float | None]]
 """`matrix[i][j]` for i <= j: the first and the last layer of a span, or the earlier and the later
 one of a pair. None where nothing was measured."""
 
+MIN_SPANS = 5  # fewest spans of one length for a rank correlation among them
+
 
 def empty_matrix(size: int) -> Matrix:
     """A matrix of which nothing was measured."""
     return [[None] * size for _ in range(size)]
-
-
-MIN_SPANS = 5  # fewest spans of one length for a rank correlation among them
 
 
 def correlations(

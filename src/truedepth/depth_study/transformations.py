@@ -105,9 +105,11 @@ OF_SUBLAYERS = (STAGGERED, BLOCKS)
 
 
 def saved(form: str, layers: int) -> int:
-    """The all-reduces that a span of so many layers saves as pairs, staggered or in blocks.
+    """How many all-reduces a span of layers saves in a form.
 
-    Spans that end in a layer alone are not counted.
+    Args:
+        form: `PAIRS`, `STAGGERED` or `BLOCKS`.
+        layers: Length of the span. Pairs of an odd number save 0: the last layer would be alone.
     """
     if form == PAIRS:
         return layers if layers % 2 == 0 else 0

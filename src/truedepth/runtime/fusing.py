@@ -87,7 +87,7 @@ def _refuse_to_save(*arguments: object, **options: object) -> None:
 
 
 def _stages(family: Family, config: Any, layers: int) -> Sequence[Stage]:
-    """The stages of a model of so many layers, wide ones counted once."""
+    """The stages of a loaded model, by the numbers of its own layers (a wide layer is one)."""
     if family.is_parallel(config):
         return [tuple(Sublayer(layer, kind) for kind in KINDS) for layer in range(layers)]
     return Plan(layers, stages=getattr(config, "stages", None) or ()).stages

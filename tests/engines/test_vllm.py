@@ -54,6 +54,11 @@ if __name__ == "__main__":
 
 def served(path, prompts, tmp_path, **options):
     """What vLLM continues prompts with, and each token's log probability."""
+    return serve(path, prompts, tmp_path, **options)[0]
+
+
+def serve(path, prompts, tmp_path, **options):
+    """The same, and what vLLM logged."""
     options = {
         "model": str(path),
         "dtype": "float32",
@@ -68,7 +73,7 @@ def served(path, prompts, tmp_path, **options):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("FOUND "))
+    return json.loads(lines[0].removeprefix("FOUND ")), done.stdout + done.stderr
 
 
 def expected(path, prompts):
@@ -113,12 +118,13 @@ def staged(make_model, tmp_path_factory):
 
 
 def check(path, prompts, tmp_path, **options):
+    """Compare with transformers; gives what vLLM logged."""
     wanted = expected(path, prompts)
-    for (tokens, logp), (wanted_tokens, wanted_logp) in zip(
-        served(path, prompts, tmp_path, **options), wanted, strict=True
-    ):
+    found, log = serve(path, prompts, tmp_path, **options)
+    for (tokens, logp), (wanted_tokens, wanted_logp) in zip(found, wanted, strict=True):
         assert tokens == wanted_tokens
         assert logp == pytest.approx(wanted_logp, abs=1e-3)
+    return log
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -130,7 +136,18 @@ def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, r
 def test_stages(make_model, prompts, tmp_path, plan, ranks):
     model = make_model(**SHAPES, attention_bias=True, mlp_bias=True)
     td.convert(model, tmp_path / "out", plan)
-    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+    log = check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())["stages"]
+    assert f"Fused the sub-layers of {len(merged)} merged stages" in log
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hf_overrides": {"fuse_stages": False}, "tensor_parallel_size": 2}, {"enable_lora": True}],
+    ids=["unfused", "lora"],
+)
+def test_stages_that_are_not_fused(staged, prompts, tmp_path, options):
+    assert "Fused the sub-layers" not in check(staged, prompts, tmp_path, **options)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def test_sums_of_stages(make_model, monkeypatch, tmp_path):
     td.convert(make_model(), tmp_path / "out", plan)
     assert td.predict(tmp_path / "out", ranks=2, device="cpu").after == found.after
     td.predict(make_model(), PLAN, ranks=2, device="cpu")
-    assert asked == [{"staggered": True}, {"staggered": True}, {"staggered": False}]
+    td.predict(make_model(), PLAN, ranks=2, fuse=True, device="cpu")
+    merged = [(each["staggered"], each["fused"]) for each in asked]
+    assert merged == [(True, False), (True, False), (False, False), (False, True)]
 
 
 def test_all_reduces_measured_between_ranks(make_model, timed):
@@ -124,13 +126,22 @@ def test_a_share_has_one_rank_s_parameters(make_model):
     assert wide["mlp.up_proj.weight"] == (2 * ffn, 48)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_layers_are_timed(make_model, ranks):
+@pytest.mark.parametrize(("ranks", "fused"), [(1, False), (1, True), (2, True)])
+def test_layers_are_timed(make_model, ranks, fused):
     path = make_model()
     config = unpaired_config(json.loads((path / "config.json").read_text()), ranks)
     case = Case(Task.decode, 4)
     found = layer_times(
-        config, path, [1, 2], case, "cpu", torch.float32, ranks, 1 << 16, staggered=True
+        config,
+        path,
+        [1, 2],
+        case,
+        "cpu",
+        torch.float32,
+        ranks,
+        1 << 16,
+        staggered=True,
+        fused=fused,
     )
     assert found.layers.keys() == {1, 2}
     assert found.shared != 0

@@ -112,6 +112,7 @@ def predict(
     ] = None,
     batch: int,
     length: int,
+    fuse: bool,
     json_path: JsonPath = None,
     seed: Seed = 0,
     device: Device = None,
@@ -140,6 +141,7 @@ def predict(
         link=wire,
         batch=batch,
         length=length,
+        fuse=fuse,
         device=device,
         dtype=dtype.torch(),
     )

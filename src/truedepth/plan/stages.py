@@ -110,6 +110,21 @@ def said(stage: Sequence[Sublayer]) -> str:
     return f"[{names}]" if len(stage) > 1 else names
 
 
+def parts_of(stage: Stage) -> list[Stage]:
+    """A stage cut into parts of at most one attention: attentions differ in caches and masks."""
+    parts: list[list[Sublayer]] = [[]]
+    for sublayer in stage:
+        if sublayer.kind == ATTENTION and any(each.kind == ATTENTION for each in parts[-1]):
+            parts.append([])
+        parts[-1].append(sublayer)
+    return list(map(tuple, parts))
+
+
+def home_of(part: Stage) -> int:
+    """The layer in which a part of a stage runs: that of its attention, if it has one."""
+    return next((each for each in part if each.kind == ATTENTION), part[0]).layer
+
+
 def staggered_stages(first: int, last: int) -> list[Stage]:
     """The stages `[Fk Ak+1]` between neighbouring layers of a span, `first` to `last` inclusive."""
     return [(Sublayer(k, FFN), Sublayer(k + 1, ATTENTION)) for k in range(first, last)]

@@ -81,6 +81,7 @@ def print_prediction(found: Prediction) -> None:
                 f" KV cache; a large matrix is read at {found.measured.bandwidth / 1e9:.1f} GB/s",
             ),
             *([] if one else [("ranks", f"{found.ranks}; all-reduces {link}")]),
+            *([("stages", "fused")] if found.fused else []),
             *([("heads", "padded with zeros to a multiple of the ranks")] if found.padded else []),
         ]
     )

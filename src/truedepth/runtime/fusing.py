@@ -27,7 +27,7 @@ from truedepth.errors import TruedepthError
 from truedepth.families.family import Family, SublayerNames
 from truedepth.families.lookup import made_from
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import ATTENTION, KINDS, Kind, Stage, Sublayer
+from truedepth.plan.stages import ATTENTION, KINDS, Kind, Stage, Sublayer, home_of, parts_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,12 +66,11 @@ def fuse(model: Model) -> Model:
         raise TruedepthError(f"The stages of {name} cannot be fused: {why_not}.")
     parts: list[list[FusedPart]] = [[] for _ in layers]
     for stage in _stages(family, config, len(layers)):
-        cut = _cut(stage)
+        cut = parts_of(stage)
         for inside in cut:
-            home = next((each for each in inside if each.kind == ATTENTION), inside[0]).layer
             fused = FusedPart([members[each] for each in inside])
             fused.begins, fused.ends = inside is cut[0], inside is cut[-1]
-            parts[home].append(fused)
+            parts[home_of(inside)].append(fused)
     for layer, own in zip(layers, parts, strict=True):
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (FusedLayer, kind), {"__module__": kind.__module__})
@@ -91,16 +90,6 @@ def _stages(family: Family, config: Any, layers: int) -> Sequence[Stage]:
     if family.is_parallel(config):
         return [tuple(Sublayer(layer, kind) for kind in KINDS) for layer in range(layers)]
     return Plan(layers, stages=getattr(config, "stages", None) or ()).stages
-
-
-def _cut(stage: Stage) -> list[list[Sublayer]]:
-    """A stage with one attention in each part: attentions differ in masks and caches."""
-    parts: list[list[Sublayer]] = [[]]
-    for sublayer in stage:
-        if sublayer.kind == ATTENTION and any(each.kind == ATTENTION for each in parts[-1]):
-            parts.append([])
-        parts[-1].append(sublayer)
-    return parts
 
 
 def _why_not(family: Family, config: Any, members: Iterable[_Member]) -> str:
@@ -178,7 +167,7 @@ class FusedPart(nn.Module):
         family, layer = members[0].family, members[0].layer
         norms = {id(each.norm): each.norm for each in members}
         folded = len(norms) > 1
-        self.norm = _unit(members[0].norm, family.gain_offset) if folded else members[0].norm
+        self.norm = unit_norm(members[0].norm, family.gain_offset) if folded else members[0].norm
         shard = layer.get_submodule(members[0].writes).weight
         self.group = shard.device_mesh.get_group() if isinstance(shard, DTensor) else None
         self.scale = getattr(layer, family.multiplier) if family.multiplier else None
@@ -189,11 +178,11 @@ class FusedPart(nn.Module):
             for name in each.reads:
                 weight, bias = _local(each.layer.get_submodule(name))
                 if folded:
-                    weight, bias = _folded(weight, bias, each.norm, family.gain_offset)
+                    weight, bias = fold(weight, bias, each.norm, family.gain_offset)
                 weights.append(weight)
                 biases.append(bias)
                 each.layer.set_submodule(name, Slice(start, start := start + len(weight)))
-        self.read = _linear(torch.cat(weights), _joined(biases, weights))
+        self.read = _linear(torch.cat(weights), join_biases(biases, weights))
         weights, total = [], None
         for each in members:
             weight, bias = _local(each.layer.get_submodule(each.writes))
@@ -246,7 +235,7 @@ class FusedLayer:
         return x if so_far is None else torch.stack([x, so_far])
 
 
-def _unit(norm: Any, gain_offset: float) -> Any:
+def unit_norm(norm: Any, gain_offset: float) -> Any:
     """A norm of gain 1 and without a bias."""
     unit = copy.deepcopy(norm).requires_grad_(False)
     unit.weight.fill_(1 - gain_offset)
@@ -264,7 +253,7 @@ def _local(linear: Any) -> tuple[Tensor, Tensor | None]:
     return weight.detach(), None if bias is None else bias.detach()
 
 
-def _folded(
+def fold(
     weight: Tensor, bias: Tensor | None, norm: Any, gain_offset: float
 ) -> tuple[Tensor, Tensor | None]:
     """`W diag(g)` and `W b + bias` for a norm with gain g and bias b."""
@@ -275,7 +264,7 @@ def _folded(
     return (wide * (norm.weight.detach().float() + gain_offset)).to(weight.dtype), bias
 
 
-def _joined(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+def join_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
     """The biases of maps under one another, with zeros for maps that have none."""
     if all(bias is None for bias in biases):
         return None

@@ -26,6 +26,7 @@ from truedepth.families.family import KEY_VALUE, QUERY, head_dim
 from truedepth.families.lookup import CONVERTED, original_family, unconverted
 from truedepth.plan.stages import staggered_stages
 from truedepth.runtime.empty import empty_model, transformers_config
+from truedepth.runtime.fusing import fuse
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import Case, in_turn
 from truedepth.speed.transformers import TimedTransformersModel, stopwatch
@@ -114,6 +115,7 @@ def layer_times(
     enough: int = ENOUGH,
     *,
     staggered: bool = False,
+    fused: bool = False,
 ) -> LayerTimes:
     """Time stacks of layers, and compute the time of one layer of each width.
 
@@ -127,6 +129,10 @@ def layer_times(
         ranks: Number of processes over which transformers shards the layers.
         enough: Most bytes of weights in a stack; more than caches hold.
         staggered: Whether to time stages that an FFN and the next attention share.
+        fused: Whether to fuse all stages first.
+
+    Raises:
+        TruedepthError: Stages of the family cannot be fused.
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
@@ -134,7 +140,7 @@ def layer_times(
     full, half = Stack(1, count), Stack(1, count // 2)
     stacks = [full, half, *(Stack(width, count // width) for width in widths if width > 1)]
     stacks += [Stack(1, count, staggered=True)] if staggered else []
-    measure = (case, device, size // ranks, min(enough, size * count) // ranks)
+    measure = (fused, case, device, size // ranks, min(enough, size * count) // ranks)
 
     def build(stack: Stack) -> Any:
         own = {**config, **_stack_config(config, where, stack)}
@@ -182,6 +188,7 @@ def _measure(
     models: Mapping[Stack, nn.Module],
     full: Stack,
     half: Stack,
+    fused: bool,
     case: Case,
     device: str,
     layer: int,
@@ -191,6 +198,9 @@ def _measure(
 
     `layer` is the bytes of weights of a layer of width 1, `matrix` those of the large matrix.
     """
+    if fused:
+        for model in models.values():
+            fuse(model)
     timed = {stack: TimedTransformersModel(model) for stack, model in models.items()}
     runs = [partial(model.seconds, case) for model in timed.values()]
     taken = dict(zip(timed, in_turn(runs, REPETITIONS), strict=True))

@@ -71,6 +71,9 @@ class Prediction:
     dtype: str
     batch: int
     length: int
+    fused: bool
+    """Whether the stages were fused."""
+
     padded: bool
     """Whether heads were counted as padded, as their number is not divisible by `ranks`."""
 
@@ -108,6 +111,7 @@ def predict(
     link: Link | None = None,
     batch: Annotated[int, Bounds(1)] = 1,
     length: Annotated[int, Bounds(1)] = 128,
+    fuse: bool = False,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prediction:
@@ -123,14 +127,15 @@ def predict(
         link: Link between the ranks; default: all-reduces are measured on this machine.
         batch: Number of sequences that run at a time.
         length: Tokens in the KV cache.
+        fuse: Time fused stages, of the model as it is and under the plan; see `truedepth.fuse`.
         device: Default: the first GPU, else the CPU.
         dtype: Dtype of the weights. Default: on a CPU bfloat16 if it is fast there, else float32;
             on a GPU the config's dtype.
 
     Raises:
         TruedepthError: The model or device does not exist, the family is not supported, not one of
-            plan, depth and all_reduces is given or it does not fit the model, or there are too few
-            GPUs.
+            plan, depth and all_reduces is given or it does not fit the model, its stages cannot be
+            fused, or there are too few GPUs.
     """
     source = open_source(model)
     where = device_of(device)
@@ -142,7 +147,6 @@ def predict(
     run = _executed(source, plan)
     dtype = dtype or _default_dtype(source, where)
     config = unpaired_config(source.config, ranks)
-    size = batch * config["hidden_size"] * dtype.itemsize
     if link is not None:
         config = rank_config(config, ranks)
     with working("Timing layers"):
@@ -155,15 +159,9 @@ def predict(
             dtype,
             ranks if link is None else 1,
             staggered=bool(run.merged),
+            fused=fuse,
         )
-    each, rest = measured.all_reduce, measured.rest
-    if link is not None:
-        # The rest includes an all-reduce after the embedding and an all-gather after the head,
-        # which takes half as long as an all-reduce of the same size.
-        each = link.all_reduce(size, ranks)
-        logits = batch * source.config["vocab_size"] * dtype.itemsize
-        rest += each + link.all_reduce(logits, ranks) / 2
-    each = each if ranks > 1 else 0.0
+    each, rest = _each_and_rest(measured, link, source.config, batch, dtype, ranks)
     return Prediction(
         model=source.name,
         plan=plan,
@@ -173,11 +171,31 @@ def predict(
         dtype=dtype_name(dtype),
         batch=batch,
         length=length,
+        fused=fuse,
         padded=bool(head_padding(source.config, ranks)),
         measured=measured,
         before=_token(plan.unpaired, measured, each, rest),
         after=_token(run, measured, each, rest),
     )
+
+
+def _each_and_rest(
+    measured: LayerTimes,
+    link: Link | None,
+    config: dict[str, Any],
+    batch: int,
+    dtype: torch.dtype,
+    ranks: int,
+) -> tuple[float, float]:
+    """Seconds of one all-reduce, and of all that is not layers, over a link or as measured."""
+    if link is None:
+        return measured.all_reduce if ranks > 1 else 0.0, measured.rest
+    # The rest includes an all-reduce after the embedding and an all-gather after the head, which
+    # takes half as long as an all-reduce of the same size.
+    vector = batch * dtype.itemsize
+    each = link.all_reduce(config["hidden_size"] * vector, ranks)
+    rest = measured.rest + each + link.all_reduce(config["vocab_size"] * vector, ranks) / 2
+    return each if ranks > 1 else 0.0, rest
 
 
 def _default_dtype(source: Source, device: torch.device) -> torch.dtype:

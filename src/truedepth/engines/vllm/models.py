@@ -6,6 +6,7 @@ Only vLLM imports this module.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 from unittest.mock import patch
 
@@ -14,16 +15,18 @@ import vllm
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.model_executor.models import commandr, gemma, granite, qwen3
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from truedepth.engines.vllm.plugin import check_version
-from truedepth.engines.vllm.stages import merge_stages
+from truedepth.engines.vllm.stages import fuse_stages, merge_stages
 from truedepth.modeling import PREFIX, WIDENED
 
 check_version(vllm.__version__)
+logger = init_logger("vllm.truedepth")  # vLLM shows what is logged below its own name
 
 
 def layer_config(whole: Any, prefix: str) -> Any:
@@ -56,12 +59,45 @@ class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         super().__init__(vllm_config, prefix, config=config, **options)
 
 
-class TruedepthLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class WithStages:
+    """Mixed into a model class: stages of sub-layers, fused once their weights are loaded."""
+
+    def merge(self, vllm_config: VllmConfig) -> None:
+        """Let sub-layers read one state, as the checkpoint's config says."""
+        model: Any = self
+        whole = vllm_config.model_config.hf_config
+        merge_stages(model.model, whole)
+        # maps that are quantized or adapted keep their names and places
+        plain = vllm_config.quant_config is None and vllm_config.lora_config is None
+        self.fuses = (
+            whole if plain and whole.stages and getattr(whole, "fuse_stages", True) else None
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the weights as vLLM does, and fuse merged stages.
+
+        Args:
+            weights: Names and tensors of the checkpoint.
+
+        Returns:
+            Names of the model's weights.
+        """
+        model: Any = self
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
+        if self.fuses is None:
+            return loaded
+        before = {name for name, _ in model.named_parameters()}
+        fuse_stages(model.model, self.fuses)
+        logger.info_once("Fused the sub-layers of %d merged stages.", len(self.fuses.stages))
+        return loaded | {name for name, _ in model.named_parameters()} - before
+
+
+class TruedepthLlamaForCausalLM(WithStages, LlamaForCausalLM):  # type: ignore[misc]
     """vLLM's Llama with wide layers and stages."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=WideLlamaDecoderLayer)
-        merge_stages(self.model, vllm_config.model_config.hf_config)
+        self.merge(vllm_config)
 
 
 class TruedepthMistralForCausalLM(TruedepthLlamaForCausalLM):
@@ -129,11 +165,11 @@ def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:
                 if own is not config and held is not None and held.weight.ndim == 1:
                     setattr(attention, norm, HeadNorm(held, getattr(attention, heads)))
 
-    class Wide(base):  # type: ignore[misc]
+    class Wide(WithStages, base):  # type: ignore[misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             with patch.object(holder, name, WideLayer):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
-            merge_stages(self.model, vllm_config.model_config.hf_config)
+            self.merge(vllm_config)
 
     Wide.__name__ = Wide.__qualname__ = f"{PREFIX}{base.__name__}"
     return Wide

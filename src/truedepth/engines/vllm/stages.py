@@ -7,25 +7,50 @@ from layer to layer. A stage ends in one all-reduce: its members leave out their
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group, tensor_model_parallel_all_reduce
 
-from truedepth.plan.stages import ATTENTION, Stage, stage_of
+from truedepth.engines.vllm.fusing import Fused, Member, can_join
+from truedepth.families.lookup import made_from
+from truedepth.plan.plan import Plan
+from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, stage_of
+
+
+class Part:
+    """Sub-layers that read one state: one, or several that are fused."""
+
+    begins = ends = True
+    """Whether it is the first and the last part of its stage."""
+
+    reduces = False
+    """Whether the stage's sum is reduced at its end, instead of what each map writes."""
+
+    fused: Fused | None = None
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members, self.norm = tuple(members), members[0].norm
+
+    def __call__(self, positions: Tensor, normed: Tensor, so_far: Tensor | None) -> Tensor:
+        """The stage's sum, `[tokens, hidden]`, with what was summed so far."""
+        if self.fused is None:
+            (member,) = self.members
+            added: Tensor = member(positions, normed)
+        else:
+            added = self.fused(positions, normed, self.members)
+        added = added if so_far is None else so_far + added
+        if self.ends and self.reduces:
+            added = tensor_model_parallel_all_reduce(added)
+        return added
 
 
 class Staged:
-    """Mixed into a decoder layer that has a sub-layer in a stage of several.
+    """Mixed into a decoder layer that has a sub-layer in a stage of several."""
 
-    These flags mean what they mean in `modeling.Staged`.
-    """
-
-    continues = joined = leaves_open = False
-
-    attends_alone = feeds_alone = True
-    """Whether attention and FFN are stages of their own, whose maps reduce what they write."""
+    parts: Sequence[Part]
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
@@ -38,24 +63,18 @@ class Staged:
                 hidden]`.
             residual: What it is to be added to, `[tokens, hidden]`.
         """
-        layer: Any = self
-        if self.continues:
-            assert residual is not None
-            x, normed = residual, layer.input_layernorm(residual)
-        elif residual is None:
-            x, normed = hidden_states, layer.input_layernorm(hidden_states)
-        else:
-            normed, x = layer.input_layernorm(hidden_states, residual)
-        added = layer.self_attn(positions=positions, hidden_states=normed)
-        added = hidden_states + added if self.continues else added
-        if self.joined:
-            added = added + layer.mlp(layer.post_attention_layernorm(x))
-        else:
-            added = added if self.attends_alone else tensor_model_parallel_all_reduce(added)
-            normed, x = layer.post_attention_layernorm(added, x)
-            added = layer.mlp(normed)
-        if not self.leaves_open and not self.feeds_alone:
-            added = tensor_model_parallel_all_reduce(added)
+        added, x = hidden_states, residual
+        for part in self.parts:
+            if not part.begins:
+                assert x is not None
+                added = part(positions, part.norm(x), added)
+                continue
+            if x is None:
+                x, normed = added, part.norm(added)
+            else:
+                normed, x = part.norm(added, x)
+            added = part(positions, normed, None)
+        assert x is not None
         return added, x
 
 
@@ -65,24 +84,18 @@ class StagedGranite(Staged):
     While a stage is open, x and the sum so far cross as `[2, tokens, hidden]`.
     """
 
+    residual_multiplier: float
+
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Called like a Granite layer of vLLM."""
-        layer: Any = self
-        x, so_far = hidden_states.unbind(0) if self.continues else (hidden_states, None)
-        normed = layer.input_layernorm(x)
-        added = layer.self_attn(positions=positions, hidden_states=normed)
-        added = added if so_far is None else so_far + added
-        if self.joined:
-            added = added + layer.mlp(layer.post_attention_layernorm(x))
-        else:
-            added = added if self.attends_alone else tensor_model_parallel_all_reduce(added)
-            x = x + added * layer.residual_multiplier
-            added = layer.mlp(layer.post_attention_layernorm(x))
-        if self.leaves_open:
-            return torch.stack([x, added])
-        added = added if self.feeds_alone else tensor_model_parallel_all_reduce(added)
-        y: Tensor = x + added * layer.residual_multiplier
-        return y
+        x, so_far = hidden_states, None
+        for part in self.parts:
+            if not part.begins and so_far is None:
+                x, so_far = hidden_states.unbind(0)
+            so_far = part(positions, part.norm(x), so_far)
+            if part.ends:
+                x, so_far = x + so_far * self.residual_multiplier, None
+        return x if so_far is None else torch.stack([x, so_far])
 
 
 def merge_stages(model: nn.Module, config: Any) -> None:
@@ -99,24 +112,61 @@ def merge_stages(model: nn.Module, config: Any) -> None:
         raise ValueError(
             "vLLM runs stages of sub-layers with tensor parallelism, not with pipeline parallelism"
         )
+    layers: Any = model.layers
+    for index in _touched(config):
+        own = type(layers[index])
+        staged = StagedGranite if hasattr(layers[index], "residual_multiplier") else Staged
+        layers[index].__class__ = type(own.__name__, (staged, own), {"__module__": own.__module__})
     for names in config.stages or ():
-        _merge(model.layers, stage_of(names))
+        for which in stage_of(names):
+            member = Member(layers, which)
+            getattr(member.module, member.writes).reduce_results = False
+    _arrange(layers, config, lambda stage: [(each,) for each in stage])
 
 
-def _merge(layers: Any, stage: Stage) -> None:
-    for sublayer in stage:
-        layer = layers[sublayer.layer]
-        if not isinstance(layer, Staged):
-            own = type(layer)
-            staged = StagedGranite if hasattr(layer, "residual_multiplier") else Staged
-            layer.__class__ = type(own.__name__, (staged, own), {"__module__": own.__module__})
-        if sublayer.kind == ATTENTION:
-            layer.attends_alone = layer.self_attn.o_proj.reduce_results = False
-        else:
-            layer.feeds_alone = layer.mlp.down_proj.reduce_results = False
-    for sublayer in stage[:-1]:
-        layer = layers[sublayer.layer]
-        if sublayer.kind == ATTENTION:
-            layer.joined = True
-        else:
-            layer.leaves_open = layers[sublayer.layer + 1].continues = True
+def fuse_stages(model: nn.Module, config: Any) -> None:
+    """Fuse the merged stages of a model whose weights are loaded, in place.
+
+    In float32 the logits stay within 1e-4. In other dtypes the maps are rounded once more, as those
+    of wide layers are. Sub-layers alone stay as they are; vLLM has joined their maps.
+
+    Args:
+        model: vLLM's model without the head, with merged stages, before its maps are prepared.
+        config: The checkpoint's.
+    """
+    layers: Any = model.layers
+
+    def cut(stage: Stage) -> list[Stage]:
+        own = [layers[each.layer].self_attn.attn for each in stage if each.kind == ATTENTION]
+        return [stage] if len(own) < 2 or can_join(own) else parts_of(stage)
+
+    _arrange(layers, config, cut)
+    offset = made_from(config.to_dict(), type(model).__name__).gain_offset
+    for index in _touched(config):
+        layers[index].fused = nn.ModuleList()
+        for part in layers[index].parts:
+            if len(part.members) > 1:
+                part.fused = Fused(part.members, offset)
+                part.norm = part.fused.norm
+                layers[index].fused.append(part.fused)
+
+
+def _touched(config: Any) -> set[int]:
+    """The layers that have a sub-layer in a merged stage."""
+    return {each.layer for names in config.stages or () for each in stage_of(names)}
+
+
+def _arrange(layers: Any, config: Any, cut: Callable[[Stage], Iterable[Stage]]) -> None:
+    """Give each layer that has a sub-layer in a merged stage the parts that it runs."""
+    found: dict[int, list[Part]] = {index: [] for index in _touched(config)}
+    for stage in Plan(len(layers), stages=config.stages or ()).stages:
+        if stage[0].layer not in found:
+            continue
+        parts = list(cut(stage))
+        for members in parts:
+            part = Part([Member(layers, each) for each in members])
+            part.begins, part.ends = members is parts[0], members is parts[-1]
+            part.reduces = len(stage) > 1
+            found[home_of(members)].append(part)
+    for index, own in found.items():
+        layers[index].parts = tuple(own)

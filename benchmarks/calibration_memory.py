@@ -25,6 +25,7 @@ CALIBRATE = """
 import sys, torch, truedepth as td
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.trajectories import layer_stack, walk_through
+from truedepth.plan.stages import Sublayer, group_segment
 from truedepth.widening.layout import Layout
 tokens, dtype = int(sys.argv[2]), getattr(torch, sys.argv[3])
 source = td.open_source(sys.argv[1])
@@ -33,8 +34,9 @@ ids = torch.randint(source.config["vocab_size"], (tokens // 512, 512))
 options = td.Calibration(activation_dtype=dtype)
 stack = layer_stack(source, options)
 walk = walk_through(stack, Layout(source, plan), ids, ids[:0], options)
-walk.advance((0,))
-Calibrator(walk).refit((1, 2))
+for kind in ("attention", "ffn"):
+    walk.advance(((Sublayer(0, kind),),))
+Calibrator(walk).refit(group_segment((1, 2)))
 """
 
 

@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from truedepth.runtime.device import fast_dtype
 from truedepth.runtime.loading import Loaded
 
 GREEDY_WINDOWS = 4  # SLEB and SPD run the model tens or hundreds of times
+MORE_TOKENS = 1 << 18
 RANKS = (2, 4)  # that SPD is simulated on
 SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
@@ -84,7 +86,7 @@ class Comparison:
         self.arguments = arguments
         self.source = td.open_source(arguments.model)
         self.dtype = fast_dtype(self.source, torch.device("cpu"))
-        self.calibration = td.Calibration(text=arguments.calibration, tokens=arguments.tokens)
+        self.calibration = td.Calibration(text=arguments.calibration)
         self.raw_stages, self.stages = stages_of(arguments.plans)
         self.pairs, self.raw_pairs = pairs_of(arguments.pairs), pairs_of(arguments.raw_pairs)
         self.rows = Rows(arguments.json)
@@ -135,11 +137,14 @@ class Comparison:
         row = self.rows[f"{other} @ {all_reduces}"]
         self.rows[f"{method} @ {all_reduces}"] = row | {"method": method}
 
-    def converted(self, plan: Plan, calibrated: bool) -> tuple[Loaded, str]:
+    def converted(
+        self, plan: Plan, calibrated: bool, tokens: int | None = None
+    ) -> tuple[Loaded, str]:
         """A checkpoint of this package."""
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "out"
-            options = self.calibration if calibrated else None
+            tokens = tokens or self.arguments.tokens
+            options = replace(self.calibration, tokens=tokens) if calibrated else None
             td.convert(self.source, out, plan, calibration=options)
             loaded = self.load(out)
             loaded.tokenizer  # noqa: B018  read before the directory goes
@@ -204,6 +209,9 @@ class Comparison:
             "stages, plan": partial(self.converted, self.raw_stages[all_reduces], calibrated=False),
             "stages, plan, calibrated": partial(
                 self.converted, self.stages[all_reduces], calibrated=True
+            ),
+            f"stages, plan, {MORE_TOKENS:,} tokens": partial(
+                self.converted, self.stages[all_reduces], calibrated=True, tokens=MORE_TOKENS
             ),
         }
 

@@ -58,6 +58,7 @@ class Plainly:
     """The formulas of `refit`'s docstring, one map after another, given the penalties.
 
     Layers of a group keep their own weights here, so `weights` are by the original's names.
+    `states` are what enters the original's sub-layers, by their places.
     """
 
     def __init__(self, model):
@@ -155,12 +156,26 @@ class Plainly:
         assert found.startswith(body) and found.removeprefix(body) not in maps
         return found
 
+    def run_original(self, segment, x):
+        """Its sub-layers of the original, one after another from x."""
+        alone = Alone(self.original, IDS)
+        self.states = {}
+        for name in sorted((str(each) for stage in segment for each in stage), key=self.place):
+            self.states[self.place(name)] = x.double()
+            x = x + alone.added(name, x)
+        self.states[self.place(name) + 1] = x.double()
+
     @torch.no_grad()
-    def follow(self, segments, found):
-        """Refit every segment that was refitted, with the same penalties."""
+    def follow(self, segments, found, anew):
+        """Refit every segment that was refitted, with the same penalties.
+
+        `anew`: the original starts at each of them from the converted states.
+        """
         x = Alone(self.converted, IDS).entered
         for segment in segments:
             fits = found[segment].fits if segment in found else {}
+            if fits and anew:
+                self.run_original(segment, x)
             for stage in segment:
                 names = list(map(str, stage))
                 if fits:
@@ -219,7 +234,7 @@ def test_refits_are_the_formulas(make_model, name, plan, monkeypatch):
     model = make_model(**MODELS[name])
     found = calibrated(model, plan)
     plainly, raw = Plainly(model), AutoModelForCausalLM.from_pretrained(model)
-    plainly.follow(plan.segments, found)
+    plainly.follow(plan.segments, found, anew=bool(plan.merged))
     wide = [group for group in plan.groups if len(group) > 1 and name != "ministral"]
     assert len(found) == len(plan.merged) + len(wide)
     for segment, refit in found.items():

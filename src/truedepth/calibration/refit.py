@@ -1,19 +1,20 @@
 """Closed-form repair: every linear map of a merged segment is refitted, without gradients.
 
 Merging is lossy because a sub-layer no longer sees what others of its stage write. Stages are
-refitted one after another. The calibration text is run through the sub-layers that a stage stands
-for, starting from the original's states, and through the stage, starting from the converted model's
-states so far. Each map is then the ridge regression from what the stage has to what the original
-computed:
+refitted one after another. The calibration text is run through the converted model so far, then
+through the stage, and through the original's sub-layers that it stands for. Each map is the ridge
+regression from what the stage has to what those computed:
 
     maps that read    W_s ← W_s M_s,  M_s from the sub-layer's input to the one that it had there
     maps that write   all of the stage at once, from their joined inputs (the heads' outputs, the
-                      gated activations) to what is missing to the original's state
+                      gated activations) to what is missing to the state behind those
+
+The original's sub-layers start from the converted model's states, so a stage repairs what it loses
+itself. In plans of layer groups alone they start from the original's own states, so that it also
+corrects what earlier ones lost; that is better only while little was lost (docs/calibration.md).
 
 A wide layer is two stages. What is missing behind its attentions is missing to x + Σ_i A_i, behind
-its FFNs to y; x, A_i and y (the input, the attentions and the output) are the original's. What
-earlier stages left uncorrected is thus part of what is missing, and each corrects as much as it
-can.
+its FFNs to y; x, A_i and y (the input, the attentions and the output) are those sub-layers'.
 
 Inputs are what maps read, behind their norm and its gain; a wide layer's gains are ones. Norms and
 the architecture do not change. Memory holds the weights of one segment, the sums over tokens of
@@ -92,6 +93,8 @@ class Calibrator:
         """
         walk = self.walk
         walk.separate()
+        if walk.restarts:
+            walk.restart()
         found = Refit(walk.weights(segment), {})
         stages = walk.loaded(segment, found.weights)
         seen, attended = self._pass_originals(segment, [each for stage in stages for each in stage])

@@ -85,6 +85,19 @@ class Walk:
         """All windows."""
         return self.fitted + self.measured
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the original starts each merged segment from the converted model's states.
+
+        On fitted windows, in plans with stages of sub-layers. In plans of groups alone, and on
+        measured windows, each model reads its own states.
+        """
+        return bool(self.layout.plan.merged)
+
+    def restart(self) -> None:
+        """Take the fitted windows' original to where the converted model is."""
+        self.original_states[: self._first] = self.converted_states[: self._first]
+
     def allocate(self, windows: int) -> Tensor:
         """One vector per token: `[windows, length, hidden]`, zeros."""
         shape = (windows, self._ids.shape[1], self.stack.hidden_size)
@@ -197,10 +210,12 @@ class Walk:
         """
         if len(segment[0]) > 1 or weights is not None:
             self.separate()
-        if self.converted_states is not self.original_states:
+        apart = self.converted_states is not self.original_states
+        if apart:
             self._run(self.loaded(segment, weights), self.converted_states, self.batches)
-        for stages in self.originals(segment):
-            self._run(stages, self.original_states, self.batches)
+        if followed := self.measured if apart and self.restarts else self.batches:
+            for stages in self.originals(segment):
+                self._run(stages, self.original_states, followed)
 
     @torch.inference_mode()
     def detour(self, segment: Segment) -> Tensor:

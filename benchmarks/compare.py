@@ -66,7 +66,10 @@ def pairs_of(path: Path) -> Plans:
 
 
 def stages_of(path: Path) -> tuple[Plans, Plans]:
-    """The plans of least sum of the merges' KL by a search, as they are and refitted."""
+    """The plans of least sum of the merges' KL by a search, as they are and refitted.
+
+    Of refitted plans with as many stages as the search was for, it is the one that it chose.
+    """
     found = json.loads(path.read_text())
     layers = found["plan"]["num_layers"]
     raw, refitted = dict[Segment, float](), dict[Segment, float]()
@@ -76,7 +79,8 @@ def stages_of(path: Path) -> tuple[Plans, Plans]:
         refitted[segment] = (score["refitted"] or score["raw"])["kl"]
     best = (cheapest_plans(layers, costs) for costs in (raw, refitted))
     first, second = ({n: plans[0] for n, plans in found.items()} for found in best)
-    return first, second
+    chosen = Plan.from_dict(found["plan"])
+    return first, second | {chosen.all_reduces: chosen}
 
 
 class Comparison:

@@ -31,6 +31,14 @@ STAGED = td.Plan(6, [[2, 3]], stages=[["A0", "F0", "A1"], ["A4", "F4"], ["A5", "
 """Stages at the first and the last layer, one of three sub-layers, and a wide layer between."""
 
 STAGGERED = td.Plan(6, stages=[["F0", "A1"], ["F1", "A2"], ["F2", "A3", "F3"], ["F4", "A5"]])
+QWEN2_WINDOWS = {
+    "family": Qwen2Config,
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+}
+"""The attentions of the first stage of `STAGED` differ, so they cannot be joined."""
+
 LENGTH = 12
 
 SERVE = """
@@ -156,6 +164,7 @@ def test_stages_that_are_not_fused(staged, prompts, tmp_path, options):
         ({"family": MistralConfig, "sliding_window": None}, 1),
         ({"family": MistralConfig, "sliding_window": 16}, 1),
         ({"family": Qwen2Config}, 2),
+        (QWEN2_WINDOWS, 1),
         ({"family": Qwen3Config, "head_dim": 32}, 2),
         ({"family": Phi3Config}, 2),
         ({"family": GraniteConfig, "residual_multiplier": 0.4, "logits_scaling": 3.0}, 1),

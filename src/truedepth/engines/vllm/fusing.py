@@ -27,7 +27,7 @@ class Member:
         ATTENTION: ("input_layernorm", "self_attn", "qkv_proj", "o_proj"),
         FFN: ("post_attention_layernorm", "mlp", "gate_up_proj", "down_proj"),
     }
-    """Of its norm, its module, and in that the map that reads and the one that writes."""
+    """A layer's norm and module, and the module's maps: one that reads, one that writes."""
 
     def __init__(self, layers: Any, which: Sublayer) -> None:
         norm, module, self.reads, self.writes = self.NAMES[which.kind]

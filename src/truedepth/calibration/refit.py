@@ -11,7 +11,7 @@ regression from what the stage has to what those computed:
 
 The original's sub-layers start from the converted model's states, so a stage repairs what it loses
 itself. In plans of layer groups alone they start from the original's own states, so that it also
-corrects what earlier ones lost; that is better only while little was lost (docs/calibration.md).
+corrects what earlier ones lost; that is worse where they lost much (docs/calibration.md).
 
 A wide layer is two stages. What is missing behind its attentions is missing to x + Σ_i A_i, behind
 its FFNs to y; x, A_i and y (the input, the attentions and the output) are those sub-layers'.

@@ -1,10 +1,11 @@
 """Ways to run a model in fewer steps, compared at equal numbers of all-reduces on the same text.
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
-        --plans PATH --pairs PATH --raw-pairs PATH [--task-dir DIR]
+        --plans PATH [--plans PATH…] --pairs PATH --raw-pairs PATH [--task-dir DIR]
         [--all-reduces 54,50,46,40,36,30] [--only METHOD]… --json PATH
 
-The plans come from `truedepth plan MODEL --all-reduces 46 --json PATH`; those of pairs from
+The plans come from `truedepth plan MODEL --all-reduces 46 --json PATH`, and from the same command
+for other numbers of all-reduces; those of pairs from
 `truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from the same command
 with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the same
 command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
@@ -65,12 +66,13 @@ def pairs_of(path: Path) -> Plans:
     return {plan.all_reduces: plan for plan in plans}
 
 
-def stages_of(path: Path) -> tuple[Plans, Plans]:
-    """The plans of least sum of the merges' KL by a search, as they are and refitted.
+def stages_of(searches: list[Path]) -> tuple[Plans, Plans]:
+    """The plans of least sum of the merges' KL by the first search, as they are and refitted.
 
-    Of refitted plans with as many stages as the search was for, it is the one that it chose.
+    Of refitted plans with as many stages as a search was for, it is the one that it chose.
     """
-    found = json.loads(path.read_text())
+    results = [json.loads(path.read_text()) for path in searches]
+    found = results[0]
     layers = found["plan"]["num_layers"]
     raw, refitted = dict[Segment, float](), dict[Segment, float]()
     for score in found["scores"]:
@@ -79,8 +81,8 @@ def stages_of(path: Path) -> tuple[Plans, Plans]:
         refitted[segment] = (score["refitted"] or score["raw"])["kl"]
     best = (cheapest_plans(layers, costs) for costs in (raw, refitted))
     first, second = ({n: plans[0] for n, plans in found.items()} for found in best)
-    chosen = Plan.from_dict(found["plan"])
-    return first, second | {chosen.all_reduces: chosen}
+    chosen = [Plan.from_dict(result["plan"]) for result in results]
+    return first, second | {plan.all_reduces: plan for plan in chosen}
 
 
 class Comparison:
@@ -226,7 +228,9 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--plans", type=Path, required=True, help="JSON of a search")
+    parser.add_argument(
+        "--plans", type=Path, action="append", required=True, help="JSON of a search for stages"
+    )
     parser.add_argument("--pairs", type=Path, required=True, help="JSON of a search for pairs")
     parser.add_argument(
         "--raw-pairs", type=Path, required=True, help="JSON of an uncalibrated search for pairs"

@@ -42,6 +42,8 @@ def test_contents(make_model, tmp_path):
         "generation_config.json",
         "model.safetensors",
         "modeling.py",
+        "stages.py",
+        "wide_layers.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }

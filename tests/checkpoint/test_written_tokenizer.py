@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 import truedepth as td
 from gguf_files import GGUF_TINY, write_gguf
 from tiny_models import byte_tokenizer, random_model
+from truedepth import modeling
 
 PLAN = td.Plan(6, [[1, 2]])
 
@@ -111,7 +112,8 @@ print("ids", tokenizer("the cat sat").input_ids, tokenizer.eos_token_id)
 def test_it_loads_where_truedepth_is_missing_and_no_code_is_run(make_model, tmp_path, given):
     """Programs give False; where nothing is given, transformers 5 asks, and loads it anyway."""
     td.convert(make_model(), tmp_path / "out", PLAN)
-    (tmp_path / "out" / "modeling.py").write_text("raise SystemExit('ran')\n")
+    for file in modeling.FILES:
+        (tmp_path / "out" / file.name).write_text("raise SystemExit('ran')\n")
     done = subprocess.run(
         [sys.executable, "-c", ANYWHERE.format(given), tmp_path / "out"],
         capture_output=True,

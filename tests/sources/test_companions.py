@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 import truedepth as td
+from truedepth import modeling
 from truedepth.sources.companions import COMPANIONS, companions, in_folders, matching
 
 PLAN = td.Plan(6, [[1, 2]])
@@ -63,7 +64,7 @@ def test_all_of_them_are_copied(make_model, tmp_path):
     for name in companions(source):
         if name != "tokenizer_config.json":
             assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
-    made = {"config.json", "model.safetensors", "README.md", "modeling.py"}
+    made = {"config.json", "model.safetensors", "README.md", *(f.name for f in modeling.FILES)}
     found = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
     assert found - made <= set(GO_ALONG)
 

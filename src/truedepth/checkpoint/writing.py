@@ -87,7 +87,8 @@ def write_checkpoint(
         complete_tokenizer(source, partial)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        shutil.copyfile(modeling.__file__, partial / Path(modeling.__file__).name)
+        for file in modeling.FILES:
+            shutil.copyfile(file, partial / file.name)
         (partial / "README.md").write_text(card, encoding="utf-8")
         source.check_unchanged()
     return size

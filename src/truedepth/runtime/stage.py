@@ -5,7 +5,7 @@
 s is an attention or an FFN, N_s the norm before it. A layer is two stages, `[A] [F]`, and so is a
 group of layers side by side, `[A A …] [F F …]`; where attention and FFN read the same state, either
 is one, `[A … F …]`. This sum stands here and, for checkpoints that are loaded without this package,
-in `modeling.py`.
+in `modeling/stages.py`.
 """
 
 from __future__ import annotations

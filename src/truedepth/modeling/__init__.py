@@ -1,0 +1,29 @@
+"""The model classes of converted checkpoints; its other files are copied into every checkpoint.
+
+These import only torch, transformers and one another, by relative imports, so that checkpoints load
+with `trust_remote_code=True` where truedepth is missing.
+
+May import: nothing of truedepth.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from truedepth.modeling import modeling
+from truedepth.modeling.modeling import PREFIX, auto_map
+from truedepth.modeling.stages import LayerForm, run_sublayer
+from truedepth.modeling.wide_layers import WIDENED, wide_layer
+
+FILES = tuple(sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)}))
+"""What is copied."""
+
+__all__ = ["FILES", "PREFIX", "WIDENED", "LayerForm", "auto_map", "run_sublayer", "wide_layer"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Truedepth<Family>Config`, `…Model` and `…ForCausalLM`."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(modeling, name)

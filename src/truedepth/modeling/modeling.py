@@ -1,0 +1,159 @@
+"""Decoder-only models whose layers differ in width: the classes of truedepth checkpoints.
+
+`config.layer_widths[i]` is the number of original layers that layer i runs side by side. Layer i is
+the model family's own decoder layer, built from the model's config with head counts and FFN width
+multiplied by that number. The rest of the model is the family's own code, so attention back ends,
+caches, generation and tensor-parallel plans are those of the original.
+
+Other layers stay as they are. `config.stages` says which of their sub-layers read the same state,
+such as `["F14", "A15"]`, an FFN and the next layer's attention; `config.side_by_side`, which layers
+that cannot be merged read the same input; and `config.sublayers`, how such layers compute.
+
+`TruedepthLlamaForCausalLM` is made from `transformers.LlamaForCausalLM` when it is first asked for,
+and so for every family.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import transformers
+
+from .stages import LayerForm, SideBySide, merge_stage, mix_into, place_of
+from .wide_layers import LayerConfig, wide_layer
+
+PREFIX = "Truedepth"
+
+
+class LayerWidthsConfig:
+    """Adds to a config `layer_widths` (one integer per layer), `stages` (neighbouring sub-layers
+    that read one state), `side_by_side` (groups of layers that run on one input), `sublayers`
+    (their `LayerForm`) and `truedepth` (how it was made).
+    """
+
+    layer_widths: list[int] | None = None
+    stages: list[list[str]] | None = None
+    side_by_side: list[list[int]] | None = None
+    sublayers: dict[str, Any] | None = None
+    truedepth: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.layer_widths is None:
+            self.layer_widths = [1] * self.num_hidden_layers  # type: ignore[attr-defined]
+        widths, depth = self.layer_widths, self.num_hidden_layers  # type: ignore[attr-defined]
+        if not isinstance(widths, list) or not all(type(w) is int and w >= 1 for w in widths):
+            raise ValueError(
+                f"layer_widths must be a list of integers of at least 1, not {widths!r}"
+            )
+        if len(widths) != depth:
+            raise ValueError(
+                f"layer_widths has {len(widths)} entries, but num_hidden_layers is {depth}"
+            )
+        for group in self.side_by_side or ():
+            first, size = group[0], len(group)
+            if group != list(range(first, first + size)) or first < 0 or first + size > depth:
+                raise ValueError(
+                    f"side_by_side must hold groups of consecutive layers, not {group}"
+                )
+
+        for stage in self.stages or ():
+            places = [place_of(name) for name in stage]
+            first, size = places[0], len(places)
+            if places != list(range(first, first + size)) or first < 0 or first + size > 2 * depth:
+                raise ValueError(f"stages must hold neighbouring sub-layers, not {stage}")
+
+    def validate_architecture(self) -> None:
+        """Check nothing: heads need not divide the hidden size, for `head_dim` is given."""
+
+    @property
+    def per_layer_config(self) -> list[Any]:
+        """One config per layer; transformers (since 5.20) sizes caches by these."""
+        return [
+            LayerConfig(self, width) if width > 1 else self for width in self.layer_widths or ()
+        ]
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: object) -> None:
+        raise ValueError("per_layer_config follows from layer_widths and cannot be set")
+
+
+class LayerWidthsModel:
+    """Replaces layers of width 2 and more by the family's own layer, built wider, and makes the
+    sub-layers of each stage in `stages`, and the layers of each group in `side_by_side`, read one
+    state.
+    """
+
+    def __init__(self, config: Any) -> None:
+        ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
+            raise ValueError(
+                f"{heads} heads and {kv_heads} KV heads are not divisible by {ranks}"
+                f" tensor-parallel ranks; convert the original with truedepth convert --pad-heads"
+                f" {ranks}"
+            )
+        super().__init__(config)  # type: ignore[call-arg]
+        layers = self.base_model.layers  # type: ignore[attr-defined]
+        for index, width in enumerate(config.layer_widths):
+            if width > 1:
+                layers[index] = wide_layer(layers[index], config, width, index)
+        for stage in config.stages or ():
+            merge_stage(layers, LayerForm(**config.sublayers), [place_of(name) for name in stage])
+        for group in config.side_by_side or ():
+            for index in group:
+                mix_into(layers[index], SideBySide, LayerForm(**config.sublayers))
+            layers[group[0]].is_first, layers[group[-1]].is_last = True, True
+            # a tuple, so that they do not become submodules of the last layer
+            layers[group[-1]].members = tuple(layers[index] for index in group)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+_AUTO = {"Config": "AutoConfig", "Model": "AutoModel", "ForCausalLM": "AutoModelForCausalLM"}
+
+
+def __getattr__(name: str) -> Any:
+    """`Truedepth<Family>Config`, `…Model` and `…ForCausalLM`, made when first asked for.
+
+    Making them ahead would import every family's model code with this file.
+    """
+    suffix = next((suffix for suffix in _AUTO if name.endswith(suffix)), "")
+    base = getattr(transformers, name.removeprefix(PREFIX), None) if suffix else None
+    if not name.startswith(PREFIX) or base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = _config_class(name, base) if suffix == "Config" else _model_class(name, base)
+    made.register_for_auto_class(_AUTO[suffix])  # save_pretrained copies this file too
+    globals()[name] = made
+    return made
+
+
+def _config_class(name: str, base: Any) -> Any:
+    fields = LayerWidthsConfig.__annotations__
+    body = {
+        "__module__": __name__,
+        "model_type": f"{PREFIX.lower()}_{base.model_type}",
+        # transformers makes a config class a dataclass of the fields in its own body.
+        "__annotations__": fields,
+        **dict.fromkeys(fields),
+    }
+    return type(name, (LayerWidthsConfig, base), body)
+
+
+def _model_class(name: str, base: Any) -> Any:
+    config_class = getattr(sys.modules[__name__], f"{PREFIX}{base.config_class.__name__}")
+    body = {"__module__": __name__, "config_class": config_class}
+    return type(name, (LayerWidthsModel, base), body)
+
+
+def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
+    """config.json's `auto_map`: where transformers finds the classes when it runs remote code.
+
+    Args:
+        classes: Names of the family's config, model and model with a head: `LlamaConfig`, ….
+    """
+    module = __name__.rpartition(".")[2]
+    return {
+        auto: f"{module}.{PREFIX}{name}" for name, auto in zip(classes, _AUTO.values(), strict=True)
+    }

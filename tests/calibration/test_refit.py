@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ STAGGERED = td.Plan.staggered(6, 1, 4)
 MIXED = td.Plan(6, [[1, 2]], stages=[["F3", "A4"], ["A5", "F5"]])
 
 WRITES = {"self_attn": "o_proj", "mlp": "down_proj"}
+NORMS_BEFORE = {
+    "olmo2": {"A": None, "F": None},
+    "gemma2": {"A": "input_layernorm", "F": "pre_feedforward_layernorm"},
+    "gemma3_text": {"A": "input_layernorm", "F": "pre_feedforward_layernorm"},
+}
+NORMS_BEHIND = ("gemma2", "gemma3", "olmo2", "glm4")
 
 
 def calibrated(model, plan=GROUPS, dtype=torch.float32, **options):
@@ -67,6 +74,7 @@ class Plainly:
             for _ in range(2)
         )
         self.states = self._states()
+        self.gave = {}
 
     @torch.no_grad()
     def _states(self):
@@ -74,28 +82,33 @@ class Plainly:
         found = []
         body = self.original.model
         norms = [
-            layer.get_submodule(self._norm(kind)) for layer in body.layers for kind in ("A", "F")
+            layer.get_submodule(norm)
+            for layer in body.layers
+            for kind in ("A", "F")
+            if (norm := self._norm(kind))
         ]
         for norm in [*norms, body.norm]:
             norm.register_forward_pre_hook(lambda _, given: found.append(given[0].double()))
         self.original(IDS, use_cache=False)
         return found
 
-    @staticmethod
-    def _norm(name):
-        return "input_layernorm" if name[0] == "A" else "post_attention_layernorm"
+    def _norm(self, name):
+        usual = {"A": "input_layernorm", "F": "post_attention_layernorm"}
+        return NORMS_BEFORE.get(self.original.config.model_type, usual)[name[0]]
 
     def parts(self, name):
         """A sub-layer's layer, module, norm, and maps: those that read, and the one that writes."""
         layer = self.converted.model.layers[int(name[1:])]
         body = "self_attn" if name[0] == "A" else "mlp"
-        module, norm = layer.get_submodule(body), layer.get_submodule(self._norm(name))
+        module, norm = layer.get_submodule(body), layer.get_submodule(self._norm(name) or "")
         maps = {k: m for k, m in module.named_children() if isinstance(m, torch.nn.Linear)}
         write = maps.pop(WRITES[body] if WRITES[body] in maps else "c_proj")
         return layer, f"{body}.", norm, maps, write
 
     def read(self, name, x, folded):
         """What a sub-layer's maps read: behind its norm, or, in a group, before the gain."""
+        if self._norm(name) is None:
+            return x.double()
         norm = self.original.get_submodule(f"model.layers.{name[1:]}.{self._norm(name)}")
         if not folded:
             return copy.deepcopy(norm).double()(x.double())
@@ -134,6 +147,8 @@ class Plainly:
             alone.added(name, x)
             hook.remove()
         target = (wanted - x) / getattr(self.original.config, "residual_multiplier", 1.0)
+        if self.gave:
+            (target,) = (self.gave[name] for name in names)
         target = target - sum(each.bias for each in writes if each.bias is not None)
         columns = [each.weight.shape[1] for each in writes]
         fitted = ridge(
@@ -162,8 +177,17 @@ class Plainly:
         self.states = {}
         for name in sorted((str(each) for stage in segment for each in stage), key=self.place):
             self.states[self.place(name)] = x.double()
+            writer = self.original.get_submodule(f"model.layers.{name[1:]}.{self.written(name)}")
+            hook = writer.register_forward_hook(partial(self._keep, name))
             x = x + alone.added(name, x)
+            hook.remove()
         self.states[self.place(name) + 1] = x.double()
+
+    def _keep(self, name, module, given, output):
+        """Where norms follow, what the map that writes gives."""
+        layer = self.original.model.layers[0]
+        if hasattr(layer, "post_feedforward_layernorm") or hasattr(layer, "post_mlp_layernorm"):
+            self.gave[name] = output.double()
 
     @torch.no_grad()
     def follow(self, segments, found, anew):
@@ -191,7 +215,12 @@ class Plainly:
                     for name in names:
                         self.refit_reads(name, x, fits, folded=bool(group_of(segment)))
                     together = bool(group_of(segment))
-                    self.refit_writes(names, x, wanted, fits[key].penalty, together)
+                    if self.gave:
+                        for name in names:
+                            key = f"{self.written(name)} of layer {name[1:]}"
+                            self.refit_writes([name], x, wanted, fits[key].penalty, together)
+                    else:
+                        self.refit_writes(names, x, wanted, fits[key].penalty, together)
                 x = self.run(names, x)
 
     def expected(self, segment, name):
@@ -218,12 +247,13 @@ MODELS = {
         for name in ("phi3", "qwen3", "granite", "gemma", "starcoder2", "glm", "arcee", "smollm3")
     },
     "ministral": options_of("ministral"),
+    **{name: options_of(name) for name in NORMS_BEHIND},
 }
 PACKED_OR_HEAD_NORMS = {"phi3", "qwen3", "glm"}  # their wide layers are not plainly joined rows
 CASES = [
     *((name, FIRST_AND_LAST) for name in MODELS),
     *((name, plan) for name in ("llama", "starcoder2") for plan in (GROUPS, STAGGERED)),
-    *((name, MIXED) for name in MODELS if name not in PACKED_OR_HEAD_NORMS),
+    *((name, MIXED) for name in MODELS if name not in {*PACKED_OR_HEAD_NORMS, *NORMS_BEHIND}),
 ]
 
 
@@ -238,7 +268,9 @@ def test_refits_are_the_formulas(make_model, name, plan, monkeypatch):
     wide = [group for group in plan.groups if len(group) > 1 and name != "ministral"]
     assert len(found) == len(plan.merged) + len(wide)
     for segment, refit in found.items():
-        assert len(refit.fits) == (6 if group_of(segment) else len(segment[0]) + 1)
+        size = len(segment[0])
+        writes = size if name in NORMS_BEHIND else 1
+        assert len(refit.fits) == (6 if group_of(segment) else size + writes)
         changes = []
         for tensor, weight in refit.weights.items():
             plain, before = plainly.expected(segment, tensor), raw.get_parameter(tensor)

@@ -15,8 +15,6 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 REFUSED = {
     **dict.fromkeys(("cohere", "cohere, norms", "cohere2"), "read one state already"),
     **dict.fromkeys(("pythia",), "read one state already"),
-    **dict.fromkeys(("gemma2", "gemma3", "olmo2", "olmo3", "glm4"), "a norm after"),
-    **dict.fromkeys(("gpt-neox, sequential",), "more heads than the model"),
 }
 STAGED = [case for case in CASES if case not in REFUSED]
 
@@ -85,8 +83,18 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
-CASES_OF_RANKS = ["llama", "qwen2", "granite", "starcoder2", "phi3", "glm"]
-"""With and without biases, and with a multiplier."""
+CASES_OF_RANKS = [
+    "llama",
+    "qwen2",
+    "granite",
+    "starcoder2",
+    "phi3",
+    "glm",
+    "gemma2",
+    "olmo2",
+    "glm4",
+]
+"""With and without biases, with a multiplier, and with norms behind."""
 
 
 def test_a_stage_costs_one_all_reduce(make_model, tmp_path):

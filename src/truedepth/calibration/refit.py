@@ -16,6 +16,9 @@ corrects what earlier ones lost; that is worse where they lost much (docs/calibr
 A wide layer is two stages. What is missing behind its attentions is missing to x + Σ_i A_i, behind
 its FFNs to y; x, A_i and y (the input, the attentions and the output) are those sub-layers'.
 
+Where norms follow attention and FFN, what a stage adds is not linear in what its maps write. There
+each map that writes is refitted alone, toward what the original's sub-layer gives to its norm.
+
 Inputs are what maps read, behind their norm and its gain; a wide layer's gains are ones. Norms and
 the architecture do not change. Memory holds the weights of one segment, the sums over tokens of
 the maps that are solved together, and a few hidden states per token.
@@ -29,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truedepth.calibration.ridge import Fit, Regression
 from truedepth.calibration.trajectories import Walk
@@ -55,17 +58,32 @@ class Refit:
     of layer 15`; for any other stage likewise, all that write as one."""
 
 
-Note = Callable[[LoadedSublayer, Tensor, Tensor], None]
-"""Takes a sub-layer, the state that it read, and what it added."""
+Note = Callable[[LoadedSublayer, Tensor, Tensor, Tensor], None]
+"""Takes a sub-layer, the state that it read, what its module gave and what it added."""
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What was noted of the original's sub-layers; all `[fitted windows, length, hidden]`."""
+
+    seen: dict[Sublayer, Tensor]
+    """What the maps of each read, by the norm of what each becomes."""
+
+    gave: dict[Sublayer, Tensor]
+    """What each gave to the norm behind it; empty if there is none."""
+
+    attended: Tensor
+    """`x + Σ_i A_i` of a group."""
 
 
 def _noting(sublayer: LoadedSublayer, note: Note | None) -> Member[Calls]:
     """The sub-layer as a member of a stage; `note` is told what it read and added."""
 
     def member(x: Tensor, calls: Calls) -> Tensor:
-        added = sublayer(x, calls)
+        output = sublayer.output(x, calls)
+        added = sublayer.added(output)
         if note is not None:
-            note(sublayer, x, added)
+            note(sublayer, x, output, added)
         return added
 
     return member
@@ -77,6 +95,7 @@ class Calibrator:
     def __init__(self, walk: Walk) -> None:
         """Begin where a walk through the original and its conversion is."""
         self.walk, self._family = walk, walk.layout.source.family
+        self._norms_follow = any(names.post_norm for names in self._family.sublayers)
         windows = sum(batch.stop - batch.start for batch, _ in walk.fitted)
         every = min(HOLD_OUT_EVERY, windows)
         self._held = torch.tensor([window % every == every - 1 for window in range(windows)])
@@ -97,7 +116,7 @@ class Calibrator:
             walk.restart()
         found = Refit(walk.weights(segment), {})
         stages = walk.loaded(segment, found.weights)
-        seen, attended = self._pass_originals(segment, [each for stage in stages for each in stage])
+        passed = self._pass_originals(segment, [each for stage in stages for each in stage])
         states, group = walk.converted_states, group_of(segment)
         for stage in stages:
             # The halves of a wide layer are refitted one after the other, even if they read one
@@ -107,13 +126,19 @@ class Calibrator:
             for step in steps:
                 for sublayer in step:
                     read = {
-                        layer: seen.pop(Sublayer(layer, sublayer.kind))
+                        layer: passed.seen.pop(Sublayer(layer, sublayer.kind))
                         for layer in group or (sublayer.index,)
                     }
                     self._refit_reads(sublayer, read, inputs, found)
-                before_ffns = group and step[0].kind == "attention"
-                wanted = attended if before_ffns else walk.original_states
-                self._refit_writes(step, inputs, wanted, found)
+                if self._norms_follow:
+                    for each in step:
+                        gave = passed.gave.pop(Sublayer(each.index, each.kind))
+                        self._refit_writes([each], inputs, partial(walk.batch, gave), found)
+                else:
+                    before_ffns = group and step[0].kind == "attention"
+                    wanted = passed.attended if before_ffns else walk.original_states
+                    target = partial(self._missing, wanted, step[0].layer)
+                    self._refit_writes(step, inputs, target, found)
                 for windows, calls in walk.batches:
                     x, y = walk.batch(inputs, windows), walk.batch(states, windows)
                     for sublayer in step:
@@ -127,22 +152,12 @@ class Calibrator:
         aside.refit(segment)
         return aside.walk.converted_states[len(self._held) :].clone()
 
-    def _pass_originals(
-        self, segment: Segment, sublayers: Sequence[LoadedSublayer]
-    ) -> tuple[dict[Sublayer, Tensor], Tensor]:
-        """Take the original past a segment.
-
-        Args:
-            segment: The next of the converted model.
-            sublayers: What it becomes.
-
-        Returns:
-            What the maps of each of the original's sub-layers read, by the norm of what each
-            becomes; and `x + Σ_i A_i`. All `[fitted windows, length, hidden]`.
-        """
+    def _pass_originals(self, segment: Segment, sublayers: Sequence[LoadedSublayer]) -> _Passed:
+        """Take the original past a segment that becomes these sub-layers."""
         walk = self.walk
         count, group = len(self._held), group_of(segment)
         seen = {each: walk.allocate(count) for each in sublayers_of(segment)}
+        gave = {each: walk.allocate(count) for each in seen if self._norms_follow}
         attended = walk.allocate(count if group else 0)
         for windows, _ in walk.fitted if group else ():
             attended[windows] = walk.original_states[windows]
@@ -152,9 +167,13 @@ class Calibrator:
             for layer in group or (each.index,)
         }
 
-        def note(windows: slice, own: LoadedSublayer, x: Tensor, added: Tensor) -> None:
+        def note(
+            windows: slice, own: LoadedSublayer, x: Tensor, output: Tensor, added: Tensor
+        ) -> None:
             which = Sublayer(own.index, own.kind)
             seen[which][windows] = self._normalised(becomes[which], x)
+            if self._norms_follow:
+                gave[which][windows] = output.to(gave[which])
             if group and own.kind == "attention":
                 attended[windows] += added.to(attended)
 
@@ -165,7 +184,7 @@ class Calibrator:
                 for stage in stages:
                     state = run_stage(state, [_noting(each, fitted) for each in stage], calls)
                 walk.original_states[windows] = state
-        return seen, attended
+        return _Passed(seen, gave, attended)
 
     def _refit_reads(
         self, sublayer: LoadedSublayer, seen: Mapping[int, Tensor], inputs: Tensor, found: Refit
@@ -195,15 +214,24 @@ class Calibrator:
         for layer, fit in zip(seen, fits, strict=True):
             found.fits[f"{', '.join(names)} of layer {layer}"] = fit
 
+    def _missing(self, wanted: Tensor, layer: nn.Module, windows: slice) -> Tensor:
+        """What the maps that write should sum up to, for the states that are wanted."""
+        walk = self.walk
+        missing = walk.batch(wanted, windows) - walk.batch(walk.converted_states, windows)
+        return missing / getattr(layer, self._family.multiplier or "", 1.0)
+
     def _refit_writes(
-        self, step: Sequence[LoadedSublayer], inputs: Tensor, wanted: Tensor, found: Refit
+        self,
+        step: Sequence[LoadedSublayer],
+        inputs: Tensor,
+        target: Callable[[slice], Tensor],
+        found: Refit,
     ) -> None:
-        """The maps that write the outputs of sub-layers, together, toward the states wanted."""
+        """The maps that write the outputs of sub-layers, together, toward a sum of them."""
         walk = self.walk
         names = [self._family.writes[KINDS.index(each.kind)] for each in step]
         modules = [each.layer.get_submodule(name) for each, name in zip(step, names, strict=True)]
         biases = [bias for module in modules if (bias := getattr(module, "bias", None)) is not None]
-        multiplier = getattr(step[0].layer, self._family.multiplier or "", 1.0)
         priors = [
             found.weights[self._named(each, name)] for each, name in zip(step, names, strict=True)
         ]
@@ -218,11 +246,10 @@ class Calibrator:
             features.clear()
             for each in step:
                 each(walk.batch(inputs, windows), calls)
-            current = walk.batch(walk.converted_states, windows)
-            target = (walk.batch(wanted, windows) - current) / multiplier
+            written = target(windows)
             for bias in biases:
-                target = target - bias
-            regression.add(torch.cat(features, -1), target, self._held[windows])
+                written = written - bias
+            regression.add(torch.cat(features, -1), written, self._held[windows])
         for hook in hooks:
             hook.remove()
         fit = regression.solve(torch.cat(priors, 1))
@@ -231,7 +258,8 @@ class Calibrator:
         ):
             self._replace(each, name, weight.contiguous(), found)
         said = [f"{name} of layer {each.index}" for each, name in zip(step, names, strict=True)]
-        found.fits[", ".join(said) if len(step) > 1 else names[0]] = fit
+        in_stage = len(step) > 1 or self._norms_follow
+        found.fits[", ".join(said) if in_stage else names[0]] = fit
 
     def _replace(self, sublayer: LoadedSublayer, name: str, weight: Tensor, found: Refit) -> None:
         sublayer.layer.get_parameter(f"{name}.weight").copy_(weight)

@@ -192,7 +192,7 @@ class Family:
         """
         if self.is_parallel(config):
             return "attention and FFN of its layers read one state already"
-        return self.side_by_side_only
+        return ""
 
     def why_not_wide(self, config: Any, group: Sequence[int]) -> str:
         """Why the layers of a group cannot be merged into one wide layer.

@@ -20,7 +20,7 @@ from typing import Any
 
 import transformers
 
-from .stages import LayerForm, SideBySide, merge_stage, mix_into, place_of
+from .stages import LayerForm, SideBySide, merge_stages, mix_into, place_of
 from .wide_layers import LayerConfig, wide_layer
 
 PREFIX = "Truedepth"
@@ -100,8 +100,8 @@ class LayerWidthsModel:
         for index, width in enumerate(config.layer_widths):
             if width > 1:
                 layers[index] = wide_layer(layers[index], config, width, index)
-        for stage in config.stages or ():
-            merge_stage(layers, LayerForm(**config.sublayers), [place_of(name) for name in stage])
+        if config.stages:
+            merge_stages(layers, LayerForm(**config.sublayers), config.stages)
         for group in config.side_by_side or ():
             for index in group:
                 mix_into(layers[index], SideBySide, LayerForm(**config.sublayers))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+KINDS = ("attention", "ffn")
 
 
 def place_of(sublayer: str) -> int:
@@ -33,8 +36,114 @@ class LayerForm:
     multiplier: str | None
     """The layer's attribute by which attention's and the FFN's outputs are multiplied, if any."""
 
-    writes: Sequence[str] | None = None
-    """Names of the linear maps of attention and FFN that write to the residual stream."""
+    writes: Sequence[Sequence[str]] = ((), ())
+    """Names of the modules whose outputs add up to what attention, and what the FFN, gives."""
+
+    def output(self, layer: Any, kind: str, x: Tensor, *args: Any, **call: Any) -> Tensor:
+        """What a sub-layer's module gives, `[batch, length, hidden]`.
+
+        Args:
+            layer: The decoder layer.
+            kind: `attention` or `ffn`.
+            x: The residual stream, `[batch, length, hidden]`.
+            args: Positional arguments for the module: for attention, those that the layer gets.
+            call: Keyword arguments for the module.
+        """
+        module, norm, _ = getattr(self, kind)
+        if norm is not None:
+            x = layer.get_submodule(norm)(x)
+        output = layer.get_submodule(module)(x, *args, **call)
+        whole: Tensor = output[0] if isinstance(output, tuple) else output
+        return whole
+
+    def added(self, layer: Any, kind: str, output: Tensor) -> Tensor:
+        """What a sub-layer adds to the residual stream, from what its module gives."""
+        norm = getattr(self, kind)[2]
+        if norm is not None:
+            output = layer.get_submodule(norm)(output)
+        return output if self.multiplier is None else output * getattr(layer, self.multiplier)
+
+
+def run_sublayer(
+    layer: Any, form: LayerForm, kind: str, x: Tensor, *args: Any, **call: Any
+) -> Tensor:
+    """What a sub-layer adds to the residual stream, `s(N_s x)`; see `LayerForm.output`."""
+    return form.added(layer, kind, form.output(layer, kind, x, *args, **call))
+
+
+class Stage:
+    """A stage of a loaded model, shared by the layers that have a sub-layer in it.
+
+    Over several ranks every sub-layer gives a rank's part of its output, and the stage ends in one
+    all-reduce: of the sum of the parts, or where norms follow, of the parts side by side.
+    """
+
+    def __init__(self, form: LayerForm) -> None:
+        self._form = form
+        self._members: list[tuple[Any, str]] = []
+        self._writers: list[nn.Module] = []
+        self._sharded: list[nn.Module] | None = None
+
+    def join(self, layer: Any, kind: str) -> None:
+        """Make a sub-layer its next member."""
+        self._members.append((layer, kind))
+
+    def give_parts(self) -> None:
+        """Let the modules that write give their parts."""
+        for layer, kind in self._members:
+            for name in self._form.writes[KINDS.index(kind)]:
+                writer = _submodule(layer, name)
+                if writer is None:
+                    continue
+                own = type(writer)
+                body = {"__module__": own.__module__}
+                writer.__class__ = type(own.__name__, (PartOfSum, own), body)
+                writer.stage = self
+                self._writers.append(writer)
+
+    @property
+    def mesh(self) -> Any:
+        """The ranks that share its sub-layers; None in one process."""
+        if self._sharded is None:  # by the first run all weights are where they stay
+            self._sharded = [writer for writer in self._writers if _mesh(writer)]
+        return _mesh(self._sharded[0]) if self._sharded else None
+
+    @property
+    def _norms_follow(self) -> bool:
+        return any(getattr(self._form, kind)[2] for _, kind in self._members)
+
+    def run(
+        self, parts: list[Tensor], layer: Any, kind: str, x: Tensor, *args: Any, **call: Any
+    ) -> list[Tensor]:
+        """Run a member.
+
+        Args:
+            parts: What the members before it gave.
+            layer: The member's layer.
+            kind: `attention` or `ffn`.
+            x: The state that the stage reads, `[batch, length, hidden]`.
+            args: For attention, the positional arguments that the layer gets.
+            call: For attention, its keyword arguments.
+
+        Returns:
+            What it gave too.
+        """
+        part = self._form.output(layer, kind, x, *args, **call)
+        if self.mesh is not None and self._norms_follow:
+            return [*parts, part]
+        part = self._form.added(layer, kind, part)
+        return [parts[0] + part] if parts else [part]
+
+    def end(self, x: Tensor, parts: list[Tensor]) -> Tensor:
+        """The state behind it, from the state before it and what its members gave."""
+        if self.mesh is None:
+            return x + parts[0]
+        if len(parts) == 1 and not self._norms_follow:
+            return x + summed(parts[0], self.mesh)
+        wholes = summed(torch.stack(parts), self.mesh)
+        for (layer, kind), whole in zip(self._members, wholes, strict=True):
+            x = x + self._form.added(layer, kind, whole)
+        return x
 
 
 class Staged:
@@ -42,89 +151,136 @@ class Staged:
 
         y = x + Σ_s s(N_s x)
 
-    A layer at whose end a stage is open passes on x and the sum so far, `[2, batch, length,
-    hidden]`. Over several ranks that is the sum of a rank's parts; the stage ends in an all-reduce.
+    A layer at whose end a stage is open passes on x and what its members gave so far, `[1 + parts,
+    batch, length, hidden]`.
     """
 
     continues = joined = leaves_open = False
     """Whether the attention is in the stage of the layer before, whether the FFN is in that of the
     attention, and whether the next layer's attention is in that of the FFN."""
 
-    form: LayerForm
+    stages: list[Stage]
+    """Attention's and the FFN's."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
-        """From the stream, or x and a sum, to the stream, or x and a sum."""
-        attention, ffn = self.form.writes or (None, None)
-        x, so_far = hidden_states.unbind(0) if self.continues else (hidden_states, None)
-        added = run_sublayer(self, self.form, "attention", x, *args, **call)
-        added = added if so_far is None else so_far + added
-        if self.joined:
-            added = added + run_sublayer(self, self.form, "ffn", x)
-        else:
-            x = x + self._whole(added, attention)
-            added = run_sublayer(self, self.form, "ffn", x)
-        if self.leaves_open:
-            return torch.stack([x, added])
-        return x + self._whole(added, ffn)
-
-    def _whole(self, added: Tensor, writer: str | None) -> Tensor:
-        """The sum over all ranks of a stage that ends with this writing map."""
-        module = None if writer is None else self.get_submodule(writer)  # type: ignore[attr-defined]
-        return module.summed(added) if isinstance(module, PartOfSum) else added
+        """From the stream, or x and parts, to the stream, or x and parts."""
+        attention, ffn = self.stages
+        x, *parts = hidden_states.unbind(0) if self.continues else [hidden_states]
+        parts = attention.run(parts, self, "attention", x, *args, **call)
+        if not self.joined:
+            x, parts = attention.end(x, parts), []
+        parts = ffn.run(parts, self, "ffn", x)
+        return torch.stack([x, *parts]) if self.leaves_open else ffn.end(x, parts)
 
 
-class PartOfSum(nn.Linear):
-    """A map that writes to the residual stream, in a stage of several.
+class PartOfSum:
+    """Mixed into a module that writes to the residual stream, in a stage of several.
 
     Under tensor parallelism transformers puts a function into the place of `forward` that ends in
-    an all-reduce. That is left out here: the stage has one of its own, behind the sum.
+    an all-reduce. That is left out here: the stage has one of its own. A module that every rank has
+    whole gives its output on the first rank.
     """
 
-    def _part(self, features: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if isinstance(weight, DTensor):
-            mesh = weight.device_mesh
-            if features.shape[-1] == self.in_features:  # whole, as behind maps that are packed
-                features = DTensor.from_local(features, mesh, [Replicate()])
-                features = features.redistribute(mesh, [Shard(-1)]).to_local()
-            bias = bias.to_local() if isinstance(bias, DTensor) else bias
-            weight, bias = weight.to_local(), bias if mesh.get_local_rank() == 0 else None
-        return nn.functional.linear(features, weight, bias)
+    stage: Stage
+
+    def _part(self, *inputs: Tensor) -> Tensor:
+        mesh = self.stage.mesh
+        if mesh is None:
+            return super().forward(*inputs)  # type: ignore[misc, no-any-return]
+        first = mesh.get_local_rank() == 0
+        if _mesh(self) is None:
+            whole: Tensor = super().forward(*inputs)  # type: ignore[misc]
+            return whole if first else whole - whole.detach()  # 0 with a gradient
+        if isinstance(self, nn.Linear):
+            bias = _local(self.bias) if first else None  # once in the sum
+            features = _split(inputs[0], self.in_features, mesh)
+            return nn.functional.linear(features, _local(self.weight), bias)
+        with _local_parameters(self):  # experts, their inputs and who gets them
+            return super().forward(*(_shared(each, mesh) for each in inputs))  # type: ignore[misc, no-any-return]
 
     forward = property(lambda self: self._part, lambda self, replacement: None)
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' parts, `[batch, length, hidden]`."""
-        if not isinstance(self.weight, DTensor):
-            return part
-        mesh = self.weight.device_mesh
-        if not part.requires_grad:
-            torch.distributed.all_reduce(part, group=mesh.get_group())
-            return part
-        whole = DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()])
-        return whole.to_local()
+
+def _submodule(module: nn.Module, name: str) -> Any:
+    """A module within another; None if there is none of this name."""
+    return dict(module.named_modules()).get(name)
 
 
-def merge_stage(layers: Any, form: LayerForm, places: Sequence[int]) -> None:
+def _mesh(module: Any) -> Any:
+    """The ranks that share a module's parameters; None if this process has them whole."""
+    for parameter in module.parameters(recurse=False):
+        if isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements):
+            return parameter.device_mesh
+    return None
+
+
+def _split(features: Tensor, size: int, mesh: Any) -> Tensor:
+    """A rank's share of the inputs of a map of so many; they are whole behind packed maps."""
+    if features.shape[-1] != size:
+        return features
+    whole = DTensor.from_local(features, mesh, [Replicate()])
+    share: Tensor = whole.redistribute(mesh, [Shard(-1)]).to_local()
+    return share
+
+
+def _shared(given: Tensor, mesh: Any) -> Tensor:
+    """An input that every rank has: its gradient is the sum of theirs."""
+    if not given.requires_grad:
+        return given
+    whole = DTensor.from_local(given, mesh, [Replicate()])
+    local: Tensor = whole.to_local(grad_placements=[Partial()])
+    return local
+
+
+def _local(parameter: Any) -> Any:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def _local_parameters(module: Any) -> Iterator[None]:
+    """A module that computes with its rank's shards."""
+    own = dict(module._parameters)
+    try:
+        module._parameters.update({name: _local(parameter) for name, parameter in own.items()})
+        yield
+    finally:
+        module._parameters.update(own)
+
+
+def summed(part: Tensor, mesh: Any) -> Tensor:
+    """The sum of all ranks' parts, of the same shape."""
+    if not part.requires_grad:
+        torch.distributed.all_reduce(part, group=mesh.get_group())
+        return part
+    whole = DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()])
+    local: Tensor = whole.to_local()
+    return local
+
+
+def merge_stages(layers: Any, form: LayerForm, stages: Sequence[Sequence[str]]) -> None:
     """Let neighbouring sub-layers read one state, in place.
 
     Args:
         layers: A model's decoder layers.
         form: How they compute.
-        places: The sub-layers' places in the order A0 F0 A1 F1 …
+        stages: The names of the sub-layers in every stage of several, such as `A14` and `F14`.
     """
-    for place in places:
-        layer = layers[place // 2]
-        if not isinstance(layer, Staged):
-            mix_into(layer, Staged, form)
-        if form.writes:
-            layer.get_submodule(form.writes[place % 2]).__class__ = PartOfSum
-    for before in places[:-1]:
-        if before % 2:
-            layers[before // 2].leaves_open = layers[before // 2 + 1].continues = True
-        else:
-            layers[before // 2].joined = True
+    held = {place: Stage(form) for place in range(2 * len(layers))}
+    for stage in stages:
+        first, *others = map(place_of, stage)
+        held |= dict.fromkeys(others, held[first])
+    merged = {place // 2 for stage in stages for place in map(place_of, stage)}
+    for index in sorted(merged):
+        layer, places = layers[index], (2 * index, 2 * index + 1)
+        mix_into(layer, Staged, form)
+        layer.stages = [held[place] for place in places]
+        for kind, stage in zip(KINDS, layer.stages, strict=True):
+            stage.join(layer, kind)
+        layer.continues = held[places[0]] is held.get(places[0] - 1)
+        layer.joined = held[places[0]] is held[places[1]]
+        layer.leaves_open = held[places[1]] is held.get(places[1] + 1)
+    for stage in stages:
+        held[place_of(stage[0])].give_parts()
 
 
 def mix_into(layer: Any, behaviour: type, form: LayerForm) -> None:
@@ -157,26 +313,3 @@ class SideBySide:
         for member in self.members:
             y = y + run_sublayer(member, self.form, "ffn", entered)
         return y
-
-
-def run_sublayer(
-    layer: Any, form: LayerForm, kind: str, x: Tensor, *args: Any, **call: Any
-) -> Tensor:
-    """What a sub-layer adds to the residual stream, `s(N_s x)`: `[batch, length, hidden]`.
-
-    Args:
-        layer: The decoder layer.
-        form: Names the layer's modules, norms and multiplier.
-        kind: `attention` or `ffn`.
-        x: The residual stream, `[batch, length, hidden]`.
-        args: Positional arguments for the module: for attention, those that the layer gets.
-        call: Keyword arguments for the module.
-    """
-    module, norm, post_norm = getattr(form, kind)
-    if norm is not None:
-        x = layer.get_submodule(norm)(x)
-    output = layer.get_submodule(module)(x, *args, **call)
-    added: Tensor = output[0] if isinstance(output, tuple) else output
-    if post_norm is not None:
-        added = layer.get_submodule(post_norm)(added)
-    return added if form.multiplier is None else added * getattr(layer, form.multiplier)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from truedepth.modeling import LayerForm, run_sublayer
+from truedepth.modeling import LayerForm
 from truedepth.plan.stages import KINDS, Kind
 from truedepth.runtime.calls import Calls
 
@@ -51,10 +51,18 @@ class LoadedSublayer:
 
     def __call__(self, x: Tensor, calls: Calls) -> Tensor:
         """`s(N_s x)` float32, whatever the layer computes in."""
+        return self.added(self.output(x, calls))
+
+    def output(self, x: Tensor, calls: Calls) -> Tensor:
+        """What its module gives, in the dtype that the layer computes in."""
         self.on_run(self, x)
         call = calls[self.index] if self.kind == "attention" else {}
         x = x.to(next(self.layer.parameters()).dtype)
-        return run_sublayer(self.layer, self.form, self.kind, x, **call).float()
+        return self.form.output(self.layer, self.kind, x, **call)
+
+    def added(self, output: Tensor) -> Tensor:
+        """What it adds to the state, float32, from what its module gives."""
+        return self.form.added(self.layer, self.kind, output).float()
 
 
 def stages_of(

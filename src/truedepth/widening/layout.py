@@ -257,7 +257,7 @@ class Layout:
         if "side_by_side" in config or "stages" in config:
             config["sublayers"] = family.layer_form(original)
         if "stages" in config:
-            config["sublayers"]["writes"] = list(family.writes)
+            config["sublayers"]["writes"] = [[name] for name in family.writes]
         # Of a wide layer these do not follow from the number of heads.
         config["head_dim"] = head_dim(original.to_dict())
         if key_value := getattr(original, KEY_VALUE, None):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+import truedepth as td
+from truedepth.healing.options import TextPart
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
@@ -228,3 +232,26 @@ def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]]) -> Tensor:
     logits: Tensor = model(ids, use_cache=False).logits
     hook.remove()
     return logits
+
+
+def repaired(
+    source: Path, plan: td.Plan, prose: Path, out: Path, learning_rate: float = 1e-3
+) -> list[float]:
+    """KL from the original of `out/raw`, `out/calibrated` and `out/healed`, which this writes."""
+    td.convert(source, out / "raw", plan)
+    text = td.Calibration(text=[prose], tokens=4096)
+    td.convert(source, out / "calibrated", plan, calibration=text)
+    healing = td.Healing(
+        text=(TextPart(str(prose)),),
+        tokens=4096,
+        sequence_length=64,
+        batch_size=4,
+        micro_batch_size=4,
+        learning_rate=learning_rate,
+    )
+    td.heal(out / "calibrated", out / "healed", teacher=source, healing=healing)
+    found = [
+        td.perplexity(out / name, against=source, text=prose, window=64, windows=16).kl
+        for name in ("raw", "calibrated", "healed")
+    ]
+    return [kl for kl in found if kl is not None]

@@ -14,13 +14,12 @@ from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
 import truedepth as td
-from family_models import CASES, options_of, side_by_side
+from family_models import CASES, options_of, repaired, side_by_side
 from tiny_models import left_padded_logits, random_ids
 from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.cli.app import app
 from truedepth.depth_study.schedule import Runner, Step
 from truedepth.families.lookup import all_families
-from truedepth.healing.options import TextPart
 from truedepth.inspection import inspect_model
 from truedepth.runtime.empty import empty_model
 from truedepth.speed.ranks import run_ranks
@@ -126,26 +125,6 @@ def test_heads_that_cannot_be_padded(make_model, case, tmp_path):
 
 
 REPAIRED = ("mistral, window", "qwen2", "qwen3", "phi3", "granite", "gemma", "cohere", "starcoder2")
-
-
-def repaired(source, plan, prose, out, learning_rate=1e-3):
-    """KL from the original of `out/raw`, `out/calibrated` and `out/healed`, which this writes."""
-    td.convert(source, out / "raw", plan)
-    text = td.Calibration(text=[prose], tokens=4096)
-    td.convert(source, out / "calibrated", plan, calibration=text)
-    healing = td.Healing(
-        text=(TextPart(str(prose)),),
-        tokens=4096,
-        sequence_length=64,
-        batch_size=4,
-        micro_batch_size=4,
-        learning_rate=learning_rate,
-    )
-    td.heal(out / "calibrated", out / "healed", teacher=source, healing=healing)
-    return [
-        td.perplexity(out / name, against=source, text=prose, window=64, windows=16).kl
-        for name in ("raw", "calibrated", "healed")
-    ]
 
 
 @pytest.mark.parametrize("case", REPAIRED)

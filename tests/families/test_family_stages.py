@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from family_models import CASES, options_of, staged
+from family_models import CASES, options_of, repaired, staged
 from tiny_models import found_over_two_ranks, left_padded_logits, random_ids
 from truedepth.plan.config import plan_of
 
@@ -57,6 +57,13 @@ def test_stages_change_the_config_alone(make_model, case, tmp_path):
 def test_families_whose_sublayers_cannot_share_a_stage(make_model, case, tmp_path):
     with pytest.raises(td.TruedepthError, match=f"cannot share a stage: .*{REFUSED[case]}"):
         td.convert(make_model(**options_of(case)), tmp_path / "out", FIRST_AND_LAST)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "olmo2", "olmo3", "glm4"])
+def test_norms_behind_are_calibrated_and_healed(make_model, case, prose, tmp_path):
+    source, plan = make_model(**options_of(case)), td.Plan.staggered(6, 1, 4)
+    raw, calibrated, healed = repaired(source, plan, prose, tmp_path)
+    assert healed < calibrated < raw
 
 
 RANK = """

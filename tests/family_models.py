@@ -143,6 +143,10 @@ def options_of(case: str) -> dict[str, Any]:
     return options | {"family": getattr(transformers, options.pop("config"))}
 
 
+ATTENTIONS = ("self_attn", "attention", "self_attention")
+FFNS = ("mlp", "feed_forward", "block_sparse_moe")
+
+
 class Off:
     """Within it a module gives zeros: the layer around it adds nothing in its place."""
 
@@ -212,7 +216,7 @@ class Alone:
         """What a sub-layer such as `F2` adds to a state."""
         layer = self._layers[int(name[1:])]
         given, call = self._calls[int(name[1:])]
-        others = ["mlp"] if name[0] == "A" else ["self_attn", "attention"]
+        others = FFNS if name[0] == "A" else ATTENTIONS
         (other,) = (other for other in others if hasattr(layer, other))
         with Off(getattr(layer, other)):
             changed: Tensor = layer(x, *given, **call)

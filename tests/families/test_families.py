@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
 from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
@@ -228,12 +228,6 @@ def test_info_of_a_converted_model_that_was_quantized_since(converted, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(td.TruedepthError, match="not supported"):
         inspect_model(tmp_path)
-
-
-def test_mixtures_of_experts_are_refused_with_the_reason(make_model, tmp_path):
-    small = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    with pytest.raises(td.TruedepthError, match=r"mixture of experts.*its own experts"):
-        td.convert(make_model(family=MixtralConfig, **small), tmp_path / "out", td.Plan(6, []))
 
 
 def test_multimodal_models_are_refused_with_what_to_do(tmp_path):

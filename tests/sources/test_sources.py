@@ -43,7 +43,7 @@ def edited(make_model, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "bert"}, ["'bert'", "supported: arcee"]),
+        ({"model_type": "bert"}, ["'bert'", "not in a list `layers`"]),
         ({"model_type": None}, ["'None'", "not supported"]),
         ({"model_type": ["x"]}, ["not supported"]),
         ({"quantization_config": "gptq"}, ["unquantized"]),

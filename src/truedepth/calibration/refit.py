@@ -27,7 +27,7 @@ the maps that are solved together, and a few hidden states per token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from truedepth.calibration.ridge import Fit, Regression
 from truedepth.calibration.trajectories import Walk
+from truedepth.calibration.writers import Writer
 from truedepth.families.family import SublayerNames
 from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, sublayers_of
 from truedepth.runtime.calls import Calls
@@ -192,14 +193,14 @@ class Calibrator:
         """The maps that read a norm: one map of their input for each member, by its layer."""
         walk, stack = self.walk, self.walk.stack
         width = stack.hidden_size
+        if not (names := self._maps(sublayer, self._family.reads)):
+            return
         sums = [Regression([width], width, stack.device) for _ in seen]
         for windows, _ in walk.fitted:
             x = self._normalised(sublayer, walk.batch(inputs, windows))
             for read, regression in zip(seen.values(), sums, strict=True):
                 regression.add(x, walk.batch(read, windows), self._held[windows])
         fits = [regression.solve(torch.eye(width)) for regression in sums]
-        inside = self._names(sublayer).module
-        names = [name for name in self._family.reads if name.startswith(f"{inside}.")]
         sizes = stack.config.to_dict()
         for name in names:
             weight = found.weights[self._named(sublayer, name)]
@@ -229,37 +230,27 @@ class Calibrator:
     ) -> None:
         """The maps that write the outputs of sub-layers, together, toward a sum of them."""
         walk = self.walk
-        names = [self._family.writes[KINDS.index(each.kind)] for each in step]
-        modules = [each.layer.get_submodule(name) for each, name in zip(step, names, strict=True)]
-        biases = [bias for module in modules if (bias := getattr(module, "bias", None)) is not None]
-        priors = [
-            found.weights[self._named(each, name)] for each, name in zip(step, names, strict=True)
-        ]
+        writers = [Writer(each, self._maps(each, self._family.writes)) for each in step]
+        fitted = [(each.sublayer, each.name) for each in writers if each.name]
+        if not fitted:
+            return
+        priors = [found.weights[self._named(*each)] for each in fitted]
         columns = [prior.shape[1] for prior in priors]
         regression = Regression(columns, walk.stack.hidden_size, walk.stack.device)
-        features: list[Tensor] = []
-        hooks = [
-            module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-            for module in modules
-        ]
         for windows, calls in walk.fitted:
-            features.clear()
-            for each in step:
-                each(walk.batch(inputs, windows), calls)
             written = target(windows)
-            for bias in biases:
-                written = written - bias
+            features = []
+            for writer in writers:
+                reads, rest = writer.run(walk.batch(inputs, windows), calls)
+                written = written - rest
+                features += reads
             regression.add(torch.cat(features, -1), written, self._held[windows])
-        for hook in hooks:
-            hook.remove()
         fit = regression.solve(torch.cat(priors, 1))
-        for each, name, weight in zip(
-            step, names, torch.split(fit.weight, columns, 1), strict=True
-        ):
+        for (each, name), weight in zip(fitted, torch.split(fit.weight, columns, 1), strict=True):
             self._replace(each, name, weight.contiguous(), found)
-        said = [f"{name} of layer {each.index}" for each, name in zip(step, names, strict=True)]
+        said = [f"{name} of layer {each.index}" for each, name in fitted]
         in_stage = len(step) > 1 or self._norms_follow
-        found.fits[", ".join(said) if in_stage else names[0]] = fit
+        found.fits[", ".join(said) if in_stage else fitted[0][1]] = fit
 
     def _replace(self, sublayer: LoadedSublayer, name: str, weight: Tensor, found: Refit) -> None:
         sublayer.layer.get_parameter(f"{name}.weight").copy_(weight)
@@ -267,6 +258,12 @@ class Calibrator:
 
     def _named(self, sublayer: LoadedSublayer, module: str) -> str:
         return f"{self._family.layer.format(sublayer.index)}{module}.weight"
+
+    def _maps(self, sublayer: LoadedSublayer, names: Iterable[str]) -> list[str]:
+        """Those of the maps that this sub-layer has."""
+        held = {name for name, _ in sublayer.layer.named_modules()}
+        inside = f"{self._names(sublayer).module}."
+        return [name for name in names if name.startswith(inside) and name in held]
 
     def _names(self, sublayer: LoadedSublayer) -> SublayerNames:
         return self._family.sublayers[KINDS.index(sublayer.kind)]

@@ -136,16 +136,19 @@ class Walk:
         return aside
 
     def weights(self, segment: Segment) -> dict[str, Tensor]:
-        """What a segment becomes before anything is refitted, float32, by name.
+        """The weights of a segment's maps that are refitted, before they are, float32, by name.
 
-        The names are the original's; those of a wide layer are those of its first member.
+        Of a wide layer these are all of its tensors, by the names of its first member.
         """
         tensors: dict[int, dict[str, LazyTensor]] = defaultdict(dict)
         if group := group_of(segment):
             tensors[group[0]] |= self.layout.wide_layer(group, torch.float32)
         else:
+            family = self.layout.source.family
+            maps = {f"{name}.weight" for name in (*family.reads, *family.writes)}
             for each in sublayers_of(segment):
-                tensors[each.layer] |= self.stack.sublayer_tensors(each)
+                own = self.stack.sublayer_tensors(each)
+                tensors[each.layer] |= {name: own[name] for name in own if name in maps}
         return {
             self._prefix(layer) + name: tensor.read().to(torch.float32, copy=True)
             for layer, named in tensors.items()
@@ -159,8 +162,8 @@ class Walk:
 
         Args:
             segment: Of the converted model.
-            weights: Named as by `weights`; default: the original's, or those of an exact wide
-                layer.
+            weights: Instead of those of the original or of an exact wide layer, named as by
+                `weights`.
         """
         group = group_of(segment)
         if group and not self.layout.is_merged(segment):

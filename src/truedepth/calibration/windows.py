@@ -11,7 +11,7 @@ from torch import Tensor
 
 from truedepth.calibration.options import Calibration
 from truedepth.errors import TruedepthError
-from truedepth.plan.stages import KINDS, Segment
+from truedepth.plan.stages import Segment, Sublayer
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.generation import own_text
 from truedepth.runtime.loading import load
@@ -111,12 +111,15 @@ def given_text(
 
 def tokens_needed(source: Source, segments: Iterable[Segment]) -> int:
     """The number of inputs of the widest map that is solved for in segments."""
-    columns = {
-        kind: source.tensors[source.family.layer.format(0) + f"{name}.weight"].shape[1]
-        for kind, name in zip(KINDS, source.family.writes, strict=True)
-    }
+
+    def columns(sublayer: Sublayer) -> int:
+        family, layer = source.family, source.family.layer.format(sublayer.layer)
+        own = (name for name in family.writes if family.part_of(sublayer.kind, name))
+        found = (source.tensors.get(f"{layer}{name}.weight") for name in own)
+        return sum(tensor.shape[1] for tensor in found if tensor is not None)
+
     stages = (stage for segment in segments for stage in segment)
-    return max((sum(columns[each.kind] for each in stage) for stage in stages), default=0)
+    return max((sum(map(columns, stage)) for stage in stages), default=0)
 
 
 def _mixed(parts: Sequence[Tensor], seed: int, count: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,12 +44,16 @@ class Family:
     reads: tuple[str, ...]
     """Linear maps that read the normed residual stream; they absorb their norm's gain."""
 
-    writes: tuple[str, str]
+    writes: tuple[str, ...]
     """The linear maps of attention and FFN that write to the residual stream, in this order."""
 
     heads: Mapping[str, str]
     """Linear maps whose rows are heads (columns, for those that write) -> the key in config.json of
     the number of these heads. Empty if heads cannot be padded."""
+
+    summands: tuple[str, ...] = ()
+    """The modules whose outputs add up to what attention and FFN give, if others than `writes`: in
+    mixtures the experts too."""
 
     body_prefix: str = ""
     """The class prefix of the config and of the model without a head, if it is another."""
@@ -103,6 +107,22 @@ class Family:
         """Attention and FFN."""
         return self.attention, self.ffn
 
+    def is_dense(self, name: str) -> bool:
+        """Whether a tensor of a layer is not of experts that only some tokens run through, nor of
+        what chooses among them.
+        """
+        norms = (norm for each in self.sublayers for norm in (each.norm, each.post_norm))
+        dense = (*self.reads, *self.writes, *filter(None, norms))
+        return not self.summands or not self.part_of("ffn", name) or _within(name, dense)
+
+    @property
+    def parts_of_sums(self) -> list[list[str]]:
+        """The modules whose outputs add up to what attention, and what the FFN, gives."""
+        names = self.summands or self.writes
+        return [
+            [name for name in names if self.part_of(kind, name)] for kind in ("attention", "ffn")
+        ]
+
     def part_of(self, kind: str, name: str) -> bool:
         """Whether a module or tensor of a layer belongs to its attention or FFN, norms included.
 
@@ -111,8 +131,7 @@ class Family:
             name: Within the layer.
         """
         names: SublayerNames = getattr(self, kind)
-        parts = (names.module, names.norm, names.post_norm)
-        return any(name == part or name.startswith(f"{part}.") for part in parts if part)
+        return _within(name, filter(None, (names.module, names.norm, names.post_norm)))
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -212,6 +231,11 @@ class Family:
                 said = ", ".join(map(str, found))
                 return f"they differ in {key} ({said})"
         return ""
+
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a name is that of one of the modules, or of something within it."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def head_dim(config: Mapping[str, Any]) -> int:

@@ -16,7 +16,8 @@ from truedepth.families.family import Family
 @cache
 def all_families() -> tuple[Family, ...]:
     """Every supported family: all that this folder's files list as `FAMILIES`."""
-    files = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+    found = pkgutil.iter_modules(families.__path__)
+    files = sorted(module.name for module in found if not module.ispkg)
     modules = [import_module(f"{families.__name__}.{file}") for file in files]
     return tuple(family for module in modules for family in getattr(module, "FAMILIES", ()))
 
@@ -25,13 +26,8 @@ CONVERTED = "truedepth_"
 """A layer-parallel checkpoint's `model_type` is this, then the original's."""
 
 
-MIXTURES = (
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)
-"""Config keys for the number of experts."""
+OURS = ("layer_widths", "stages", "side_by_side", "sublayers", "truedepth")
+"""What a converted config.json has in addition to the original's."""
 
 
 def unconverted(model_type: str) -> str:
@@ -41,9 +37,28 @@ def unconverted(model_type: str) -> str:
 
 def known_family(config: Mapping[str, Any]) -> Family | None:
     """The family of an original's config.json; None if it is not supported."""
+    try:
+        return described_family(config) or traced(config)
+    except TruedepthError:
+        return None
+
+
+def described_family(config: Mapping[str, Any]) -> Family | None:
+    """The family that a file of this folder describes; None if none does."""
     return {family.model_type: family for family in all_families()}.get(
         str(config.get("model_type"))
     )
+
+
+def traced(config: Mapping[str, Any]) -> Family:
+    """The family by a small model of its kind, run once.
+
+    Raises:
+        TruedepthError: See `tracing.trace.traced_family`.
+    """
+    from truedepth.families.tracing.trace import traced_family  # it imports torch
+
+    return traced_family({key: value for key, value in config.items() if key not in OURS})
 
 
 def known_original_family(config: Mapping[str, Any]) -> Family | None:
@@ -62,24 +77,19 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise TruedepthError(
             f"{where} is already layer-parallel; convert the model that it was made from instead."
         )
-    family = known_family(config)
+    family = described_family(config)
     if family is None:
-        known = (family.model_type for family in all_families())
-        if any(config.get(key) for key in MIXTURES):
-            raise TruedepthError(
-                f"{where} ({model_type}) is a mixture of experts, which is not supported: each"
-                " layer's router picks among its own experts, so two such layers cannot become one"
-                " wide layer."
-            )
         if isinstance(inside := config.get("text_config"), dict):
             raise TruedepthError(
                 f"{where} ({model_type}) takes input other than text; save its language model"
                 f" ({inside.get('model_type')}) as a checkpoint of its own and convert that."
             )
-        raise TruedepthError(
-            f"{where} is of the family {model_type!r}, which is not supported;"
-            f" supported: {', '.join(sorted(known))}."
-        )
+        try:
+            family = traced(config)
+        except TruedepthError as error:
+            raise TruedepthError(
+                f"{where} is of the family {model_type!r}, which is not supported: {error}."
+            ) from error
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise TruedepthError(

@@ -74,9 +74,16 @@ def original_beside(
 
 
 def is_trained(family: Family, layout: Layout, train: Train) -> Callable[[str], bool]:
-    """Whether the parameter of that name is trained; with LoRA, none of the checkpoint's is."""
+    """Whether the parameter of that name is trained; with LoRA, none of the checkpoint's is.
+
+    The experts of a mixture, which few tokens run through, are trained with all weights only.
+    """
     shares = shares_a_stage(family, layout)
-    return lambda name: train is Train.all or (train is Train.paired and shares(name))
+
+    def paired(name: str) -> bool:
+        return shares(name) and family.is_dense(family.split(name)[1])
+
+    return lambda name: train is Train.all or (train is Train.paired and paired(name))
 
 
 def shares_a_stage(family: Family, layout: Layout) -> Callable[[str], bool]:

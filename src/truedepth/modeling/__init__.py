@@ -13,13 +13,22 @@ from typing import Any
 
 from truedepth.modeling import modeling
 from truedepth.modeling.modeling import PREFIX, auto_map
-from truedepth.modeling.stages import LayerForm, run_sublayer
+from truedepth.modeling.stages import KINDS, LayerForm, run_sublayer
 from truedepth.modeling.wide_layers import WIDENED, wide_layer
 
 FILES = tuple(sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)}))
 """What is copied."""
 
-__all__ = ["FILES", "PREFIX", "WIDENED", "LayerForm", "auto_map", "run_sublayer", "wide_layer"]
+__all__ = [
+    "FILES",
+    "KINDS",
+    "PREFIX",
+    "WIDENED",
+    "LayerForm",
+    "auto_map",
+    "run_sublayer",
+    "wide_layer",
+]
 
 
 def __getattr__(name: str) -> Any:

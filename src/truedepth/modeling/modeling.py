@@ -124,6 +124,7 @@ def __getattr__(name: str) -> Any:
     if not name.startswith(PREFIX) or base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = _config_class(name, base) if suffix == "Config" else _model_class(name, base)
+    _keep_conversions(made, base)
     made.register_for_auto_class(_AUTO[suffix])  # save_pretrained copies this file too
     globals()[name] = made
     return made
@@ -145,6 +146,21 @@ def _model_class(name: str, base: Any) -> Any:
     config_class = getattr(sys.modules[__name__], f"{PREFIX}{base.config_class.__name__}")
     body = {"__module__": __name__, "config_class": config_class}
     return type(name, (LayerWidthsModel, base), body)
+
+
+def _keep_conversions(made: Any, base: Any) -> None:
+    """Let transformers join and rename weights on loading as it does those of the original.
+
+    It looks for such rules by the type of a model and by the names of its classes.
+    """
+    from transformers import conversion_mapping as rules
+
+    keys = {base.__name__: made.__name__}
+    if hasattr(base, "model_type"):
+        keys[base.model_type] = made.model_type
+    for original, ours in keys.items():
+        if found := rules.get_checkpoint_conversion_mapping(original):
+            rules.register_checkpoint_conversion_mapping(ours, found, overwrite=True)
 
 
 def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:

@@ -82,6 +82,7 @@ class Stage:
         self._form = form
         self._members: list[tuple[Any, str]] = []
         self._writers: list[nn.Module] = []
+        self._whole: list[tuple[Any, str]] = []
         self._sharded: list[nn.Module] | None = None
 
     def join(self, layer: Any, kind: str) -> None:
@@ -89,17 +90,25 @@ class Stage:
         self._members.append((layer, kind))
 
     def give_parts(self) -> None:
-        """Let the modules that write give their parts."""
+        """Let the modules that write give their parts, if they are several."""
+        if len(self._members) == 1 and len(self._written(*self._members[0])) < 2:
+            return
         for layer, kind in self._members:
-            for name in self._form.writes[KINDS.index(kind)]:
-                writer = _submodule(layer, name)
-                if writer is None:
-                    continue
+            writers = self._written(layer, kind)
+            for writer in writers:
                 own = type(writer)
                 body = {"__module__": own.__module__}
                 writer.__class__ = type(own.__name__, (PartOfSum, own), body)
                 writer.stage = self
-                self._writers.append(writer)
+            self._writers += writers
+            if not writers:
+                self._whole.append((layer, kind))
+
+    def _written(self, layer: Any, kind: str) -> list[Any]:
+        """The modules whose outputs add up to what a member's module gives."""
+        modules = dict(layer.named_modules())
+        names = self._form.writes[KINDS.index(kind)]
+        return [modules[name] for name in names if name in modules]
 
     @property
     def mesh(self) -> Any:
@@ -129,6 +138,8 @@ class Stage:
             What it gave too.
         """
         part = self._form.output(layer, kind, x, *args, **call)
+        if self.mesh is not None and any(each is layer and k == kind for each, k in self._whole):
+            part = on_the_first(part, self.mesh)
         if self.mesh is not None and self._norms_follow:
             return [*parts, part]
         part = self._form.added(layer, kind, part)
@@ -187,23 +198,16 @@ class PartOfSum:
         mesh = self.stage.mesh
         if mesh is None:
             return super().forward(*inputs)  # type: ignore[misc, no-any-return]
-        first = mesh.get_local_rank() == 0
         if _mesh(self) is None:
-            whole: Tensor = super().forward(*inputs)  # type: ignore[misc]
-            return whole if first else whole - whole.detach()  # 0 with a gradient
+            return on_the_first(super().forward(*inputs), mesh)  # type: ignore[misc]
         if isinstance(self, nn.Linear):
-            bias = _local(self.bias) if first else None  # once in the sum
+            bias = _local(self.bias) if mesh.get_local_rank() == 0 else None  # once in the sum
             features = _split(inputs[0], self.in_features, mesh)
             return nn.functional.linear(features, _local(self.weight), bias)
         with _local_parameters(self):  # experts, their inputs and who gets them
             return super().forward(*(_shared(each, mesh) for each in inputs))  # type: ignore[misc, no-any-return]
 
     forward = property(lambda self: self._part, lambda self, replacement: None)
-
-
-def _submodule(module: nn.Module, name: str) -> Any:
-    """A module within another; None if there is none of this name."""
-    return dict(module.named_modules()).get(name)
 
 
 def _mesh(module: Any) -> Any:
@@ -247,6 +251,11 @@ def _local_parameters(module: Any) -> Iterator[None]:
         module._parameters.update(own)
 
 
+def on_the_first(whole: Tensor, mesh: Any) -> Tensor:
+    """What every rank has, as its part of a sum: 0 on all but the first, with its gradient."""
+    return whole if mesh.get_local_rank() == 0 else whole - whole.detach()
+
+
 def summed(part: Tensor, mesh: Any) -> Tensor:
     """The sum of all ranks' parts, of the same shape."""
     if not part.requires_grad:
@@ -270,7 +279,11 @@ def merge_stages(layers: Any, form: LayerForm, stages: Sequence[Sequence[str]]) 
         first, *others = map(place_of, stage)
         held |= dict.fromkeys(others, held[first])
     merged = {place // 2 for stage in stages for place in map(place_of, stage)}
-    for index in sorted(merged):
+    for index in range(len(layers)):
+        modules = dict(layers[index].named_modules())
+        several = any(sum(name in modules for name in names) > 1 for names in form.writes)
+        if index not in merged and not several:  # experts and shared experts are summed apart
+            continue
         layer, places = layers[index], (2 * index, 2 * index + 1)
         mix_into(layer, Staged, form)
         layer.stages = [held[place] for place in places]
@@ -279,8 +292,8 @@ def merge_stages(layers: Any, form: LayerForm, stages: Sequence[Sequence[str]]) 
         layer.continues = held[places[0]] is held.get(places[0] - 1)
         layer.joined = held[places[0]] is held[places[1]]
         layer.leaves_open = held[places[1]] is held.get(places[1] + 1)
-    for stage in stages:
-        held[place_of(stage[0])].give_parts()
+    for each in dict.fromkeys(held.values()):
+        each.give_parts()
 
 
 def mix_into(layer: Any, behaviour: type, form: LayerForm) -> None:

@@ -21,6 +21,7 @@ from truedepth.families.family import QUERY
 from truedepth.families.lookup import CONVERTED
 from truedepth.families.registration import register
 from truedepth.runtime.generation_config import without_generation
+from truedepth.runtime.parameters import parameters_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 
@@ -93,12 +94,13 @@ def filled_model(
         TruedepthError: transformers cannot build the model, or the source lacks a weight.
     """
     model = empty_model(source.config, source.path)
-    missing = {name for name, _ in model.named_parameters()} - source.tensors.keys()
+    tensors = parameters_of(model, source.tensors)
+    missing = {name for name, _ in model.named_parameters()} - tensors.keys()
     if lacking := missing - model.all_tied_weights_keys.keys():
         raise TruedepthError(f"{source.path} has no tensor for {min(lacking)!r}.")
     for name in [name for name, _ in model.named_parameters() if name not in missing]:
         module, _, last = name.rpartition(".")
-        setattr(model.get_submodule(module), last, parameter(name, source.tensors[name]))
+        setattr(model.get_submodule(module), last, parameter(name, tensors[name]))
     if missing:  # as in transformers, weights that a file stores twice stay untied
         model.tie_weights()
     return model

@@ -26,6 +26,7 @@ from truedepth.runtime import calls as recorded
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.empty import empty_model
 from truedepth.runtime.output_head import OutputHead
+from truedepth.runtime.parameters import parameters_of
 from truedepth.runtime.stage import LoadedSublayer, stages_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
@@ -51,12 +52,13 @@ class LayerStack:
         self.config.head_dim = head_dim(self.config.to_dict())
         self._form = modeling.LayerForm(**self._family.layer_form(self.config))
         self._head = OutputHead(self._model)
+        self._tensors = parameters_of(self._model, source.tensors)
         self._evaluated = 0
 
     @cached_property
     def _whole(self) -> Any:
         """The model with what is outside the layers."""
-        tensors = self._source.tensors
+        tensors = self._tensors
         for name in [name for name, _ in self._model.named_parameters()]:
             if self._family.split(name)[0] is None and name in tensors:
                 self._put(self._model, name, tensors[name])
@@ -68,7 +70,7 @@ class LayerStack:
         """Elements of all layers."""
         return sum(
             math.prod(tensor.shape)
-            for name, tensor in self._source.tensors.items()
+            for name, tensor in self._tensors.items()
             if self._family.split(name)[0] is not None
         )
 
@@ -98,7 +100,7 @@ class LayerStack:
 
     def layer(self, index: int) -> nn.Module:
         """A layer with its weights."""
-        prefix, tensors = self._family.layer.format(index), self._source.tensors
+        prefix, tensors = self._family.layer.format(index), self._tensors
         layer = copy.deepcopy(self._model.base_model.layers[index])
         names = [name for name, _ in layer.named_parameters()]
         return self._filled(layer, {name: tensors[prefix + name] for name in names})
@@ -110,11 +112,11 @@ class LayerStack:
 
         Args:
             which: The original's.
-            tensors: Its weights by name within the layer; default: the original's.
+            tensors: Weights by name within the layer, instead of the original's.
         """
         own = self.sublayer_tensors(which)
         layer = copy.deepcopy(self._model.base_model.layers[which.layer])
-        layer = self._filled(layer, own if tensors is None else tensors, own)
+        layer = self._filled(layer, own | dict(tensors or {}), own)
         return LoadedSublayer(which.kind, which.layer, layer, self._form, self._count)
 
     def sublayer_tensors(self, which: Sublayer) -> dict[str, LazyTensor]:
@@ -122,7 +124,7 @@ class LayerStack:
         prefix = self._family.layer.format(which.layer)
         layer = self._model.base_model.layers[which.layer]
         return {
-            name: self._source.tensors[prefix + name]
+            name: self._tensors[prefix + name]
             for name, _ in layer.named_parameters()
             if self._family.part_of(which.kind, name)
         }

@@ -60,6 +60,12 @@ class LoadedSublayer:
         x = x.to(next(self.layer.parameters()).dtype)
         return self.form.output(self.layer, self.kind, x, **call)
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its module has experts."""
+        name = getattr(self.form, self.kind)[0]
+        return any(each.ndim > 2 for each in self.layer.get_submodule(name).parameters())
+
     def added(self, output: Tensor) -> Tensor:
         """What it adds to the state, float32, from what its module gives."""
         return self.form.added(self.layer, self.kind, output).float()

@@ -168,7 +168,7 @@ def _stack_config(config: Mapping[str, Any], where: Path, stack: Stack) -> dict[
         form = family.layer_form(transformers_config(config, where))
         stages = staggered_stages(0, stack.layers - 1)
         entries["stages"] = [list(map(str, stage)) for stage in stages]
-        entries["sublayers"] = form | {"writes": [[name] for name in family.writes]}
+        entries["sublayers"] = form | {"writes": family.parts_of_sums}
     return entries
 
 

@@ -23,6 +23,7 @@ from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, group_segment
 from truedepth.runtime.empty import empty_model, transformers_config
+from truedepth.runtime.parameters import parameters_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, dtype_name
 from truedepth.widening.widen import Layer, widen
@@ -257,7 +258,7 @@ class Layout:
         if "side_by_side" in config or "stages" in config:
             config["sublayers"] = family.layer_form(original)
         if "stages" in config:
-            config["sublayers"]["writes"] = [[name] for name in family.writes]
+            config["sublayers"]["writes"] = family.parts_of_sums
         # Of a wide layer these do not follow from the number of heads.
         config["head_dim"] = head_dim(original.to_dict())
         if key_value := getattr(original, KEY_VALUE, None):
@@ -297,6 +298,7 @@ def check_loadable(
         TruedepthError: They are not.
     """
     model = empty_model(config, source)
+    tensors = parameters_of(model, tensors)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in model.all_tied_weights_keys:
         expected.pop(name)

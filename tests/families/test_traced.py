@@ -1,0 +1,201 @@
+"""Families that are found by running a small model: stages against the model's own layers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import truedepth as td
+from family_models import CASES, options_of, repaired, staged
+from tiny_models import TINY, byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
+from traced_models import ARCHITECTURES, MIXTURES, OTHERS, config_of, model_of
+from truedepth.families.lookup import all_families
+from truedepth.families.tracing.trace import traced_family
+from truedepth.inspection import inspect_model
+
+PLAN = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
+CLOSE = {"atol": 1e-4, "rtol": 0}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+EACH = [
+    *MIXTURES,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`saved(architecture)` gives a model and its directory; cached."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            model = model_of(name)
+            model.save_pretrained(directory)
+            byte_tokenizer().save_pretrained(directory)
+            made[name] = model, directory
+        return made[name]
+
+    return make
+
+
+def expected_logits(model, ids):
+    return staged(model, ids, [list(map(str, stage)) for stage in PLAN.stages])
+
+
+def test_at_least_forty_architectures():
+    described = {options_of(case)["family"].model_type for case in CASES}
+    assert len(described | ARCHITECTURES.keys()) >= 60
+    assert len(ARCHITECTURES) >= 40
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_stages_are_exact(saved, name, tmp_path):
+    original, source = saved(name)
+    ids, out = random_ids(), tmp_path / "out"
+    td.convert(source, out, PLAN)
+    before, after = td.open_source(source).tensors, td.open_source(out).tensors
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor.read(), after[key].read()) for key, tensor in before.items())
+    expected = expected_logits(original, ids)
+    assert (original(ids).logits - expected).abs().max() > 1e-2
+    model = td.load(out).model
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+        torch.testing.assert_close(left_padded_logits(model, ids), expected, **CLOSE)
+        tokens = model.generate(ids, **GREEDY)
+        assert torch.equal(tokens, model.generate(ids, use_cache=False, **GREEDY))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    kept = td.open_source(tmp_path / "again").tensors
+    assert kept.keys() == before.keys()
+
+
+WITHOUT_TRUEDEPTH = """
+import json, sys
+sys.modules["truedepth"] = None  # importing it now fails
+import torch
+from transformers import AutoModelForCausalLM
+ids, found = torch.load(sys.argv[1]), {}
+with torch.no_grad():
+    for name, path in json.loads(sys.argv[2]).items():
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        found[name] = model(ids).logits
+torch.save(found, sys.argv[3])
+"""
+
+
+def test_a_fresh_process_without_truedepth(saved, tmp_path):
+    torch.save(random_ids(), tmp_path / "ids")
+    for name in MIXTURES:
+        td.convert(saved(name)[1], tmp_path / name, PLAN)
+    where = json.dumps({name: str(tmp_path / name) for name in MIXTURES})
+    given = [str(tmp_path / "ids"), where, str(tmp_path / "found")]
+    subprocess.run([sys.executable, "-c", WITHOUT_TRUEDEPTH, *given], check=True)
+    for name, logits in torch.load(tmp_path / "found").items():
+        expected = expected_logits(saved(name)[0], random_ids())
+        torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+RANK = """
+import sys, torch, truedepth
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from truedepth.speed.collectives import watched
+where, *names = sys.argv[1:]
+ids, found = torch.load(f"{where}/ids"), {}
+for name in names:
+    ranks = DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(f"{where}/{name}", distributed_config=ranks)
+    with torch.no_grad(), watched() as traffic:
+        logits = model(ids).logits
+    embedding = model.get_input_embeddings().weight
+    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
+    found[name] = logits, traffic.calls["all_reduce"] - shared
+torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+OVER_RANKS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "phimoe", "deepseek_v3"]
+
+
+def test_a_stage_costs_one_all_reduce(saved, tmp_path):
+    """At most: where transformers gives every rank all of an attention, it alone costs none."""
+    for name in OVER_RANKS:
+        td.convert(saved(name)[1], tmp_path / name, PLAN)
+    whole = {"phimoe": 2, "deepseek_v3": 2}  # stages of attention alone
+    for found in found_over_two_ranks(RANK, tmp_path, OVER_RANKS, random_ids()):
+        for name, (logits, all_reduces) in found.items():
+            expected = expected_logits(saved(name)[0], random_ids())
+            torch.testing.assert_close(logits, expected, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            assert all_reduces == len(PLAN.stages) - whole.get(name, 0), name
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe"])
+def test_mixtures_are_calibrated_and_healed(saved, name, prose, tmp_path):
+    source, plan = saved(name)[1], td.Plan.staggered(6, 1, 4)
+    raw, calibrated, healed = repaired(source, plan, prose, tmp_path)
+    assert healed < calibrated < raw
+    before, after = (td.open_source(tmp_path / each).tensors for each in ("raw", "healed"))
+    changed = {
+        key for key, tensor in before.items() if not torch.equal(tensor.read(), after[key].read())
+    }
+    assert changed
+    assert not any(
+        re.search(r"\.(experts\.|gate\.|router\.|shared_expert_gate)", n) for n in changed
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_trace_finds_what_the_files_say(case):
+    """Two ways to the same names; of parallel layers that share a norm it says that they are."""
+    config = options_of(case)
+    family = config.pop("family")
+    model_type = family.model_type
+    (described,) = (each for each in all_families() if each.model_type == model_type)
+    whole = family(**copy.deepcopy(TINY | config))
+    if described.is_parallel(whole):
+        return
+    found = traced_family(whole.to_dict())
+    for part in ("attention", "ffn", "multiplier", "layer", "outside", "classes"):
+        assert getattr(found, part) == getattr(described, part), part
+    assert set(found.reads) == set(described.reads)
+    assert set(found.writes) == set(described.writes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("mamba", "they run norm -> mixer"),
+        ("falcon_h1", "mamba; self_attn"),
+        ("jamba", "layer 0 has mamba and feed_forward, layer 4 self_attn"),
+        ("gpt2", "must give num_hidden_layers"),
+        ("opt", "not in a list `layers`"),
+        ("no_such_model", "not supported"),
+    ],
+)
+def test_what_does_not_hold_is_refused_with_the_reason(model_type, words, tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = {"model_type": model_type, "num_hidden_layers": 2, "hidden_size": 8}
+    if model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[model_type]().to_dict() | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(td.TruedepthError, match=re.escape(words)):
+        inspect_model(tmp_path)
+
+
+def test_info_needs_the_config_alone(tmp_path):
+    config_of("deepseek_v3").save_pretrained(tmp_path)
+    found = inspect_model(tmp_path)
+    assert not found.no_stages_reason
+    assert found.side_by_side_reason == "its FFN is a mixture of experts"

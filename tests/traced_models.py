@@ -1,0 +1,84 @@
+"""Small models of decoder architectures that no file of `truedepth.families` describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tiny_models import TINY
+
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+FIRST_DENSE = {"first_k_dense_replace": 2}
+"""The first two layers have no experts."""
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {"decoder_sparse_step": 2},
+    "qwen3_moe": {"head_dim": 16},
+    "olmoe": {},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 8},
+    "deepseek_v2": {**LATENT, **FIRST_DENSE, "topk_method": "greedy", "num_experts_per_tok": 2},
+    "deepseek_v3": {**LATENT, **FIRST_DENSE},
+    "glm4_moe": {"head_dim": 16, **FIRST_DENSE},
+    "phimoe": {},
+}
+"""Those that are named in docs/families.md, and what their configs need."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("afmoe", "apertus", "aria_text", "bitnet", "diffllama", "ernie4_5")),
+    **dict.fromkeys(("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "helium")),
+    **dict.fromkeys(("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "hy_v3")),
+    **dict.fromkeys(("hyperclovax", "jais2", "minimax_m2", "minimax_m3_vl_text")),
+    **dict.fromkeys(("olmo", "persimmon", "seed_oss", "stablelm", "vaultgemma")),
+    **dict.fromkeys(("axk1", "deepseek_v32", "minicpm3", "youtu"), LATENT),
+    "cwm": {"bos_token_id": 1},
+    "nemotron": {"num_key_value_heads": 2},
+}
+ARCHITECTURES = {name: own or {} for name, own in (MIXTURES | OTHERS).items()}
+
+
+def config_of(architecture: str) -> Any:
+    """A config of 6 small layers."""
+    usual = CONFIG_MAPPING[architecture]()
+    sizes = TINY | EXPERTS | {"head_dim": 16, "sliding_window": 8, "rope_scaling": None}
+    own = {key: value for key, value in sizes.items() if getattr(usual, key, None) is not None}
+    if "qk_rope_head_dim" in (given := ARCHITECTURES[architecture]):
+        own.pop("head_dim", None)
+    return CONFIG_MAPPING[architecture](**{**own, "num_hidden_layers": 6, **given})
+
+
+def model_of(architecture: str) -> Any:
+    """A random model whose sub-layers all matter, in float32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(architecture), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0, 0.1) if parameter.ndim == 1 else parameter.normal_(0.0, 0.2)
+    return model.eval()

@@ -99,7 +99,10 @@ def convert(
     source = open_source(model)
     out = Path(out).expanduser().resolve()
     check_conversion(source, out, force)
-    padding = head_padding(source.config, pad_heads)
+    if calibration is not None:
+        source.check_plain("which cannot be refitted")
+    if padding := head_padding(source.config, pad_heads):
+        source.check_plain("to which no heads can be added")
     layout = Layout(source, plan, dtype)
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {

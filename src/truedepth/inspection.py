@@ -8,7 +8,7 @@ from typing import Any
 
 from truedepth.engines.support import refused_by
 from truedepth.families.family import KEY_VALUE, head_dim
-from truedepth.families.lookup import made_from
+from truedepth.families.lookup import original_family
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
 from truedepth.runtime.empty import empty_model
@@ -95,7 +95,7 @@ def inspect_model(model: str | Path | Source) -> Info:
     source = open_source(model)
     layout = Layout.of(source)
     converted = plan_of(source.config) is not None
-    family = made_from(source.config, str(source.path)) if converted else source.family
+    family = original_family(source.config, str(source.path)) if converted else source.family
     empty = empty_model(source.config, source.path)
     config = empty.config
     plan = layout.plan

@@ -50,9 +50,15 @@ def test_what_forms_are_called(layout):
     assert by_name["A2 A3+F2 F3"] == "pairs"
 
 
+@pytest.mark.parametrize("case", ["gemma2", "olmo2"])
+def test_layers_side_by_side_are_no_candidates_where_stages_save_all_reduces(layout, case):
+    found = segments_to_merge(layout(case), "auto", max_group=3, max_run=3)
+    assert {form_of(each) for each in found} == {"staggered", "blocks", "runs"}
+
+
 @pytest.mark.parametrize(
     ("case", "form"),
-    [("llama", "pairs"), ("cohere", "auto"), ("gemma2", "auto"), ("olmo2", "auto")],
+    [("llama", "pairs"), ("cohere", "auto"), ("gemma2", "pairs"), ("olmo2", "pairs")],
 )
 def test_groups_alone(layout, case, form):
     """By wish, and where sub-layers cannot share a stage."""

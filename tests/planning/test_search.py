@@ -224,13 +224,13 @@ def test_longer_runs(make_model, calibration):
     assert found.plan == td.Plan(2, stages=[["A0", "F0", "A1", "F1"]], model=found.plan.model)
 
 
-@pytest.mark.parametrize(("case", "refits"), [("cohere", True), ("gemma2", False)])
-def test_families_that_merge_layers_alone(make_model, calibration, case, refits):
-    """Their attentions and FFNs read one state already, or have norms behind them."""
+@pytest.mark.parametrize("case", ["cohere"])
+def test_families_that_merge_layers_alone(make_model, calibration, case):
+    """Their attentions and FFNs read one state already."""
     model = make_model(**options_of(case))
     found = td.search(model, depth=5, calibration=calibration, form="auto", frontier=True)
     assert [point.plan.effective_depth for point in found.frontier] == [5, 4, 3]
-    assert found.calibrated is refits is any(score.refitted for score in found.scores)
+    assert found.calibrated and any(score.refitted for score in found.scores)
     windows = _windows(td.open_source(model), calibration)[:ALONE_WINDOWS]
     loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
     original = loaded(windows).logits

@@ -81,6 +81,7 @@ def study(
             model's files changed meanwhile.
     """
     source = open_source(model)
+    source.check_plain("which truedepth does not compute with")
     possible = _possible(source, transformations)
     transformations = possible if transformations is None else transformations
     ids = _windows(source, text, window_of(source, window, WINDOW), windows)

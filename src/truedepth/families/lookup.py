@@ -70,7 +70,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of an original's config.json; `where` names the model in errors.
 
     Raises:
-        TruedepthError: The family is unknown, or this model of it cannot be widened exactly.
+        TruedepthError: The family is unknown, or the checkpoint is converted already.
     """
     model_type = str(config.get("model_type"))
     if model_type.startswith(CONVERTED):
@@ -90,25 +90,16 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             raise TruedepthError(
                 f"{where} is of the family {model_type!r}, which is not supported: {error}."
             ) from error
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise TruedepthError(
-            f"{where} holds quantized weights ({method or 'of an unknown method'}), which cannot be"
-            " folded exactly; convert the unquantized model and quantize the result."
-        )
     return family
 
 
-def made_from(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a layer-parallel checkpoint's original.
-
-    The checkpoint may have been quantized since it was made.
-
-    Raises:
-        TruedepthError: The family is unknown.
-    """
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return original_family(plain, where)
+def quantization_of(config: Mapping[str, Any]) -> str:
+    """The method by which a checkpoint's weights are quantized, by its config.json; "" if none."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return ""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return str(method or "of an unknown method")
 
 
 def original_family(config: Mapping[str, Any], where: str) -> Family:

@@ -119,7 +119,9 @@ def heal(
     start = time.monotonic()
     out = Path(out).expanduser().resolve()
     adapter = Path(keep_adapter).expanduser().resolve() if keep_adapter is not None else None
-    run = _opened(open_source(checkpoint), open_source(teacher), healing or Healing(), out)
+    student = open_source(checkpoint)
+    student.check_plain("which cannot be trained")
+    run = _opened(student, open_source(teacher), healing or Healing(), out)
     options, state = run.options, run.state
     if adapter is not None and options.train is not Train.lora:
         raise TruedepthError("An adapter can be kept only if LoRA is trained.")

@@ -49,9 +49,9 @@ def segments_to_merge(layout: Layout, form: str, max_group: int, max_run: int) -
 
 
 def _can_be_joined(layout: Layout, group: Segment) -> bool:
-    """Whether nothing of a group's layers, such as a bias, keeps them from being one wide layer."""
+    """Whether a group becomes one wide layer; layers side by side would save nothing."""
     try:
-        return not layout.is_merged(group) or bool(layout.wide_layer(group_of(group)))
+        return layout.is_merged(group) and bool(layout.wide_layer(group_of(group)))
     except TruedepthError:
         return False
 

@@ -149,6 +149,7 @@ def search(
         TruedepthError: The goal is out of reach, or text or options do not fit the model.
     """
     source = open_source(model)
+    source.check_plain("which truedepth does not compute with")
     if sum(goal is not None for goal in (pairs, depth, all_reduces, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of pairs, depth, all_reduces, max_loss.")
     original = Layout(source, Plan(source.num_layers))

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from truedepth.errors import TruedepthError
 from truedepth.families.family import Family, SublayerNames
-from truedepth.families.lookup import made_from
+from truedepth.families.lookup import original_family
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import ATTENTION, KINDS, Kind, Stage, Sublayer, home_of, parts_of
 
@@ -53,7 +53,7 @@ def fuse(model: Model) -> Model:
     whole: Any = model
     config = whole.config
     name = type(model).__name__
-    family = made_from(config.to_dict(), name)
+    family = original_family(config.to_dict(), name)
     layers = whole.base_model.layers
     if isinstance(layers[0], FusedLayer):
         return model

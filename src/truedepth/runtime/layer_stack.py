@@ -42,7 +42,11 @@ class LayerStack:
             source: The model, of a supported family.
             device: Where layers compute.
             dtype: The dtype that they compute in.
+
+        Raises:
+            TruedepthError: The weights are quantized.
         """
+        source.check_plain("which truedepth does not compute with")
         self._source, self._family = source, source.family
         self.device, self._dtype = torch.device(device), dtype
         self._model: Any = empty_model(source.config, source.path, dtype)

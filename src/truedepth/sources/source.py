@@ -14,7 +14,7 @@ import torch
 
 from truedepth.errors import TruedepthError, reason_of
 from truedepth.families.family import Family
-from truedepth.families.lookup import family_of
+from truedepth.families.lookup import family_of, quantization_of
 from truedepth.sources.dtypes import check_dtypes
 from truedepth.sources.limits import check_config
 from truedepth.sources.names import current_names
@@ -68,6 +68,22 @@ class Source:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return int(self.config["num_hidden_layers"])
+
+    def check_plain(self, why: str) -> None:
+        """Refuse weights that are quantized.
+
+        Args:
+            why: Why they must not be, such as `which cannot be folded exactly`.
+
+        Raises:
+            TruedepthError: config.json says that they are.
+        """
+        if method := quantization_of(self.config):
+            raise TruedepthError(
+                f"{self.path} holds quantized weights ({method}), {why}; use the unquantized model"
+                " and quantize the result, or give a plan of stages (--staggered 14-27), which"
+                " leaves weights as they are."
+            )
 
     @cached_property
     def family(self) -> Family:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.families.lookup import family_of
 from truedepth.options import Bounds, checked
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
@@ -224,7 +223,8 @@ def _plan(source: Source, plan: Plan | None, depth: int | None, all_reduces: int
     """The plan to predict, for a model that can be converted or is converted already."""
     own = plan_of(source.config)
     if own is None:
-        family_of(source.config, str(source.path))
+        source.family  # noqa: B018  raises if it is not supported
+    source.check_plain("which truedepth does not compute with")
     num_layers = own.num_layers if own else source.num_layers
     if depth is not None:
         if not num_layers - num_layers // 2 <= depth <= num_layers:

@@ -18,7 +18,7 @@ import torch
 from truedepth import modeling
 from truedepth.errors import TruedepthError
 from truedepth.families.family import KEY_VALUE, head_dim
-from truedepth.families.lookup import CONVERTED
+from truedepth.families.lookup import CONVERTED, quantization_of
 from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_of
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, group_segment
@@ -50,6 +50,8 @@ class Layout:
                 f" {source.num_layers}."
             )
         self.source, self.plan, self._dtype = source, plan, dtype
+        if dtype is not None or any(map(self.is_wide, plan.groups)):
+            source.check_plain("which cannot be folded exactly")
         if plan.merged and self.why_no_stages:
             raise TruedepthError(
                 f"Sub-layers of {source.name} ({source.family.model_type}) cannot share a stage:"
@@ -245,10 +247,7 @@ class Layout:
         """config.json of the converted model."""
         family, original = self.source.family, self._original
         config = {key: value for key, value in self.source.config.items() if key != "torch_dtype"}
-        bytes_by_dtype: Counter[torch.dtype] = Counter()
-        for tensor in self.tensors.values():
-            bytes_by_dtype[tensor.dtype] += tensor.nbytes
-        config["dtype"] = dtype_name(bytes_by_dtype.most_common(1)[0][0])
+        config["dtype"] = self._dtype_of_most()
         config["model_type"] = f"{CONVERTED}{family.model_type}"
         config["architectures"] = [f"{modeling.PREFIX}{family.classes[-1]}"]
         config["auto_map"] = modeling.auto_map(family.classes)
@@ -267,6 +266,16 @@ class Layout:
             if entries := getattr(original, key, None):
                 config[key] = [entries[m] for group, at in pairs for m in group[: len(at)]]
         return config
+
+    def _dtype_of_most(self) -> str:
+        """The dtype of most of the weights, or the one that they had before they were quantized."""
+        if quantization_of(self.source.config):
+            said = self.source.config.get("dtype") or self.source.config.get("torch_dtype")
+            return str(said or "bfloat16")
+        bytes_by_dtype: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            bytes_by_dtype[tensor.dtype] += tensor.nbytes
+        return dtype_name(bytes_by_dtype.most_common(1)[0][0])
 
 
 class _Written(Layout):
@@ -294,9 +303,13 @@ def check_loadable(
 ) -> None:
     """The tensors must be those of the model that transformers will build from the config.
 
+    What quantized weights consist of is not looked at.
+
     Raises:
         TruedepthError: They are not.
     """
+    if quantization_of(config):
+        return
     model = empty_model(config, source)
     tensors = parameters_of(model, tensors)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -38,6 +38,8 @@ def head_padding(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     """
     if ranks < 1:
         raise TruedepthError(f"Heads are padded for at least 1 rank, not {ranks}.")
+    if ranks == 1:
+        return {}
     if missing := {QUERY, "intermediate_size"} - config.keys():
         raise TruedepthError(
             f"The config lacks {min(missing)}, which must be divisible by {ranks} ranks."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm.distributed import get_pp_group, tensor_model_parallel_all_reduce
 
 from truedepth.engines.vllm.fusing import Fused, Member, can_join
-from truedepth.families.lookup import made_from
+from truedepth.families.lookup import original_family
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, stage_of
 
@@ -141,7 +141,7 @@ def fuse_stages(model: nn.Module, config: Any) -> None:
         return [stage] if len(own) < 2 or can_join(own) else parts_of(stage)
 
     _arrange(layers, config, cut)
-    offset = made_from(config.to_dict(), type(model).__name__).gain_offset
+    offset = original_family(config.to_dict(), type(model).__name__).gain_offset
     for index in _touched(config):
         layers[index].fused = nn.ModuleList()
         for part in layers[index].parts:

@@ -28,7 +28,8 @@ class Saving:
     paired_layers: int
     effective_depth: int | float
     all_reduces_per_token: int
-    """At any tensor-parallel size above 1."""
+    """At any tensor-parallel size above 1. Layers that run side by side save none: then these are
+    those of the staggered stages."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Info:
     name: str
     origin: str
     family: str
+    traced: bool
+    """Whether the family was found by running a small model, not described by a file."""
+
+    mixture: bool
+    """Whether FFNs are mixtures of experts."""
+
     plan: Plan
     """A converted model's own plan; for any other model, every layer alone."""
 
@@ -111,6 +118,8 @@ def inspect_model(model: str | Path | Source) -> Info:
         name=source.name,
         origin=source.origin,
         family=family.model_type,
+        traced=family.traced,
+        mixture=family.is_mixture,
         plan=plan,
         converted=converted,
         parameters=empty.num_parameters(),
@@ -134,14 +143,14 @@ def _savings(original: Layout) -> tuple[Saving, ...]:
     source, num_layers = original.source, original.plan.num_layers
     most = 0 if original.why_no_stages else num_layers - 1
     counts = sorted({num_layers * tenth // 10 for tenth in range(5)} | {num_layers // 2})
-    plans = [(pairs, Plan.late_pairs(num_layers, pairs)) for pairs in counts]
-    return tuple(
-        Saving(
-            pairs,
-            2 * pairs if 2 * pairs <= most else None,
-            plan.paired_layers,
-            plan.effective_depth,
-            Layout(source, plan).all_reduces,
+    found = []
+    for pairs in counts:
+        plan = Plan.late_pairs(num_layers, pairs)
+        staggered = 2 * pairs if 2 * pairs <= most else None
+        all_reduces = Layout(source, plan).all_reduces
+        if staggered is not None:
+            all_reduces = min(all_reduces, 2 * num_layers - staggered)
+        found.append(
+            Saving(pairs, staggered, plan.paired_layers, plan.effective_depth, all_reduces)
         )
-        for pairs, plan in plans
-    )
+    return tuple(found)

@@ -55,6 +55,9 @@ class Family:
     """The modules whose outputs add up to what attention and FFN give, if others than `writes`: in
     mixtures the experts too."""
 
+    traced: bool = False
+    """Whether all this was found by running a small model."""
+
     body_prefix: str = ""
     """The class prefix of the config and of the model without a head, if it is another."""
 
@@ -107,13 +110,18 @@ class Family:
         """Attention and FFN."""
         return self.attention, self.ffn
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether some of its FFNs are mixtures of experts."""
+        return set(self.summands) > set(self.writes) or "mixture" in self.side_by_side_only
+
     def is_dense(self, name: str) -> bool:
         """Whether a tensor of a layer is not of experts that only some tokens run through, nor of
         what chooses among them.
         """
         norms = (norm for each in self.sublayers for norm in (each.norm, each.post_norm))
         dense = (*self.reads, *self.writes, *filter(None, norms))
-        return not self.summands or not self.part_of("ffn", name) or _within(name, dense)
+        return not self.is_mixture or not self.part_of("ffn", name) or _within(name, dense)
 
     @property
     def parts_of_sums(self) -> list[list[str]]:

@@ -19,7 +19,10 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
     rows = [
         ("model", info.name),
         ("found", info.origin + (f" ({info.quantization})" if info.quantization else "")),
-        ("family", info.family),
+        (
+            "family",
+            info.family + (", found by running a small random model" if info.traced else ""),
+        ),
         ("layers", str(plan.num_layers)),
         (
             "each layer",
@@ -36,8 +39,11 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
     shared = "any neighbours, such as an FFN and the next attention, [F0 A1] (exact)"
     if info.no_stages_reason:
         shared = f"none: {info.no_stages_reason}"
-    staged = ("can share stages", shared)
-    print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info, staged)])
+    more = [("can share stages", shared)]
+    if info.mixture:
+        kept = "experts and routers stay as they are"
+        more.append(("is refitted", f"attention, dense FFNs and shared experts; {kept}"))
+    print_rows([*rows, ("can be paired", paired), *_side_by_side_rows(info, *more)])
     print("\nWhat plans would save (weights and KV cache keep their size):\n")
     full = plan.all_reduces
     print_rows(

@@ -139,6 +139,7 @@ class _Trace:
             body_prefix=body_prefix,
             reads=_joined(each.reads for each in inside),
             writes=_joined(each.writes for each in inside),
+            traced=True,
             summands=_joined(each.summands for each in inside),
             heads={},
             attention=attention,

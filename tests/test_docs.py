@@ -46,6 +46,14 @@ def test_every_page_is_on_the_site():
     assert on_site == from_root | {page.name for page in ROOT.glob("docs/*.md")}
 
 
+def test_the_table_of_families_has_what_is_tested():
+    from traced_models import ARCHITECTURES
+
+    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    table = page.partition("| `model_type` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| (\w+) \|", table, re.M) == sorted(ARCHITECTURES)
+
+
 def test_the_reference_names_everything_public_and_nothing_else():
     import truedepth as td
 

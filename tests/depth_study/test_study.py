@@ -301,6 +301,9 @@ def test_a_change_anywhere_in_the_weights_is_another_model(make_model, tmp_path)
     shutil.copytree(make_model(), tmp_path / "copy")
     tensors = {n: t.read().clone() for n, t in td.open_source(make_model()).tensors.items()}
     assert td.open_source(tmp_path / "copy").fingerprint == td.open_source(make_model()).fingerprint
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, 2]}))
+    assert td.open_source(tmp_path / "copy").fingerprint == td.open_source(make_model()).fingerprint
     tensors["model.layers.3.mlp.down_proj.weight"][30, 40] += 0.5
     save_file(tensors, tmp_path / "copy" / "model.safetensors")
     assert td.open_source(tmp_path / "copy").fingerprint != td.open_source(make_model()).fingerprint

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @dataclass(frozen=True)
 class Source:
     """A model that can be read: config, tensors, tokenizer.
@@ -120,8 +123,12 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the config and all tensors: 16 hex digits. Reads all weights."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        """A hash of the config and all tensors: 16 hex digits. Reads all weights.
+
+        Special tokens are left out: they change no output.
+        """
+        config = {key: value for key, value in self.config.items() if key not in SPECIAL_TOKENS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
             for block in tensor.blocks(1 << 22):

@@ -81,10 +81,10 @@ def random_model(config: Mapping[str, Any]) -> Any:
 
     try:
         empty = build("meta")
+        layers_of(empty)
         size = sum(parameter.numel() for parameter in empty.parameters())
         if size > MOST_PARAMETERS:
             raise TruedepthError(f"a small model of its kind has {size / 1e6:,.0f} M parameters")
-        layers_of(empty)
         model = build("cpu")
     except TruedepthError:
         raise

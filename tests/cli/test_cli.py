@@ -127,7 +127,10 @@ BAD = {
     "not a model": (["info", "{tmp}/empty"], "config.json"),
     "not a model file": (["eval", "{text}"], "not a model"),
     "impossible hub id": (["info", "foo/bar--baz"], "possible hub id"),
-    "unknown family": (["info", "{tmp}/bert"], "'bert', which is not supported; supported: arcee"),
+    "unknown family": (
+        ["info", "{tmp}/bert"],
+        "'bert', which is not supported: its decoder layers are not in a list",
+    ),
     "unknown family to convert": (["convert", "{tmp}/bert", "{out}", *PAIR], "'bert'"),
     "unknown activation": (["info", "{tmp}/activation"], "cannot build the model"),
     "unknown RoPE to convert": (["convert", "{tmp}/rope", "{out}", *PAIR], "transformers"),

@@ -105,6 +105,6 @@ def test_what_would_change_weights_is_refused(quantized, prose, tmp_path):
         (lambda: td.study(quantized, out, text=[prose]), "does not compute with"),
         (lambda: td.predict(quantized, STAGES), "does not compute with"),
     ):
-        with pytest.raises(td.TruedepthError, match=f"{said}, .*{why}.*--staggered"):
+        with pytest.raises(td.TruedepthError, match=f"{said}, .*{why}.*plan of stages"):
             refused()
     assert not out.exists()

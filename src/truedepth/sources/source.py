@@ -84,8 +84,8 @@ class Source:
         if method := quantization_of(self.config):
             raise TruedepthError(
                 f"{self.path} holds quantized weights ({method}), {why}; use the unquantized model"
-                " and quantize the result, or give a plan of stages (--staggered 14-27), which"
-                " leaves weights as they are."
+                " and quantize the result. A plan of stages, such as [F14 A15], leaves weights as"
+                " they are."
             )
 
     @cached_property

@@ -12,12 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GraniteConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import truedepth as td
@@ -38,6 +45,16 @@ QWEN2_WINDOWS = {
     "max_window_layers": 1,
 }
 """The attentions of the first stage of `STAGED` differ, so they cannot be joined."""
+
+GEMMA2 = {"family": Gemma2Config, "sliding_window": 16, "attn_logit_softcapping": None}
+"""vLLM's attention on CPUs does not cap logits, of the original either."""
+
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
 
 LENGTH = 12
 
@@ -178,6 +195,26 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
     shapes = {name: size for name, size in SHAPES.items() if name != "head_dim"}
     plan = PLAN if options["family"] is CohereConfig else STAGED  # its stages are layers already
     td.convert(make_model(**shapes, **options), tmp_path / "out", plan)
+    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        (GEMMA2, 1),
+        (GEMMA2, 2),
+        ({"family": Gemma3TextConfig, "sliding_window": 16}, 2),
+        ({"family": Glm4Config}, 2),
+        ({"family": MixtralConfig, **EXPERTS}, 1),
+        ({"family": MixtralConfig, **EXPERTS}, 2),
+        ({"family": Qwen3MoeConfig, **EXPERTS}, 2),
+        ({"family": Qwen2MoeConfig, **EXPERTS, "shared_expert_intermediate_size": 64}, 2),
+        ({"family": OlmoeConfig, **EXPERTS}, 2),
+    ],
+    ids=lambda given: given["family"].model_type if isinstance(given, dict) else f"{given} ranks",
+)
+def test_stages_of_vllms_own_classes(make_model, options, ranks, prompts, tmp_path):
+    td.convert(make_model(**SHAPES, **options), tmp_path / "out", STAGGERED)
     check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
 
 

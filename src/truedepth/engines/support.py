@@ -5,6 +5,12 @@ from __future__ import annotations
 VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "cohere")
 """Families for which the plugin gives vLLM's model classes layers of different widths."""
 
+VLLM_STAGES = (
+    *("gemma2", "gemma3_text", "glm4"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+)
+"""Families whose own classes in vLLM run stages of sub-layers, by tests; others may."""
+
 LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers llama.cpp's architecture `deci` computes."""
 
@@ -20,7 +26,9 @@ def refused_by(family: str, side_by_side: bool, stages: bool = False) -> dict[st
     reasons = {"transformers": ""}
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):
         reason = "" if family in families else "not for this family"
-        if side_by_side and not reason:
+        if engine == "vLLM" and family in VLLM_STAGES:
+            reason = "" if stages and not side_by_side else "stages of sub-layers alone"
+        elif side_by_side and not reason:
             reason = "not with layers side by side"
         if stages and not reason and engine != "vLLM":
             reason = "not with stages of sub-layers"

@@ -6,7 +6,7 @@ maps that write. The attentions of a stage become one, over the heads of all, wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
 from truedepth.plan.stages import ATTENTION, FFN, Sublayer
 from truedepth.runtime.fusing import fold, join_biases, unit_norm
@@ -23,17 +23,58 @@ from truedepth.runtime.fusing import fold, join_biases, unit_norm
 class Member:
     """A sub-layer of one of vLLM's layers."""
 
-    NAMES = {  # noqa: RUF012
-        ATTENTION: ("input_layernorm", "self_attn", "qkv_proj", "o_proj"),
-        FFN: ("post_attention_layernorm", "mlp", "gate_up_proj", "down_proj"),
-    }
-    """A layer's norm and module, and the module's maps: one that reads, one that writes."""
+    MAPS = {ATTENTION: ("qkv_proj", "o_proj"), FFN: ("gate_up_proj", "down_proj")}  # noqa: RUF012
+    """Of a family whose stages are fused: the map that reads and the one that writes."""
 
-    def __init__(self, layers: Any, which: Sublayer) -> None:
-        norm, module, self.reads, self.writes = self.NAMES[which.kind]
+    OTHERWISE = {"mlp": ("block_sparse_moe", "moe", "feed_forward")}  # noqa: RUF012
+    """What vLLM calls modules of transformers."""
+
+    def __init__(self, layers: Any, which: Sublayer, form: Mapping[str, Any]) -> None:
+        """Find its parts in a layer.
+
+        Args:
+            layers: vLLM's.
+            which: The sub-layer.
+            form: What transformers calls them: `sublayers` of config.json.
+
+        Raises:
+            ValueError: The layer has other parts.
+        """
+        layer = layers[which.layer]
+        self.reads, self.writes = self.MAPS[which.kind]
         self.attends = which.kind == ATTENTION
-        self.norm = getattr(layers[which.layer], norm)
-        self.module = getattr(layers[which.layer], module)
+        module, norm, post_norm = form[which.kind]
+        self.module = self._part(layer, module)
+        self.norm = None if norm is None else self._part(layer, norm)
+        self.post_norm = None if post_norm is None else self._part(layer, post_norm)
+
+    def _part(self, layer: Any, name: str) -> Any:
+        for each in (name, *self.OTHERWISE.get(name, ())):
+            if hasattr(layer, each):
+                return getattr(layer, each)
+        raise ValueError(
+            f"vLLM's {type(layer).__name__} has no {name}, so truedepth cannot run stages in it;"
+            " use transformers"
+        )
+
+    def give_parts(self) -> None:
+        """Leave out the all-reduce behind what it writes.
+
+        Raises:
+            ValueError: It has none that can be left out.
+        """
+        found = False
+        for module in self.module.modules():
+            experts = getattr(module, "moe_config", None)
+            if experts is not None:
+                experts.skip_final_all_reduce = found = True
+            if isinstance(module, RowParallelLinear):
+                module.reduce_results, found = False, True
+        if not found:
+            raise ValueError(
+                f"truedepth does not know how vLLM's {type(self.module).__name__} sums over ranks;"
+                " use transformers"
+            )
 
     def __call__(self, positions: Tensor, normed: Tensor) -> Any:
         """What it adds, `[tokens, hidden]`; in a fused stage what it has to write or to attend."""

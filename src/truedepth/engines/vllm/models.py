@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.model_executor.models import commandr, gemma, granite, qwen3
+from vllm.model_executor.models import ModelRegistry, commandr, gemma, granite, qwen3
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
@@ -144,6 +144,34 @@ class HeadNorm(nn.Module):
         x = hidden_states.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
+
+
+def __getattr__(name: str) -> Any:
+    """`Truedepth<Family>ForCausalLM` for any class of vLLM's: layers of one width, in stages."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base: Any = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+
+    class Stages(WithStages, base):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            whole = vllm_config.model_config.hf_config
+            if whole.side_by_side or max(whole.layer_widths) > 1:
+                raise ValueError(
+                    f"vLLM runs stages of sub-layers of {base.__name__}, but not groups of its"
+                    " layers; use transformers"
+                )
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            if not hasattr(getattr(self, "model", None), "layers"):
+                raise ValueError(
+                    f"vLLM's {base.__name__} has no layers where others have them, so truedepth"
+                    " cannot run stages in it; use transformers"
+                )
+            self.merge(vllm_config)
+            self.fuses = None
+
+    Stages.__name__ = Stages.__qualname__ = name
+    globals()[name] = Stages
+    return Stages
 
 
 def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:

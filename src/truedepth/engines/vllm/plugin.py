@@ -25,11 +25,17 @@ def register() -> None:
     """Tell vLLM which class runs which checkpoint, without importing the classes."""
     from vllm import ModelRegistry
 
-    for family in all_families():
-        if family.model_type not in VLLM_FAMILIES:
-            continue
-        name = f"{PREFIX}{family.class_prefix}ForCausalLM"
-        ModelRegistry.register_model(name, f"{MODELS}:{name}")
+    described = {family.model_type: family for family in all_families()}
+    names = {described[each].classes[-1] for each in VLLM_FAMILIES}
+    for name in names | (ModelRegistry.models.keys() & _decoders()):
+        ModelRegistry.register_model(f"{PREFIX}{name}", f"{MODELS}:{PREFIX}{name}")
+
+
+def _decoders() -> set[str]:
+    """The classes of transformers that vLLM has classes of its own for, perhaps."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}
 
 
 def check_version(version: str) -> None:

@@ -7,6 +7,7 @@ from layer to layer. A stage ends in one all-reduce: its members leave out their
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,19 +32,39 @@ class Part:
 
     fused: Fused | None = None
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members, self.norm = tuple(members), members[0].norm
+    def __init__(self, members: Sequence[Member], norms: Sequence[Any] = ()) -> None:
+        """Take its members, and the norms behind all sub-layers of its stage."""
+        self.members, self.norm, self.norms = tuple(members), members[0].norm, tuple(norms)
+
+    def normed(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What it reads, and the state x with what was added last."""
+        if added is not None:
+            if self.norm is not None:
+                normed, x = self.norm(added, x)
+                return normed, x
+            x = x + added
+        return (x if self.norm is None else self.norm(x)), x
 
     def __call__(self, positions: Tensor, normed: Tensor, so_far: Tensor | None) -> Tensor:
-        """The stage's sum, `[tokens, hidden]`, with what was summed so far."""
+        """The stage's sum, `[tokens, hidden]`, with what was summed so far.
+
+        While a stage with norms behind its sub-layers is open, what each gave: `[sub-layers,
+        tokens, hidden]`.
+        """
         if self.fused is None:
             (member,) = self.members
             added: Tensor = member(positions, normed)
         else:
             added = self.fused(positions, normed, self.members)
-        added = added if so_far is None else so_far + added
+        if self.norms:
+            added = added[None] if so_far is None else torch.cat([so_far, added[None]])
+        elif so_far is not None:
+            added = so_far + added
         if self.ends and self.reduces:
             added = tensor_model_parallel_all_reduce(added)
+        if self.ends and self.norms:
+            pairs = zip(self.norms, added, strict=True)
+            added = torch.stack([norm(each) for norm, each in pairs]).sum(0)
         return added
 
 
@@ -53,7 +74,7 @@ class Staged:
     parts: Sequence[Part]
 
     def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: Any
     ) -> tuple[Tensor, Tensor]:
         """Called like a Llama layer of vLLM.
 
@@ -67,32 +88,31 @@ class Staged:
         for part in self.parts:
             if not part.begins:
                 assert x is not None
-                added = part(positions, part.norm(x), added)
+                added = part(positions, part.normed(x)[0], added)
                 continue
-            if x is None:
-                x, normed = added, part.norm(added)
-            else:
-                normed, x = part.norm(added, x)
+            normed, x = part.normed(added) if x is None else part.normed(x, added)
             added = part(positions, normed, None)
         assert x is not None
         return added, x
 
 
-class StagedGranite(Staged):
-    """The same for Granite, whose layers pass on the stream alone and scale what they add.
+class StagedStream(Staged):
+    """The same for layers that pass on the stream alone, such as Granite's.
 
     While a stage is open, x and the sum so far cross as `[2, tokens, hidden]`.
     """
 
-    residual_multiplier: float
+    residual_multiplier: float = 1.0
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, positions: Tensor, hidden_states: Tensor, **_: Any
+    ) -> Tensor:
         """Called like a Granite layer of vLLM."""
         x, so_far = hidden_states, None
         for part in self.parts:
             if not part.begins and so_far is None:
                 x, so_far = hidden_states.unbind(0)
-            so_far = part(positions, part.norm(x), so_far)
+            so_far = part(positions, part.normed(x)[0], so_far)
             if part.ends:
                 x, so_far = x + so_far * self.residual_multiplier, None
         return x if so_far is None else torch.stack([x, so_far])
@@ -106,7 +126,8 @@ def merge_stages(model: nn.Module, config: Any) -> None:
         config: The checkpoint's, whose `stages` say which.
 
     Raises:
-        ValueError: Layers that a stage spans are in different processes of a pipeline.
+        ValueError: Layers that a stage spans are in different processes of a pipeline, or are of a
+            class that stages cannot run in.
     """
     if config.stages and get_pp_group().world_size > 1:
         raise ValueError(
@@ -115,12 +136,17 @@ def merge_stages(model: nn.Module, config: Any) -> None:
     layers: Any = model.layers
     for index in _touched(config):
         own = type(layers[index])
-        staged = StagedGranite if hasattr(layers[index], "residual_multiplier") else Staged
+        passed = inspect.signature(own.forward).parameters
+        if not {"positions", "hidden_states"} <= passed.keys():
+            raise ValueError(
+                f"vLLM's {own.__name__} is not called as other layers are, so truedepth cannot run"
+                " stages in it; use transformers"
+            )
+        staged = Staged if "residual" in passed else StagedStream
         layers[index].__class__ = type(own.__name__, (staged, own), {"__module__": own.__module__})
     for names in config.stages or ():
         for which in stage_of(names):
-            member = Member(layers, which)
-            getattr(member.module, member.writes).reduce_results = False
+            Member(layers, which, config.sublayers).give_parts()
     _arrange(layers, config, lambda stage: [(each,) for each in stage])
 
 
@@ -163,10 +189,12 @@ def _arrange(layers: Any, config: Any, cut: Callable[[Stage], Iterable[Stage]]) 
         if stage[0].layer not in found:
             continue
         parts = list(cut(stage))
+        own = {each: Member(layers, each, config.sublayers) for each in stage}
+        norms = [each.post_norm for each in own.values() if each.post_norm is not None]
         for members in parts:
-            part = Part([Member(layers, each) for each in members])
+            part = Part([own[each] for each in members], norms)
             part.begins, part.ends = members is parts[0], members is parts[-1]
             part.reduces = len(stage) > 1
             found[home_of(members)].append(part)
-    for index, own in found.items():
-        layers[index].parts = tuple(own)
+    for index, held in found.items():
+        layers[index].parts = tuple(held)

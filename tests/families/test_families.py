@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
 import truedepth as td
-from family_models import CASES, options_of, repaired, side_by_side
+from family_models import CASES, WITHOUT_TRUEDEPTH, options_of, repaired, side_by_side
 from tiny_models import left_padded_logits, random_ids
 from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.cli.app import app
@@ -82,20 +82,6 @@ def test_cached_decoding_saving_and_loading(converted, case, tmp_path):
         model.save_pretrained(tmp_path / "saved")
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
         assert torch.equal(saved(ids).logits, model(ids).logits)
-
-
-WITHOUT_TRUEDEPTH = """
-import json, sys
-sys.modules["truedepth"] = None  # importing it now fails
-import torch
-from transformers import AutoModelForCausalLM
-ids, found = torch.load(sys.argv[1]), {}
-with torch.no_grad():
-    for case, path in json.loads(sys.argv[2]).items():
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-        found[case] = model(ids).logits
-torch.save(found, sys.argv[3])
-"""
 
 
 def test_a_fresh_process_without_truedepth(converted, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from family_models import CASES, options_of, repaired, staged
+from family_models import CASES, WITHOUT_TRUEDEPTH, options_of, repaired, staged
 from tiny_models import TINY, byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
 from traced_models import ARCHITECTURES, MIXTURES, OTHERS, config_of, model_of
 from truedepth.families.lookup import all_families
@@ -77,20 +77,6 @@ def test_stages_are_exact(saved, name, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     kept = td.open_source(tmp_path / "again").tensors
     assert kept.keys() == before.keys()
-
-
-WITHOUT_TRUEDEPTH = """
-import json, sys
-sys.modules["truedepth"] = None  # importing it now fails
-import torch
-from transformers import AutoModelForCausalLM
-ids, found = torch.load(sys.argv[1]), {}
-with torch.no_grad():
-    for name, path in json.loads(sys.argv[2]).items():
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-        found[name] = model(ids).logits
-torch.save(found, sys.argv[3])
-"""
 
 
 def test_a_fresh_process_without_truedepth(saved, tmp_path):

@@ -51,9 +51,12 @@ class Family:
     """Linear maps whose rows are heads (columns, for those that write) -> the key in config.json of
     the number of these heads. Empty if heads cannot be padded."""
 
-    summands: tuple[str, ...] = ()
-    """The modules whose outputs add up to what attention and FFN give, if others than `writes`: in
-    mixtures the experts too."""
+    summands: tuple[str, ...] | None = None
+    """The modules whose outputs add up to what attention and FFN give, in mixtures the experts too;
+    by default `writes`. A sub-layer that has none is not shared out over ranks in a stage."""
+
+    is_mixture: bool = False
+    """Whether some of its FFNs are mixtures of experts."""
 
     traced: bool = False
     """Whether all this was found by running a small model."""
@@ -110,11 +113,6 @@ class Family:
         """Attention and FFN."""
         return self.attention, self.ffn
 
-    @property
-    def is_mixture(self) -> bool:
-        """Whether some of its FFNs are mixtures of experts."""
-        return set(self.summands) > set(self.writes) or "mixture" in self.side_by_side_only
-
     def is_dense(self, name: str) -> bool:
         """Whether a tensor of a layer is not of experts that only some tokens run through, nor of
         what chooses among them.
@@ -126,7 +124,7 @@ class Family:
     @property
     def parts_of_sums(self) -> list[list[str]]:
         """The modules whose outputs add up to what attention, and what the FFN, gives."""
-        names = self.summands or self.writes
+        names = self.writes if self.summands is None else self.summands
         return [
             [name for name in names if self.part_of(kind, name)] for kind in ("attention", "ffn")
         ]

@@ -46,8 +46,7 @@ def parameters_of(model: Any, tensors: Mapping[str, LazyTensor]) -> Mapping[str,
     for target, parts in joined.items():
         converter = of_pattern[parts[0][0]]
         sources = [(pattern, name, tensors[name]) for pattern, name in parts]
-        shape = tuple(expected[target].shape)
-        found[target] = _Joined(model, target, converter, sources).lazily(shape)
+        found[target] = _joined(model, target, converter, sources)
     return found
 
 
@@ -56,24 +55,17 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-class _Joined:
-    """A parameter that transformers makes of several tensors."""
+def _joined(
+    model: Any, name: str, converter: Any, parts: list[tuple[str, str, LazyTensor]]
+) -> LazyTensor:
+    """A parameter that transformers makes of several tensors: by pattern, name and tensor."""
 
-    def __init__(
-        self, model: Any, name: str, converter: Any, parts: list[tuple[str, str, LazyTensor]]
-    ) -> None:
-        self._model, self._name, self._converter, self._parts = model, name, converter, parts
+    def read(start: int, stop: int) -> Tensor:
+        own = copy.deepcopy(converter)
+        for pattern, part, tensor in parts:
+            own.add_tensor(name, part, pattern, tensor.read())
+        made = own.convert(name, model=model, config=model.config)[name]
+        whole: Tensor = made[0] if isinstance(made, list) else made
+        return whole[start:stop]
 
-    def lazily(self, shape: tuple[int, ...]) -> LazyTensor:
-        """It, read when it is asked for."""
-        dtype = self._parts[0][2].dtype
-        return LazyTensor(shape, dtype, lambda start, stop: self._read()[start:stop])
-
-    def _read(self) -> Tensor:
-        converter = copy.deepcopy(self._converter)
-        for pattern, name, tensor in self._parts:
-            converter.add_tensor(self._name, name, pattern, tensor.read())
-        made = converter.convert(self._name, model=self._model, config=self._model.config)
-        whole = made[self._name]
-        value: Tensor = whole[0] if isinstance(whole, list) else whole
-        return value
+    return LazyTensor(tuple(model.get_parameter(name).shape), parts[0][2].dtype, read)

@@ -24,7 +24,7 @@ class Member:
     """A sub-layer of one of vLLM's layers."""
 
     MAPS = {ATTENTION: ("qkv_proj", "o_proj"), FFN: ("gate_up_proj", "down_proj")}  # noqa: RUF012
-    """Of a family whose stages are fused: the map that reads and the one that writes."""
+    """The map that reads and the one that writes, in the families whose stages are fused."""
 
     OTHERWISE = {"mlp": ("block_sparse_moe", "moe", "feed_forward")}  # noqa: RUF012
     """What vLLM calls modules of transformers."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 CLOSE = 1e-4
-"""Of the largest value: two tensors closer than this are taken for the same."""
+"""Two tensors are the same if they differ by no more than this share of the largest value."""
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class _Trace:
             reads=_joined(each.reads for each in inside),
             writes=_joined(each.writes for each in inside),
             traced=True,
+            is_mixture=mixture,
             summands=_joined(each.summands for each in inside),
             heads={},
             attention=attention,

@@ -3,7 +3,8 @@
     python docs/families_table.py
 
 It has the architectures of tests/traced_models.py and what a trace finds in their layers; then the
-others of the installed transformers in which it finds layers that can be staggered.
+others of the installed transformers in which it finds layers that can be staggered; then the models
+of tests/outer_models.py, which take other input than text, and the decoders inside them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import outer_models
 from traced_models import ARCHITECTURES, config_of
 from truedepth.families.family import Family
 from truedepth.families.lookup import all_families
@@ -55,6 +57,11 @@ def main() -> None:
     described = {family.model_type for family in all_families()}
     others = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - described - ARCHITECTURES.keys()
     print(f"\nFound too: {', '.join(name for name in sorted(others) if _is_found(name))}.")
+    print("\n| `model_type` | class | decoder inside |\n|---|---|---|")
+    for name in sorted((*outer_models.PICTURES, *outer_models.OTHERS, *outer_models.MORE)):
+        inside = outer_models.config_of(name).text_config.model_type
+        made = outer_models.auto_of(name)._model_mapping[type(outer_models.config_of(name))]
+        print(f"| {name} | {made.__name__} | {inside} |")
 
 
 def _is_found(name: str) -> bool:

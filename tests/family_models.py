@@ -188,8 +188,8 @@ class Alone:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self._layers = list(model.base_model.layers)
+    def __init__(self, model: Any, ids: Tensor, **inputs: Any) -> None:
+        self._layers = list(model.get_decoder().base_model.layers)
         self._calls: dict[int, tuple[Any, Any]] = {}
         entered: list[Tensor] = []
         hooks = [
@@ -199,7 +199,7 @@ class Alone:
         hooks.append(
             self._layers[0].register_forward_pre_hook(lambda _, given: entered.append(given[0]))
         )
-        model.base_model(ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **inputs)
         for hook in hooks:
             hook.remove()
         self.entered = entered[0]
@@ -224,16 +224,17 @@ class Alone:
 
 
 @torch.no_grad()
-def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]]) -> Tensor:
-    """Logits of a model whose sub-layers run in stages: y = x + Σ_s s(x)."""
-    alone = Alone(model, ids)
+def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]], **inputs: Any) -> Tensor:
+    """Logits of a model whose sub-layers run in stages, y = x + Σ_s s(x); `inputs` are pictures."""
+    alone = Alone(model, ids, **inputs)
     x = alone.entered
     for stage in stages:
         x = x + sum(alone.added(name, x) for name in stage)
 
     # what is behind the layers: they are passed by, the last of them giving x
-    hook = model.base_model.layers[-1].register_forward_hook(lambda *_: x)
-    logits: Tensor = model(ids, use_cache=False).logits
+    last = model.get_decoder().base_model.layers[-1]
+    hook = last.register_forward_hook(lambda *_: x)
+    logits: Tensor = model(input_ids=ids, use_cache=False, **inputs).logits
     hook.remove()
     return logits
 

@@ -18,6 +18,7 @@ from truedepth.errors import TruedepthError
 from truedepth.files.atomic import beside, check_apart, check_output
 from truedepth.options import Bounds, checked
 from truedepth.plan.plan import Plan
+from truedepth.runtime.empty import transformers_config
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.tensors import NotFiniteError, dtype_name, first_not_finite
@@ -126,6 +127,9 @@ def convert(
             tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
             config |= padding
             check_loadable(config, tensors, source.path)
+        if source.outer is not None:
+            config, tensors = source.outer.with_inside(config, tensors, dtype)
+            transformers_config(config, source.path)
         card = model_card(source, plan, layout.all_reduces, record)
         try:
             size = write_checkpoint(out, source, config, tensors, card, shard_size, force, kept)

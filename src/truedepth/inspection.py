@@ -42,6 +42,10 @@ class Info:
     traced: bool
     """Whether the family was found by running a small model, not described by a file."""
 
+    inside: str
+    """`model_type` of the model that takes other input than text and has this one inside; empty for
+    a model of text."""
+
     mixture: bool
     """Whether FFNs are mixtures of experts."""
 
@@ -119,6 +123,7 @@ def inspect_model(model: str | Path | Source) -> Info:
         origin=source.origin,
         family=family.model_type,
         traced=family.traced,
+        inside=source.outer.model_type if source.outer else "",
         mixture=family.is_mixture,
         plan=plan,
         converted=converted,
@@ -134,7 +139,9 @@ def inspect_model(model: str | Path | Source) -> Info:
         side_by_side=tuple(reasons),
         side_by_side_reason=next(iter(reasons.values()), ""),
         no_stages_reason="" if converted else layout.why_no_stages,
-        engines=refused_by(family.model_type, refused, stages=bool(plan.merged)),
+        engines=refused_by(
+            family.model_type, refused, bool(plan.merged), inside=source.outer is not None
+        ),
     )
 
 

@@ -216,15 +216,6 @@ def test_info_of_a_converted_model_that_was_quantized_since(converted, tmp_path)
         inspect_model(tmp_path)
 
 
-def test_multimodal_models_are_refused_with_what_to_do(tmp_path):
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"num_hidden_layers": 2, "hidden_size": 8})
-    )
-    with pytest.raises(td.TruedepthError, match=r"other than text.*\(gemma3_text\)"):
-        inspect_model(tmp_path)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_info_needs_the_config_alone(make_model, case, tmp_path):
     config = json.loads((make_model(**options_of(case)) / "config.json").read_text())

@@ -13,6 +13,14 @@ TRAINED = {
     "lora": "low-rank additions to {} were",
 }
 
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+"""The hub's name for what a model does, by the auto class that loads it."""
+
 
 def model_card(
     source: Source,
@@ -54,11 +62,15 @@ def model_card(
             f" not trained on, the loss is {loss['excess']:.4f} nats per token above the"
             f" original's, the KL divergence from the original {loss['kl']:.4f} nats per token.\n"
         )
+    outer = source.outer
+    auto = outer.auto_class if outer else "AutoModelForCausalLM"
+    reader = "AutoProcessor" if outer else "AutoTokenizer"
+    task = TASKS[auto]
     without = "" if healing else " without training"
     before = plan.unpaired.all_reduces
     return f"""---
 {base}library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [truedepth, layer-parallelism]
 ---
 
@@ -78,14 +90,14 @@ The number of weights and the size of the KV cache are the original's. The outpu
 `truedepth eval THIS --against ORIGINAL` measures what that costs.
 {repaired}{quantized}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=False)
+model = {auto}.from_pretrained("THIS", trust_remote_code=True)
+{reader[4:].lower()} = {reader}.from_pretrained("THIS", trust_remote_code=False)
 ```
 
-`trust_remote_code` is not needed after `import truedepth`. The tokenizer has no code; without the
-argument, transformers 5 asks about the model's. The licence is the original's.
+`trust_remote_code` is not needed after `import truedepth`. The {reader[4:].lower()} has no code;
+without the argument, transformers 5 asks about the model's. The licence is the original's.
 """
 
 

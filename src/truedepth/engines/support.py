@@ -15,14 +15,20 @@ LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers llama.cpp's architecture `deci` computes."""
 
 
-def refused_by(family: str, side_by_side: bool, stages: bool = False) -> dict[str, str]:
+def refused_by(
+    family: str, side_by_side: bool, stages: bool = False, inside: bool = False
+) -> dict[str, str]:
     """Say for every engine why it does not run a model; the reason is empty if it does.
 
     Args:
         family: `model_type` of the original.
         side_by_side: Whether some groups of the model are not wide layers.
         stages: Whether some of its sub-layers share a stage.
+        inside: Whether it is inside a model that takes other input than text.
     """
+    if inside:
+        reason = "not inside a model that takes other input than text"
+        return {"transformers": "", "vLLM": reason, "llama.cpp": reason}
     reasons = {"transformers": ""}
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):
         reason = "" if family in families else "not for this family"

@@ -79,11 +79,6 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         )
     family = described_family(config)
     if family is None:
-        if isinstance(inside := config.get("text_config"), dict):
-            raise TruedepthError(
-                f"{where} ({model_type}) takes input other than text; save its language model"
-                f" ({inside.get('model_type')}) as a checkpoint of its own and convert that."
-            )
         try:
             family = traced(config)
         except TruedepthError as error:

@@ -317,6 +317,8 @@ class _Run:
         made = dict(self.source.config.get("truedepth") or {})
         added = {"healing": record.to_dict(), "version": __version__}
         config = {**self.source.config, "truedepth": made | added}
+        if self.source.outer is not None:
+            config, tensors = self.source.outer.with_inside(config, tensors)
         calibration = made.get("calibration")
         card = model_card(
             self.original,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from truedepth.modeling import modeling
-from truedepth.modeling.modeling import PREFIX, auto_map
+from truedepth.modeling.modeling import PREFIX, auto_classes, auto_map, text_config
 from truedepth.modeling.stages import KINDS, LayerForm, run_sublayer
 from truedepth.modeling.wide_layers import WIDENED, wide_layer
 
@@ -25,14 +25,16 @@ __all__ = [
     "PREFIX",
     "WIDENED",
     "LayerForm",
+    "auto_classes",
     "auto_map",
     "run_sublayer",
+    "text_config",
     "wide_layer",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`Truedepth<Family>Config`, `…Model` and `…ForCausalLM`."""
+    """`Truedepth<Family>Config`, `…Model`, `…ForCausalLM` and others."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(modeling, name)

@@ -10,15 +10,18 @@ such as `["F14", "A15"]`, an FFN and the next layer's attention; `config.side_by
 that cannot be merged read the same input; and `config.sublayers`, how such layers compute.
 
 `TruedepthLlamaForCausalLM` is made from `transformers.LlamaForCausalLM` when it is first asked for,
-and so for every family.
+and so for every family. In a model that takes other input too, such as
+`LlavaForConditionalGeneration`, all this is said of the decoder inside, `config.text_config`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from .stages import LayerForm, SideBySide, merge_stages, mix_into, place_of
 from .wide_layers import LayerConfig, wide_layer
@@ -40,9 +43,10 @@ class LayerWidthsConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        depth = text_config(self).num_hidden_layers
         if self.layer_widths is None:
-            self.layer_widths = [1] * self.num_hidden_layers  # type: ignore[attr-defined]
-        widths, depth = self.layer_widths, self.num_hidden_layers  # type: ignore[attr-defined]
+            self.layer_widths = [1] * depth
+        widths = self.layer_widths
         if not isinstance(widths, list) or not all(type(w) is int and w >= 1 for w in widths):
             raise ValueError(
                 f"layer_widths must be a list of integers of at least 1, not {widths!r}"
@@ -87,8 +91,9 @@ class LayerWidthsModel:
 
     def __init__(self, config: Any) -> None:
         ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        text = text_config(config)
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
         if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
             raise ValueError(
                 f"{heads} heads and {kv_heads} KV heads are not divisible by {ranks}"
@@ -96,7 +101,7 @@ class LayerWidthsModel:
                 f" {ranks}"
             )
         super().__init__(config)  # type: ignore[call-arg]
-        layers = self.base_model.layers  # type: ignore[attr-defined]
+        layers = self.get_decoder().base_model.layers  # type: ignore[attr-defined]
         for index, width in enumerate(config.layer_widths):
             if width > 1:
                 layers[index] = wide_layer(layers[index], config, width, index)
@@ -111,21 +116,35 @@ class LayerWidthsModel:
         self.post_init()  # type: ignore[attr-defined]
 
 
-_AUTO = {"Config": "AutoConfig", "Model": "AutoModel", "ForCausalLM": "AutoModelForCausalLM"}
+def text_config(config: Any) -> Any:
+    """The config of the decoder in a model that takes other input too; of others, their own."""
+    return getattr(config, "text_config", None) or config
+
+
+AUTO = {
+    "AutoConfig": configuration_auto.CONFIG_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+}
+"""transformers' auto classes, and the class of each that they make by `model_type`."""
 
 
 def __getattr__(name: str) -> Any:
-    """`Truedepth<Family>Config`, `…Model` and `…ForCausalLM`, made when first asked for.
+    """`Truedepth<Family>Config`, `…Model`, `…ForCausalLM` and others, made when first asked for.
 
     Making them ahead would import every family's model code with this file.
     """
-    suffix = next((suffix for suffix in _AUTO if name.endswith(suffix)), "")
-    base = getattr(transformers, name.removeprefix(PREFIX), None) if suffix else None
+    known = name.removeprefix(PREFIX)
+    auto = next((auto for auto, table in AUTO.items() if known in table.values()), None)
+    base = getattr(transformers, known, None) if auto else None
     if not name.startswith(PREFIX) or base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = _config_class(name, base) if suffix == "Config" else _model_class(name, base)
+    made = _config_class(name, base) if auto == "AutoConfig" else _model_class(name, base)
     _keep_conversions(made, base)
-    made.register_for_auto_class(_AUTO[suffix])  # save_pretrained copies this file too
+    made.register_for_auto_class(auto)  # save_pretrained copies this file too
     globals()[name] = made
     return made
 
@@ -163,13 +182,17 @@ def _keep_conversions(made: Any, base: Any) -> None:
             rules.register_checkpoint_conversion_mapping(ours, found, overwrite=True)
 
 
-def auto_map(classes: tuple[str, str, str]) -> dict[str, str]:
+def auto_classes(model_type: str) -> dict[str, str]:
+    """The names of transformers' classes for a type of model, by their auto classes."""
+    found = {auto: table.get(model_type) for auto, table in AUTO.items()}
+    return {auto: name for auto, name in found.items() if isinstance(name, str)}
+
+
+def auto_map(classes: Mapping[str, str]) -> dict[str, str]:
     """config.json's `auto_map`: where transformers finds the classes when it runs remote code.
 
     Args:
-        classes: Names of the family's config, model and model with a head: `LlamaConfig`, ….
+        classes: Names of transformers' classes, by their auto classes.
     """
     module = __name__.rpartition(".")[2]
-    return {
-        auto: f"{module}.{PREFIX}{name}" for name, auto in zip(classes, _AUTO.values(), strict=True)
-    }
+    return {auto: f"{module}.{PREFIX}{name}" for auto, name in classes.items()}

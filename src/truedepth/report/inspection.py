@@ -21,7 +21,9 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         ("found", info.origin + (f" ({info.quantization})" if info.quantization else "")),
         (
             "family",
-            info.family + (", found by running a small random model" if info.traced else ""),
+            info.family
+            + (f", inside {info.inside}" if info.inside else "")
+            + (", found by running a small random model" if info.traced else ""),
         ),
         ("layers", str(plan.num_layers)),
         (

@@ -15,6 +15,7 @@ from truedepth.depth_study.result import Study
 from truedepth.depth_study.transformations import TRANSFORMATIONS
 from truedepth.evaluation.loss import perplexity_of
 from truedepth.files.atomic import whole_file
+from truedepth.plan.stages import Sublayer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,6 +136,11 @@ def _dependence_figure(study: Study) -> Figure:
         for axis, (name, matrix) in zip(row, matrices.items(), strict=True):
             image = _heat_map(axis, f"{name} of {unit}s", matrix)
             axis.set(xlabel=f"later {unit}", ylabel=f"earlier {unit}")
+            if unit == "sub-layer":
+                places = range(0, len(matrix), 10)
+                named = [str(Sublayer.at(place)) for place in places]
+                axis.set_xticks(places, named)
+                axis.set_yticks(places, named)
             figure.colorbar(image, ax=axis)
     return figure
 

@@ -21,7 +21,7 @@ from truedepth.families.family import QUERY
 from truedepth.families.lookup import CONVERTED
 from truedepth.families.registration import register
 from truedepth.runtime.generation_config import without_generation
-from truedepth.runtime.parameters import parameters_of
+from truedepth.sources.parameters import parameters_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 

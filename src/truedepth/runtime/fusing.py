@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from truedepth.errors import TruedepthError
 from truedepth.families.family import Family, SublayerNames
 from truedepth.families.lookup import original_family
+from truedepth.modeling import text_config
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import ATTENTION, KINDS, Kind, Stage, Sublayer, home_of, parts_of
 
@@ -51,10 +52,10 @@ def fuse(model: Model) -> Model:
             quantized, adapted, or packed and sharded; the model is as it was.
     """
     whole: Any = model
-    config = whole.config
+    config = text_config(whole.config)
     name = type(model).__name__
     family = original_family(config.to_dict(), name)
-    layers = whole.base_model.layers
+    layers = whole.get_decoder().base_model.layers
     if isinstance(layers[0], FusedLayer):
         return model
     members = {
@@ -62,10 +63,10 @@ def fuse(model: Model) -> Model:
         for index, layer in enumerate(layers)
         for kind in KINDS
     }
-    if why_not := _why_not(family, config, members.values()):
+    if why_not := _why_not(family, whole.config, members.values()):
         raise TruedepthError(f"The stages of {name} cannot be fused: {why_not}.")
     parts: list[list[FusedPart]] = [[] for _ in layers]
-    for stage in _stages(family, config, len(layers)):
+    for stage in _stages(family, whole.config, len(layers)):
         cut = parts_of(stage)
         for inside in cut:
             fused = FusedPart([members[each] for each in inside])
@@ -87,7 +88,7 @@ def _refuse_to_save(*arguments: object, **options: object) -> None:
 
 def _stages(family: Family, config: Any, layers: int) -> Sequence[Stage]:
     """The stages of a loaded model, by the numbers of its own layers (a wide layer is one)."""
-    if family.is_parallel(config):
+    if family.is_parallel(text_config(config)):
         return [tuple(Sublayer(layer, kind) for kind in KINDS) for layer in range(layers)]
     return Plan(layers, stages=getattr(config, "stages", None) or ()).stages
 

@@ -26,8 +26,8 @@ from truedepth.runtime import calls as recorded
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.empty import empty_model
 from truedepth.runtime.output_head import OutputHead
-from truedepth.runtime.parameters import parameters_of
 from truedepth.runtime.stage import LoadedSublayer, stages_of
+from truedepth.sources.parameters import parameters_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor
 

@@ -60,7 +60,10 @@ LICENCES = tuple(
     )
 )
 
-COMPANIONS = (*TOKENIZER, "generation_config.json", *LICENCES)
+PROCESSORS = ("processor_config.json", "*preprocessor_config.json")
+"""What makes a model's input of pictures, video and sound."""
+
+COMPANIONS = (*TOKENIZER, *PROCESSORS, "generation_config.json", *LICENCES)
 
 STORES = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 """Hash functions by the number of hex digits of what they give."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from truedepth.errors import TruedepthError
 from truedepth.sources.companions import check_companions, companions, copy_companions
 from truedepth.sources.fetched import check_fetched
 from truedepth.sources.limits import MAX_CONFIG_BYTES, read_json
+from truedepth.sources.outer import outer_model
 from truedepth.sources.source import Source
 from truedepth.sources.stamps import Stamps
 from truedepth.sources.tokenizer import load_tokenizer
 from truedepth.sources.weights import ADAPTER, is_an_adapter, read_tensors, some
+from truedepth.tensors import LazyTensor
 
 
 def open_directory(
@@ -22,6 +24,7 @@ def open_directory(
     origin: str = "directory",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    weights: Callable[[], Path] | None = None,
 ) -> Source:
     """Open a directory that holds config.json and weights.
 
@@ -31,6 +34,7 @@ def open_directory(
         origin: Where the model was found, for the reader.
         allow_pickle: Read pickled weights if there are no safetensors.
         trust_remote_code: Run the tokenizer's own code if it has some.
+        weights: Gives the directory that holds the weights, if it is another.
 
     Raises:
         TruedepthError: `path` is not a model directory, or one of its files is broken.
@@ -53,12 +57,17 @@ def open_directory(
         file = path / "generation_config.json"
         return read_json(file, most=MAX_CONFIG_BYTES) if file.exists() else {}
 
+    def read() -> Mapping[str, LazyTensor]:
+        return read_tensors(weights() if weights else path, config, stamps, allow_pickle)
+
+    outer = outer_model(config, path, read)
     return Source(
         name=name or path.resolve().name,
         origin=origin,
         path=path,
-        config=config,
-        read_tensors=lambda: read_tensors(path, config, stamps, allow_pickle),
+        config=outer.inside if outer else config,
+        read_tensors=outer.tensors_inside if outer else read,
+        outer=outer,
         check_companions=lambda: check_companions(path),
         save_companions=save_companions,
         load_tokenizer=lambda: load_tokenizer(path, config, trust_remote_code),

@@ -10,16 +10,11 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from truedepth.errors import TruedepthError, reason_of
 from truedepth.sources.source import Source
-
-if TYPE_CHECKING:
-    from truedepth.tensors import LazyTensor
 
 __all__ = ["DEFAULT_MODEL", "Source", "open_source"]
 
@@ -80,19 +75,16 @@ def _open_hub(
 ) -> Source:
     from truedepth.sources.directory import open_directory, without_config
     from truedepth.sources.hub import SMALL_FILES, fetch_weights
-    from truedepth.sources.weights import read_tensors
 
     path = _snapshot(repo, SMALL_FILES, local_only)
     if not (path / "config.json").exists():
         raise TruedepthError(without_config(repo, _listing(repo, path), path, separator=":"))
     origin = "Hugging Face hub" + (" (its local cache)" if local_only else "")
-    source = open_directory(path, repo, origin, allow_pickle, trust_remote_code)
 
-    def read() -> Mapping[str, LazyTensor]:
-        directory = fetch_weights(lambda files: _snapshot(repo, files, local_only), allow_pickle)
-        return read_tensors(directory, source.config, source.stamps, allow_pickle)
+    def weights() -> Path:
+        return fetch_weights(lambda files: _snapshot(repo, files, local_only), allow_pickle)
 
-    return replace(source, read_tensors=read)
+    return open_directory(path, repo, origin, allow_pickle, trust_remote_code, weights)
 
 
 def _open_hub_gguf(repo: str, file: str) -> Source:

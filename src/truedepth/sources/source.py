@@ -18,6 +18,7 @@ from truedepth.families.lookup import family_of, quantization_of
 from truedepth.sources.dtypes import check_dtypes
 from truedepth.sources.limits import check_config
 from truedepth.sources.names import current_names
+from truedepth.sources.outer import OuterModel
 from truedepth.sources.stamps import Stamps
 from truedepth.tensors import LazyTensor
 
@@ -63,6 +64,9 @@ class Source:
 
     quantization: str | None = None
     """The quantization types of the weights, if any: they are dequantized when read."""
+
+    outer: OuterModel | None = field(default=None, repr=False, compare=False)
+    """The model that takes other input than text, if config and tensors are of one inside it."""
 
     def __post_init__(self) -> None:
         check_config(self.config, self.path)

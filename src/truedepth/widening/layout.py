@@ -23,7 +23,7 @@ from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, group_segment
 from truedepth.runtime.empty import empty_model, transformers_config
-from truedepth.runtime.parameters import parameters_of
+from truedepth.sources.parameters import parameters_of
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, dtype_name
 from truedepth.widening.widen import Layer, widen
@@ -80,6 +80,8 @@ class Layout:
 
     def why_not_wide(self, group: Sequence[int]) -> str:
         """Why a group does not become one wide layer, as the end of a sentence; "" if it does."""
+        if (outer := self.source.outer) is not None and len(group) > 1:
+            return f"they are inside a model that takes other input too ({outer.model_type})"
         return self.source.family.why_not_wide(self._original, group)
 
     def is_wide(self, group: Sequence[int]) -> bool:
@@ -250,7 +252,7 @@ class Layout:
         config["dtype"] = self._dtype_of_most()
         config["model_type"] = f"{CONVERTED}{family.model_type}"
         config["architectures"] = [f"{modeling.PREFIX}{family.classes[-1]}"]
-        config["auto_map"] = modeling.auto_map(family.classes)
+        config["auto_map"] = modeling.auto_map(modeling.auto_classes(family.model_type))
         config["tie_word_embeddings"] = self._tied
         pairs = list(zip(self.plan.groups, self.layers, strict=True))
         config |= plan_entries(self.plan, self.layers)

@@ -50,6 +50,19 @@ def parameters_of(model: Any, tensors: Mapping[str, LazyTensor]) -> Mapping[str,
     return found
 
 
+def renamed(model: Any, name: str) -> str:
+    """The name that a tensor gets on loading, from its name in a file; none is joined.
+
+    Args:
+        model: transformers' own, with or without weights.
+        name: The name in the file.
+    """
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    found: str = rename_source_key(name, renamings, [])[0]
+    return found
+
+
 def _natural(name: str) -> list[Any]:
     """Sorts `experts.2` before `experts.10`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

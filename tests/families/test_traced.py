@@ -79,6 +79,41 @@ def test_stages_are_exact(saved, name, tmp_path):
     assert kept.keys() == before.keys()
 
 
+def chosen(model, run):
+    """By router: the experts that it chooses for each token, each time that `run` calls it."""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if name.endswith(("mlp.gate", "mlp.router", "block_sparse_moe.gate")):
+
+            def keep(module, given, output, name=name):
+                parts = output if isinstance(output, tuple) else (output,)
+                whole = [part for part in parts if not part.is_floating_point()]
+                scores = parts[0].reshape(-1, parts[0].shape[-1])
+                choice = whole[0].sort(-1).values if whole else scores.topk(2).indices
+                found.setdefault(name, []).append(choice)
+
+            hooks.append(module.register_forward_hook(keep))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_choose_the_same_experts(saved, name, tmp_path):
+    original, source = saved(name)
+    ids = random_ids()
+    td.convert(source, tmp_path / "out", PLAN)
+    model = td.load(tmp_path / "out").model
+    reference = chosen(original, lambda: expected_logits(original, ids))
+    with torch.inference_mode():
+        found = chosen(model, lambda: model(ids))
+    assert len(reference) >= 3
+    for router, (plain, _, choice, _) in reference.items():  # all layers; A; F; all layers
+        assert torch.equal(found[router][0], choice), router
+        assert router.startswith("model.layers.0.") or not torch.equal(plain, choice), router
+
+
 def test_a_fresh_process_without_truedepth(saved, tmp_path):
     torch.save(random_ids(), tmp_path / "ids")
     for name in MIXTURES:

@@ -1,14 +1,16 @@
 """Memory and time of converting a synthetic checkpoint, against copying its files.
 
 Writes a checkpoint with a known model's shapes in bfloat16, then in turn copies it and converts it
-in a separate process, whose anonymous resident memory is sampled. Both begin without the source in
-the page cache and end with the copy on the disk. Needs disk for two checkpoints, and Linux.
+in a separate process, whose anonymous resident memory is sampled. Half of a dense model's layers
+become pairs; a mixture of experts is staggered, which copies every tensor. Both begin without the
+source in the page cache and end with the copy on the disk. Needs disk for two checkpoints, and
+Linux.
 
 With --sparse the checkpoint takes no disk: its files are holes, which read as zeros, and what is
 computed is written to /dev/null. That shows memory and the tensors that come out, but not speed.
 
     python benchmarks/conversion.py [--model llama-3-70b] [--layers 8] [--runs 5] [--json PATH]
-    python benchmarks/conversion.py --model llama-3-70b --sparse [--json PATH]
+    python benchmarks/conversion.py --model mixtral-8x22b --sparse [--json PATH]
 """
 
 from __future__ import annotations
@@ -60,7 +62,26 @@ LLAMA_3_70B = LLAMA_2_7B | {
     "rope_theta": 500000.0,
 }
 
-MODELS: dict[str, dict[str, Any]] = {"llama-2-7b": LLAMA_2_7B, "llama-3-70b": LLAMA_3_70B}
+MIXTRAL_8X22B = LLAMA_2_7B | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 56,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32768,
+    "max_position_embeddings": 65536,
+    "rope_theta": 1000000.0,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": LLAMA_2_7B,
+    "llama-3-70b": LLAMA_3_70B,
+    "mixtral-8x22b": MIXTRAL_8X22B,
+}
 
 CONVERT = """
 import os, sys, time
@@ -70,9 +91,11 @@ from truedepth.files.copying import Copier
 layers, sink = int(sys.argv[3]), sys.argv[4] == "True"
 if sink:
     nowhere, copy = os.open(os.devnull, os.O_WRONLY), Copier.copy
-    Copier.copy = lambda self, tensor, file, place: copy(self, tensor, nowhere, place)
+    Copier.copy = lambda self, name, tensor, file, at: copy(self, name, tensor, nowhere, at)
 start, busy = time.perf_counter(), time.process_time()
-convert(sys.argv[1], sys.argv[2], td.Plan.span(layers, layers // 2 - 2, layers - 3))
+span = layers, layers // 2 - 2, layers - 3
+plan = td.Plan.staggered(*span) if sys.argv[5] == "True" else td.Plan.span(*span)
+convert(sys.argv[1], sys.argv[2], plan)
 print(time.perf_counter() - start, time.process_time() - busy)
 """
 
@@ -88,8 +111,16 @@ def write_model(directory: Path, model: dict[str, Any], sparse: bool = False) ->
         names: dict[str, tuple[int, ...]] = {}
         names |= {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
         names |= {f"self_attn.{name}_proj": (heads, hidden) for name in "kv"}
-        names |= {f"mlp.{name}_proj": (ffn, hidden) for name in ("gate", "up")}
-        names |= {"mlp.down_proj": (hidden, ffn)}
+        experts = model.get("num_local_experts", 0)
+        for expert in range(experts):
+            inside = f"block_sparse_moe.experts.{expert}"
+            names |= {f"{inside}.{name}": (ffn, hidden) for name in ("w1", "w3")}
+            names |= {f"{inside}.w2": (hidden, ffn)}
+        if experts:
+            names |= {"block_sparse_moe.gate": (experts, hidden)}
+        else:
+            names |= {f"mlp.{name}_proj": (ffn, hidden) for name in ("gate", "up")}
+            names |= {"mlp.down_proj": (hidden, ffn)}
         names |= {f"{norm}_layernorm": (hidden,) for norm in ("input", "post_attention")}
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in names.items()}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
@@ -105,7 +136,7 @@ def write_model(directory: Path, model: dict[str, Any], sparse: bool = False) ->
 
         return LazyTensor(shape, torch.bfloat16, rows)
 
-    def hole(_: Copier, tensor: LazyTensor, file: int, place: int) -> Iterator[int]:
+    def hole(_: Copier, name: str, tensor: LazyTensor, file: int, place: int) -> Iterator[int]:
         os.ftruncate(file, place + tensor.nbytes)
         yield tensor.nbytes
 
@@ -157,12 +188,12 @@ def timed_copy(source: Path, target: Path) -> tuple[float, float]:
 
 
 def timed_conversion(
-    source: Path, target: Path, layers: int, sink: bool = False
+    source: Path, target: Path, layers: int, mixture: bool, sink: bool = False
 ) -> tuple[list[float], int]:
     """Seconds of a conversion (with Python's start, without it, of a core) and its peak memory."""
     uncached(source)
     start = time.perf_counter()
-    arguments = map(str, (source, target, layers, sink))
+    arguments = map(str, (source, target, layers, sink, mixture))
     peak, printed = peak_memory([sys.executable, "-c", CONVERT, *arguments])
     return [time.perf_counter() - start, *map(float, printed.split())], peak
 
@@ -194,6 +225,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="a directory on the disk to measure")
     arguments = parser.parse_args()
     model: dict[str, Any] = MODELS[arguments.model]
+    mixture = "num_local_experts" in model
     layers: int = arguments.layers or model["num_hidden_layers"]
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
         source, target = Path(temporary) / "source", Path(temporary) / "target"
@@ -206,20 +238,20 @@ def main() -> None:
             "size": size,
         }
         if arguments.sparse:
-            seconds, peak = timed_conversion(source, target, layers, sink=True)
+            seconds, peak = timed_conversion(source, target, layers, mixture, sink=True)
             result |= {"tensors": len(headers(target)), "seconds": seconds[0]}
             result["peak_anonymous_bytes"] = peak
         else:
-            result |= compared(source, target, layers, arguments.runs)
+            result |= compared(source, target, layers, mixture, arguments.runs)
     report(result, arguments.json)
 
 
-def compared(source: Path, target: Path, layers: int, runs: int) -> dict[str, Any]:
+def compared(source: Path, target: Path, layers: int, mixture: bool, runs: int) -> dict[str, Any]:
     """Copy and convert in turn, and compare."""
     copies, conversions, peaks = [], [], []
     for _ in range(runs):
         copies.append(timed_copy(source, target))
-        seconds, peak = timed_conversion(source, target, layers)
+        seconds, peak = timed_conversion(source, target, layers, mixture)
         shutil.rmtree(target)
         conversions.append(seconds)
         peaks.append(peak)

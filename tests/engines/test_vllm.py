@@ -19,12 +19,16 @@ from transformers import (
     GraniteConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OlmoeConfig,
+    PersimmonConfig,
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 
 import truedepth as td
@@ -210,12 +214,47 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
         ({"family": Qwen3MoeConfig, **EXPERTS}, 2),
         ({"family": Qwen2MoeConfig, **EXPERTS, "shared_expert_intermediate_size": 64}, 2),
         ({"family": OlmoeConfig, **EXPERTS}, 2),
+        ({"family": Olmo2Config}, 1),
+        ({"family": Olmo2Config}, 2),
+        ({"family": Olmo3Config, "sliding_window": 16}, 2),
+        ({"family": SeedOssConfig}, 2),
     ],
     ids=lambda given: given["family"].model_type if isinstance(given, dict) else f"{given} ranks",
 )
 def test_stages_of_vllms_own_classes(make_model, options, ranks, prompts, tmp_path):
     td.convert(make_model(**SHAPES, **options), tmp_path / "out", STAGGERED)
     check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+GEMMA3 = {"family": Gemma3TextConfig, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (GEMMA3, {"enable_chunked_prefill": True, "max_num_batched_tokens": 64}),
+        ({"family": MixtralConfig, **EXPERTS}, {"enforce_eager": False}),
+    ],
+    ids=["gemma3 in chunks", "mixtral compiled"],
+)
+def test_what_the_engine_does_with_its_own_classes(make_model, model, options, prompts, tmp_path):
+    td.convert(make_model(**SHAPES, **model), tmp_path / "out", STAGGERED)
+    check(tmp_path / "out", prompts * 2, tmp_path, max_num_seqs=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "words"),
+    [
+        (PersimmonConfig, STAGGERED, "TruedepthPersimmonForCausalLM.* are not supported"),
+        (Gemma3TextConfig, PLAN, "stages of sub-layers of Gemma3ForCausalLM, but not groups"),
+    ],
+)
+def test_what_stages_cannot_run_in_is_refused_by_name(
+    make_model, model, plan, words, prompts, tmp_path
+):
+    td.convert(make_model(**SHAPES, family=model), tmp_path / "out", plan)
+    with pytest.raises(AssertionError, match=words):
+        served(tmp_path / "out", prompts, tmp_path)
 
 
 def test_prefill_in_chunks_and_cached_prefixes(staged, prompts, tmp_path):
@@ -238,6 +277,22 @@ def test_int8(staged, prompts, tmp_path, ranks):
     )
     for (_, logp), (_, wanted) in zip(found, expected(staged, prompts), strict=True):
         assert logp[0] == pytest.approx(wanted[0], abs=0.15)  # of the likeliest token
+
+
+def test_stages_of_an_int8_original(make_model, prompts, tmp_path):
+    """Copied, its weights are those of the int8 form of the stages."""
+    source = make_model(**SHAPES)
+    write_int8(source, tmp_path / "int8")
+    td.convert(tmp_path / "int8", tmp_path / "staged-int8", STAGGERED)
+    td.convert(source, tmp_path / "staged", STAGGERED)
+    write_int8(tmp_path / "staged", tmp_path / "int8-staged")
+    found, wanted = (
+        served(tmp_path / name, prompts, tmp_path, dtype="bfloat16")
+        for name in ("staged-int8", "int8-staged")
+    )
+    assert found == wanted
+    for (_, logp), (_, whole) in zip(found, expected(tmp_path / "staged", prompts), strict=True):
+        assert logp[0] == pytest.approx(whole[0], abs=0.15)  # of the likeliest token
 
 
 def test_as_the_draft_of_its_original(make_model, converted, prompts, tmp_path):

@@ -89,9 +89,14 @@ class Stage:
         """Make a sub-layer its next member."""
         self._members.append((layer, kind))
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether it has several members."""
+        return len(self._members) > 1
+
     def give_parts(self) -> None:
         """Let the modules that write give their parts, if they are several."""
-        if len(self._members) == 1 and len(self._written(*self._members[0])) < 2:
+        if not self.is_merged and len(self._written(*self._members[0])) < 2:
             return
         for layer, kind in self._members:
             writers = self._written(layer, kind)
@@ -145,13 +150,22 @@ class Stage:
         part = self._form.added(layer, kind, part)
         return [parts[0] + part] if parts else [part]
 
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, of the same shape."""
+        if not part.requires_grad:
+            torch.distributed.all_reduce(part, group=self.mesh.get_group())
+            return part
+        whole = DTensor.from_local(part, self.mesh, [Partial()])
+        local: Tensor = whole.redistribute(self.mesh, [Replicate()]).to_local()
+        return local
+
     def end(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         """The state behind it, from the state before it and what its members gave."""
         if self.mesh is None:
             return x + parts[0]
         if len(parts) == 1 and not self._norms_follow:
-            return x + summed(parts[0], self.mesh)
-        wholes = summed(torch.stack(parts), self.mesh)
+            return x + self.summed(parts[0])
+        wholes = self.summed(torch.stack(parts))
         for (layer, kind), whole in zip(self._members, wholes, strict=True):
             x = x + self._form.added(layer, kind, whole)
         return x
@@ -254,16 +268,6 @@ def _local_parameters(module: Any) -> Iterator[None]:
 def on_the_first(whole: Tensor, mesh: Any) -> Tensor:
     """What every rank has, as its part of a sum: 0 on all but the first, with its gradient."""
     return whole if mesh.get_local_rank() == 0 else whole - whole.detach()
-
-
-def summed(part: Tensor, mesh: Any) -> Tensor:
-    """The sum of all ranks' parts, of the same shape."""
-    if not part.requires_grad:
-        torch.distributed.all_reduce(part, group=mesh.get_group())
-        return part
-    whole = DTensor.from_local(part, mesh, [Partial()]).redistribute(mesh, [Replicate()])
-    local: Tensor = whole.to_local()
-    return local
 
 
 def merge_stages(layers: Any, form: LayerForm, stages: Sequence[Sequence[str]]) -> None:

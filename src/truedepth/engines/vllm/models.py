@@ -19,8 +19,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry, commandr, gemma, granite, qwen3
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 from vllm.model_executor.models.utils import extract_layer_index
 
+from truedepth.engines.vllm.backend import reduce_once
 from truedepth.engines.vllm.plugin import check_version
 from truedepth.engines.vllm.stages import fuse_stages, merge_stages
 from truedepth.modeling import PREFIX, WIDENED
@@ -161,6 +163,10 @@ def __getattr__(name: str) -> Any:
                     " layers; use transformers"
                 )
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self.fuses = None
+            if isinstance(self, TransformersBackend):
+                reduce_once(self.model, whole)
+                return
             if not hasattr(getattr(self, "model", None), "layers"):
                 raise ValueError(
                     f"vLLM's {base.__name__} has no layers where others have them, so truedepth"

@@ -1,0 +1,59 @@
+"""Stages in models for which vLLM has no classes of its own. Only vLLM imports this module.
+
+vLLM runs these by transformers' code, of which it replaces attentions and linear maps. The layers
+are then those of `modeling/stages.py`, and only what sums over ranks is vLLM's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+
+from truedepth.engines.vllm.fusing import Member
+from truedepth.modeling.stages import Stage
+from truedepth.plan.stages import stage_of
+
+
+class VllmStage(Stage):
+    """A stage that ends in one all-reduce of vLLM's."""
+
+    class Ranks:
+        """vLLM's tensor-parallel ranks."""
+
+        get_local_rank = staticmethod(get_tensor_model_parallel_rank)
+
+    @property
+    def mesh(self) -> Any:
+        """vLLM's ranks, if there are several."""
+        return self.Ranks if get_tensor_model_parallel_world_size() > 1 else None
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts."""
+        whole: Tensor = tensor_model_parallel_all_reduce(part)
+        return whole
+
+
+def reduce_once(model: Any, config: Any) -> None:
+    """Let every merged stage end in one all-reduce, in place.
+
+    Args:
+        model: transformers' model without the head, in which vLLM has replaced linear maps.
+        config: The checkpoint's, whose `stages` say which sub-layers are merged.
+
+    Raises:
+        ValueError: Layers that a stage spans are in different processes of a pipeline, or it is not
+            known how their modules sum over ranks.
+    """
+    layers = model.get_decoder().layers
+    for names in config.stages or ():
+        for which in stage_of(names):
+            Member(layers, which, config.sublayers).give_parts()
+            for stage in layers[which.layer].stages:
+                if stage.is_merged:
+                    stage.__class__ = VllmStage

@@ -211,6 +211,8 @@ class Comparison:
         if saved <= last:
             late = Plan.staggered(layers, last - saved, last)
             found["staggered, late span"] = partial(self.converted, late, calibrated=False)
+            refitted = partial(self.converted, late, calibrated=True)
+            found["staggered, late span, calibrated"] = refitted
         return found | {
             "stages, plan": partial(self.converted, self.raw_stages[all_reduces], calibrated=False),
             "stages, plan, calibrated": partial(

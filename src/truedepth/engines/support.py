@@ -8,8 +8,9 @@ VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma
 VLLM_STAGES = (
     *("gemma2", "gemma3_text", "glm4"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+    *("olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2"),
 )
-"""Families whose own classes in vLLM run stages of sub-layers, by tests; others may."""
+"""Families whose classes in vLLM run stages of sub-layers, by tests; others may."""
 
 LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers llama.cpp's architecture `deci` computes."""

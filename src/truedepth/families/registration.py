@@ -26,6 +26,17 @@ def register() -> None:
         _register(modeling.auto_classes(family.model_type))
 
 
+def register_type(model_type: str) -> None:
+    """Register the classes of one type of checkpoint, such as `truedepth_seed_oss`.
+
+    A config that another process made does not ask for them.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    register()
+    model_type in CONFIG_MAPPING  # noqa: B015  asks
+
+
 def _register(names: Mapping[str, str]) -> None:
     """Register our classes for those of transformers', by their auto classes."""
     import transformers

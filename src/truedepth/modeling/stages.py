@@ -96,7 +96,7 @@ class Stage:
 
     def give_parts(self) -> None:
         """Let the modules that write give their parts, if they are several."""
-        if not self.is_merged and len(self._written(*self._members[0])) < 2:
+        if len(self._members) == 1 and len(self._written(*self._members[0])) < 2:
             return
         for layer, kind in self._members:
             writers = self._written(layer, kind)

@@ -30,7 +30,7 @@ class VllmStage(Stage):
 
     @property
     def mesh(self) -> Any:
-        """vLLM's ranks, if there are several."""
+        """VLLM's ranks, if there are several."""
         return self.Ranks if get_tensor_model_parallel_world_size() > 1 else None
 
     def summed(self, part: Tensor) -> Tensor:

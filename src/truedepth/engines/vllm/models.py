@@ -19,12 +19,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry, commandr, gemma, granite, qwen3
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 from vllm.model_executor.models.utils import extract_layer_index
 
 from truedepth.engines.vllm.backend import reduce_once
 from truedepth.engines.vllm.plugin import check_version
 from truedepth.engines.vllm.stages import fuse_stages, merge_stages
+from truedepth.families.registration import register_type
 from truedepth.modeling import PREFIX, WIDENED
 
 check_version(vllm.__version__)
@@ -152,16 +154,23 @@ def __getattr__(name: str) -> Any:
     """`Truedepth<Family>ForCausalLM` for any class of vLLM's: layers of one width, in stages."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base: Any = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+    known = ModelRegistry.models.get(name.removeprefix(PREFIX))
+    base: Any = known.load_model_cls() if known else TransformersForCausalLM
 
     class Stages(WithStages, base):  # type: ignore[misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             whole = vllm_config.model_config.hf_config
+            if known is None:
+                raise ValueError(
+                    f"vLLM {vllm.__version__} does not know {name.removeprefix(PREFIX)}, so"
+                    " truedepth cannot run stages in it; use transformers"
+                )
             if whole.side_by_side or max(whole.layer_widths) > 1:
                 raise ValueError(
                     f"vLLM runs stages of sub-layers of {base.__name__}, but not groups of its"
                     " layers; use transformers"
                 )
+            register_type(whole.model_type)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.fuses = None
             if isinstance(self, TransformersBackend):

@@ -27,12 +27,12 @@ def register() -> None:
 
     described = {family.model_type: family for family in all_families()}
     names = {described[each].classes[-1] for each in VLLM_FAMILIES}
-    for name in names | (ModelRegistry.models.keys() & _decoders()):
+    for name in names | _decoders():
         ModelRegistry.register_model(f"{PREFIX}{name}", f"{MODELS}:{PREFIX}{name}")
 
 
 def _decoders() -> set[str]:
-    """The classes of transformers that vLLM has classes of its own for, perhaps."""
+    """Transformers' classes of decoders. What vLLM does not know is refused when it is loaded."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}

@@ -140,7 +140,11 @@ def inspect_model(model: str | Path | Source) -> Info:
         side_by_side_reason=next(iter(reasons.values()), ""),
         no_stages_reason="" if converted else layout.why_no_stages,
         engines=refused_by(
-            family.model_type, refused, bool(plan.merged), inside=source.outer is not None
+            family.model_type,
+            refused,
+            stages=bool(plan.merged),
+            wide=any(len(group) > 1 for group in layout.executed_plan.groups),
+            inside=source.outer is not None,
         ),
     )
 

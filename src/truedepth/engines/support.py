@@ -17,7 +17,11 @@ LLAMA_CPP_FAMILIES = ("llama", "mistral", "qwen2")
 
 
 def refused_by(
-    family: str, side_by_side: bool, stages: bool = False, inside: bool = False
+    family: str,
+    side_by_side: bool,
+    stages: bool = False,
+    wide: bool = False,
+    inside: bool = False,
 ) -> dict[str, str]:
     """Say for every engine why it does not run a model; the reason is empty if it does.
 
@@ -25,6 +29,7 @@ def refused_by(
         family: `model_type` of the original.
         side_by_side: Whether some groups of the model are not wide layers.
         stages: Whether some of its sub-layers share a stage.
+        wide: Whether some of its layers are wide.
         inside: Whether it is inside a model that takes other input than text.
     """
     if inside:
@@ -34,7 +39,8 @@ def refused_by(
     for engine, families in (("vLLM", VLLM_FAMILIES), ("llama.cpp", LLAMA_CPP_FAMILIES)):
         reason = "" if family in families else "not for this family"
         if engine == "vLLM" and family in VLLM_STAGES:
-            reason = "" if stages and not side_by_side else "stages of sub-layers alone"
+            plain = stages and not side_by_side and not wide
+            reason = "" if plain else "stages of sub-layers alone"
         elif side_by_side and not reason:
             reason = "not with layers side by side"
         if stages and not reason and engine != "vLLM":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -295,6 +296,11 @@ def test_stages_of_an_int8_original(make_model, prompts, tmp_path):
         for name in ("staged-int8", "int8-staged")
     )
     assert found == wanted
+    plain, exact, copied = (
+        AutoModelForCausalLM.from_pretrained(path)(torch.tensor(prompts[3:])).logits.log_softmax(-1)
+        for path in (source, tmp_path / "staged", tmp_path / "staged-int8")
+    )
+    assert (copied - exact).abs().max() < 0.5 < (plain - exact).abs().max()
     for (_, logp), (_, whole) in zip(found, expected(tmp_path / "staged", prompts), strict=True):
         assert logp[0] == pytest.approx(whole[0], abs=0.15)  # of the likeliest token
 

@@ -153,9 +153,10 @@ torch.distributed.destroy_process_group()
 
 
 WHOLE = {
-    **dict.fromkeys(("axk1", "deepseek_v3", "flint", "granitemoe", "granitemoeshared"), 2),
+    **dict.fromkeys(("deepseek_v3", "flint", "granitemoe", "granitemoeshared"), 2),
     **dict.fromkeys(("phimoe", "youtu"), 2),
     "afmoe": 3,  # the FFNs of its first layers, too
+    "axk1": -4,  # its experts are normed inside its FFNs, which keep their own all-reduces
 }
 """The stages of `PLAN` that consist of what every rank has whole, such as an attention."""
 

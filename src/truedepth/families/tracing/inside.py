@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from truedepth.families.tracing.records import CLOSE, Call, RanLayer, same_rows
+from truedepth.families.tracing.records import Call, RanLayer, same, same_rows
 from truedepth.modeling import KINDS, LayerForm
 
 
@@ -38,8 +38,19 @@ class Inside:
         inner = dict(layer.module.named_modules())
         own = [each for each in sorted(reducers) if each.startswith(f"{name}.") and each in inner]
         self.summands = list(dict.fromkeys([*own, *self.writes]))
-        if not self._run(without=self.summands).abs().max() <= CLOSE * output.abs().max():
+        if not self._is_sum(output):
             self.summands = []
+            if self.is_mixture:
+                self.writes = []
+
+    def _is_sum(self, output: Tensor) -> bool:
+        """Whether the module gives the sum of what its summands give, with nothing behind it."""
+        scales = dict.fromkeys(self.summands, 0.0)
+        alone = [self._run(scales | {name: 1.0}) for name in self.summands]
+        doubled = self._run(dict.fromkeys(self.summands, 2.0))
+        if not same(doubled, 2 * output):
+            return False
+        return bool(alone) and same(torch.stack(alone).sum(0), output)
 
     def _writes(self, call: Call, x: Tensor, output: Tensor) -> bool:
         """Whether a map gives what the module gives; in a mixture, what shared experts give."""
@@ -52,13 +63,18 @@ class Inside:
         if isinstance(output, Tensor):  # routers may be subclasses that give several
             called.append(Call(name, args[0].clone(), output.clone()))
 
+    @staticmethod
+    def _scaled(scale: float, module: Any, args: Any, output: Tensor) -> Tensor:
+        return output * scale
+
     @torch.no_grad()
-    def _run(self, without: Sequence[str] = ()) -> Tensor:
-        """What its module gives if these modules within it gave 0."""
+    def _run(self, scales: Mapping[str, float] | None = None) -> Tensor:
+        """What its module gives if modules within it gave so many times what they give."""
         layer, hooks = self._layer, []
-        for name in without:
+        for name, scale in (scales or {}).items():
             module = layer.module.get_submodule(name)
-            hooks.append(module.register_forward_hook(lambda _, given, output: output * 0))
+            hook = functools.partial(self._scaled, scale)
+            hooks.append(module.register_forward_hook(hook))
         args, call = (layer.args, layer.call) if self._kind == KINDS[0] else ((), {})
         output = self._form.output(layer.module, self._kind, layer.x, *args, **call)
         for hook in hooks:

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 import truedepth as td
+from family_models import staged as staged_logits
 from int8_checkpoint import write_int8
 
 pytestmark = pytest.mark.vllm
@@ -296,11 +297,15 @@ def test_stages_of_an_int8_original(make_model, prompts, tmp_path):
         for name in ("staged-int8", "int8-staged")
     )
     assert found == wanted
-    plain, exact, copied = (
-        AutoModelForCausalLM.from_pretrained(path)(torch.tensor(prompts[3:])).logits.log_softmax(-1)
-        for path in (source, tmp_path / "staged", tmp_path / "staged-int8")
+    ids = torch.tensor(prompts[3:])
+    original, copied = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("int8", "staged-int8")
     )
-    assert (copied - exact).abs().max() < 0.5 < (plain - exact).abs().max()
+    reference = staged_logits(original, ids, [list(map(str, each)) for each in STAGGERED.stages])
+    off, changed = (  # activations are rounded to int8, so a last bit can move one by a step
+        (each - reference).abs().mean() for each in (copied(ids).logits, original(ids).logits)
+    )
+    assert off < 0.05 * changed
     for (_, logp), (_, whole) in zip(found, expected(tmp_path / "staged", prompts), strict=True):
         assert logp[0] == pytest.approx(whole[0], abs=0.15)  # of the likeliest token
 

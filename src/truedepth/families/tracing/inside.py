@@ -73,8 +73,7 @@ class Inside:
         layer, hooks = self._layer, []
         for name, scale in (scales or {}).items():
             module = layer.module.get_submodule(name)
-            hook = functools.partial(self._scaled, scale)
-            hooks.append(module.register_forward_hook(hook))
+            hooks.append(module.register_forward_hook(functools.partial(self._scaled, scale)))
         args, call = (layer.args, layer.call) if self._kind == KINDS[0] else ((), {})
         output = self._form.output(layer.module, self._kind, layer.x, *args, **call)
         for hook in hooks:

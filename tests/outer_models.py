@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _text(model_type: str) -> Any:
     usual = AutoConfig.for_model(model_type)
     sizes = traced_models.TINY | {"head_dim": 16, "sliding_window": 8}
     own = {key: value for key, value in sizes.items() if getattr(usual, key, None) is not None}
-    return AutoConfig.for_model(model_type, **own)
+    return AutoConfig.for_model(model_type, **copy.deepcopy(own))
 
 
 def auto_of(name: str) -> Any:

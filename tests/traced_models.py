@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ def config_of(architecture: str) -> Any:
     own = {key: value for key, value in sizes.items() if getattr(usual, key, None) is not None}
     if "qk_rope_head_dim" in (given := ARCHITECTURES[architecture]):
         own.pop("head_dim", None)
-    return CONFIG_MAPPING[architecture](**{**own, "num_hidden_layers": 6, **given})
+    # configs write into the dictionaries that they are given
+    own = copy.deepcopy({**own, "num_hidden_layers": 6, **given})
+    return CONFIG_MAPPING[architecture](**own)
 
 
 def model_of(architecture: str) -> Any:

@@ -117,7 +117,7 @@ def convert(
     check_loadable(config, tensors, source.path)
     kept = record = None
     with ExitStack() as stack:
-        if calibration is not None and plan != plan.unpaired:
+        if calibration is not None and not layout.is_original:
             kept = beside(out, "calibration")
             refitted = stack.enter_context(calibrated(layout, kept, calibration))
             tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}

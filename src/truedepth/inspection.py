@@ -73,8 +73,8 @@ class Info:
     side_by_side_reason: str
     """Why the first of them does not, as the end of a sentence."""
 
-    no_stages_reason: str
-    """Why sub-layers cannot share a stage, as the end of a sentence; empty if they can."""
+    stages_of_whole_layers: bool
+    """Whether attention and FFN of a layer read one state already, so that a stage holds both."""
 
     engines: dict[str, str]
     """Every engine and why it does not run the model converted; empty where it does."""
@@ -138,7 +138,7 @@ def inspect_model(model: str | Path | Source) -> Info:
         executed_plan=layout.executed_plan,
         side_by_side=tuple(reasons),
         side_by_side_reason=next(iter(reasons.values()), ""),
-        no_stages_reason="" if converted else layout.why_no_stages,
+        stages_of_whole_layers=layout.is_parallel,
         engines=refused_by(
             family.model_type,
             refused,
@@ -152,13 +152,15 @@ def inspect_model(model: str | Path | Source) -> Info:
 def _savings(original: Layout) -> tuple[Saving, ...]:
     """Plans that take away about 0, 10, 20, 30, 40 and 50 % of the depth."""
     source, num_layers = original.source, original.plan.num_layers
-    most = 0 if original.why_no_stages else num_layers - 1
+    most = 0 if original.is_parallel else num_layers - 1
     counts = sorted({num_layers * tenth // 10 for tenth in range(5)} | {num_layers // 2})
     found = []
     for pairs in counts:
         plan = Plan.late_pairs(num_layers, pairs)
         staggered = 2 * pairs if 2 * pairs <= most else None
         all_reduces = Layout(source, plan).all_reduces
+        if original.is_parallel:
+            all_reduces = num_layers - pairs  # one for each layer alone and each pair
         if staggered is not None:
             all_reduces = min(all_reduces, 2 * num_layers - staggered)
         found.append(

@@ -76,12 +76,21 @@ def test_options_that_are_refused(refused, make_model, tmp_path, options, words)
     assert not list(tmp_path.iterdir())
 
 
-def test_families_without_stages(refused, run, make_model, tmp_path):
+def test_families_whose_stages_hold_whole_layers(refused, run, make_model, tmp_path):
     model, out = make_model(**options_of("cohere")), tmp_path / "out"
     err = refused("convert", model, out, "--staggered", "1-3")
-    assert re.search("cannot share a stage: .*read one state already", err)
-    assert "9 all-reduces are out of reach" in refused("convert", model, out, "--all-reduces", "9")
+    assert re.search(r"cannot share the stage \[F1 A2\]: .*read one state already", err)
+    assert "2 all-reduces are out of reach" in refused("convert", model, out, "--all-reduces", "2")
     assert run("convert", model, out, "--layers", "1-4")[0] == 0
+
+
+def test_what_is_free_is_taken_and_said(run, make_model, prose, tmp_path):
+    model, out = make_model(**options_of("cohere")), tmp_path / "out"
+    code, shown, err = run("convert", model, out, "--all-reduces", "8", "--text", prose)
+    assert code == 0, err
+    assert "it computes what the original computes" in err
+    assert re.search(r"all-reduces +12 -> 8 per token", shown)
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_staggered_span(run, make_model, tmp_path):

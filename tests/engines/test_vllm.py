@@ -232,6 +232,17 @@ def test_stages_of_vllms_own_classes(make_model, options, ranks, prompts, tmp_pa
     check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
 
 
+WHOLE = td.Plan(6, stages=[["A0", "F0"], ["A2", "F2", "A3", "F3"], ["A5", "F5"]])
+ALONE = td.Plan(6, stages=[["A0", "F0"], ["A5", "F5"]])
+
+
+def test_stages_of_one_whole_layer(make_model, prompts, tmp_path):
+    """Where attention and FFN read one state already."""
+    model = make_model(**SHAPES, family=CohereConfig, logit_scale=0.5)
+    td.convert(model, tmp_path / "out", ALONE)
+    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=2)
+
+
 GEMMA3 = {"family": Gemma3TextConfig, "sliding_window": 16}
 
 
@@ -252,6 +263,7 @@ def test_what_the_engine_does_with_its_own_classes(make_model, model, options, p
     ("model", "plan", "words"),
     [
         (PersimmonConfig, STAGGERED, r"vLLM 0\.\d+\.\d+ does not know PersimmonForCausalLM"),
+        (CohereConfig, WHOLE, r"do not run side by side, as those of the stage \[A2 F2 A3 F3\]"),
         (Gemma3TextConfig, PLAN, "stages of sub-layers of Gemma3ForCausalLM, but not groups"),
     ],
 )

@@ -55,7 +55,7 @@ def test_stages_change_the_config_alone(make_model, case, tmp_path):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_families_whose_sublayers_cannot_share_a_stage(make_model, case, tmp_path):
-    with pytest.raises(td.TruedepthError, match=f"cannot share a stage: .*{REFUSED[case]}"):
+    with pytest.raises(td.TruedepthError, match=f"cannot share the stage .*{REFUSED[case]}"):
         td.convert(make_model(**options_of(case)), tmp_path / "out", FIRST_AND_LAST)
 
 

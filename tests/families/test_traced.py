@@ -231,5 +231,5 @@ def test_what_does_not_hold_is_refused_with_the_reason(model_type, words, tmp_pa
 def test_info_needs_the_config_alone(tmp_path):
     config_of("deepseek_v3").save_pretrained(tmp_path)
     found = inspect_model(tmp_path)
-    assert not found.no_stages_reason
+    assert not found.stages_of_whole_layers
     assert found.side_by_side_reason == "its FFN is a mixture of experts"

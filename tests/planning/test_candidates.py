@@ -58,14 +58,20 @@ def test_layers_side_by_side_are_no_candidates_where_stages_save_all_reduces(lay
 
 @pytest.mark.parametrize(
     ("case", "form"),
-    [("llama", "pairs"), ("cohere", "auto"), ("gemma2", "pairs"), ("olmo2", "pairs")],
+    [("llama", "pairs"), ("cohere", "pairs"), ("gemma2", "pairs"), ("olmo2", "pairs")],
 )
 def test_groups_alone(layout, case, form):
-    """By wish, and where sub-layers cannot share a stage."""
     found = segments_to_merge(layout(case), form, max_group=3, max_run=3)
     assert sorted(map(group_of, found)) == [
         *((0, 1), (0, 1, 2), (1, 2), (1, 2, 3), (2, 3), (2, 3, 4), (3, 4), (3, 4, 5), (4, 5))
     ]
+
+
+@pytest.mark.parametrize("case", ["cohere", "cohere2", "pythia"])
+def test_whole_layers_where_attention_and_ffn_read_one_state(layout, case):
+    found = segments_to_merge(layout(case), "auto", max_group=3, max_run=3)
+    assert Counter(len(segment[0]) for segment in found) == {2: 6, 4: 5, 6: 4}
+    assert all(names([each])[0].startswith("A") and len(each) == 1 for each in found)
 
 
 def test_groups_that_cannot_be_joined_are_left_out(layout):

@@ -225,10 +225,10 @@ def test_longer_runs(make_model, calibration):
 
 
 @pytest.mark.parametrize("case", ["cohere"])
-def test_families_that_merge_layers_alone(make_model, calibration, case):
-    """Their attentions and FFNs read one state already."""
+def test_pairs_of_parallel_layers(make_model, calibration, case):
+    """As layers in pairs, also where attention and FFN read one state already."""
     model = make_model(**options_of(case))
-    found = td.search(model, depth=5, calibration=calibration, form="auto", frontier=True)
+    found = td.search(model, depth=5, calibration=calibration, form="pairs", frontier=True)
     assert [point.plan.effective_depth for point in found.frontier] == [5, 4, 3]
     assert found.calibrated and any(score.refitted for score in found.scores)
     windows = _windows(td.open_source(model), calibration)[:ALONE_WINDOWS]

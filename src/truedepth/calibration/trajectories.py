@@ -200,6 +200,8 @@ class Walk:
         for layer, members in groupby(sublayers_of(segment), attrgetter("layer")):
             if group_of(segment):
                 yield self.stack.stages({layer: self.stack.layer(layer)})
+            elif self.stack.parallel:
+                yield [[self.stack.sublayer(each) for each in members]]
             else:
                 yield [[self.stack.sublayer(each)] for each in members]
 
@@ -211,7 +213,7 @@ class Walk:
             segment: The next of the converted model.
             weights: What it becomes, named as by `weights`; default: what is not refitted.
         """
-        if len(segment[0]) > 1 or weights is not None:
+        if weights is not None or not self.layout.is_exact(segment[0]):
             self.separate()
         apart = self.converted_states is not self.original_states
         if apart:

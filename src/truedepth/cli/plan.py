@@ -228,10 +228,11 @@ def convert(
         chosen = found.plan
         layout = Layout(source, chosen)
         if calibrate and not any(map(layout.is_merged, layout.segments)):
+            why = "its layers run side by side as they are"
+            if layout.is_original:
+                why = "it computes what the original computes"
             print(
-                "truedepth: note: nothing of the plan can be calibrated: its layers run side by"
-                " side as they are.",
-                file=sys.stderr,
+                f"truedepth: note: nothing of the plan can be calibrated: {why}.", file=sys.stderr
             )
             calibrate = False
     assert chosen is not None  # one of the five was given

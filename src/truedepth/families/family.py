@@ -206,19 +206,6 @@ class Family:
                 return int(index), rest
         return None, tensor
 
-    def why_no_stages(self, config: Any) -> str:
-        """Why sub-layers of this family cannot share a stage with their neighbours.
-
-        Args:
-            config: The original's transformers config.
-
-        Returns:
-            The end of a sentence; empty if they can.
-        """
-        if self.is_parallel(config):
-            return "attention and FFN of its layers read one state already"
-        return ""
-
     def why_not_wide(self, config: Any, group: Sequence[int]) -> str:
         """Why the layers of a group cannot be merged into one wide layer.
 

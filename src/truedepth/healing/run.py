@@ -362,9 +362,9 @@ def _check(source: Source, original: Source) -> None:
         raise TruedepthError(
             f"{source.path} is a GGUF file; heal the checkpoint it was exported from."
         )
-    if plan == plan.unpaired:
+    if Layout.of(source).is_original:
         raise TruedepthError(
-            f"Every sub-layer of {source.path} runs alone: there is nothing to heal."
+            f"{source.path} computes what its original does: there is nothing to heal."
         )
     if plan_of(original.config) is not None or original.num_layers != plan.num_layers:
         raise TruedepthError(

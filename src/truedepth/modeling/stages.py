@@ -39,20 +39,23 @@ class LayerForm:
     writes: Sequence[Sequence[str]] = ((), ())
     """Names of the modules whose outputs add up to what attention, and what the FFN, gives."""
 
-    def output(self, layer: Any, kind: str, x: Tensor, *args: Any, **call: Any) -> Tensor:
+    def normed(self, layer: Any, kind: str, x: Tensor) -> Tensor:
+        """What a sub-layer's module reads, from the residual stream; of the same shape."""
+        norm = getattr(self, kind)[1]
+        normed: Tensor = x if norm is None else layer.get_submodule(norm)(x)
+        return normed
+
+    def output(self, layer: Any, kind: str, normed: Tensor, *args: Any, **call: Any) -> Tensor:
         """What a sub-layer's module gives, `[batch, length, hidden]`.
 
         Args:
             layer: The decoder layer.
             kind: `attention` or `ffn`.
-            x: The residual stream, `[batch, length, hidden]`.
+            normed: What it reads, `[batch, length, hidden]`.
             args: Positional arguments for the module: for attention, those that the layer gets.
             call: Keyword arguments for the module.
         """
-        module, norm, _ = getattr(self, kind)
-        if norm is not None:
-            x = layer.get_submodule(norm)(x)
-        output = layer.get_submodule(module)(x, *args, **call)
+        output = layer.get_submodule(getattr(self, kind)[0])(normed, *args, **call)
         whole: Tensor = output[0] if isinstance(output, tuple) else output
         return whole
 
@@ -67,8 +70,9 @@ class LayerForm:
 def run_sublayer(
     layer: Any, form: LayerForm, kind: str, x: Tensor, *args: Any, **call: Any
 ) -> Tensor:
-    """What a sub-layer adds to the residual stream, `s(N_s x)`; see `LayerForm.output`."""
-    return form.added(layer, kind, form.output(layer, kind, x, *args, **call))
+    """What a sub-layer adds to the residual stream x, `s(N_s x)`; see `LayerForm.output`."""
+    normed = form.normed(layer, kind, x)
+    return form.added(layer, kind, form.output(layer, kind, normed, *args, **call))
 
 
 class Stage:
@@ -127,7 +131,7 @@ class Stage:
         return any(getattr(self._form, kind)[2] for _, kind in self._members)
 
     def run(
-        self, parts: list[Tensor], layer: Any, kind: str, x: Tensor, *args: Any, **call: Any
+        self, parts: list[Tensor], layer: Any, kind: str, normed: Tensor, *args: Any, **call: Any
     ) -> list[Tensor]:
         """Run a member.
 
@@ -135,14 +139,14 @@ class Stage:
             parts: What the members before it gave.
             layer: The member's layer.
             kind: `attention` or `ffn`.
-            x: The state that the stage reads, `[batch, length, hidden]`.
+            normed: The state that the stage reads, normed for it, `[batch, length, hidden]`.
             args: For attention, the positional arguments that the layer gets.
             call: For attention, its keyword arguments.
 
         Returns:
             What it gave too.
         """
-        part = self._form.output(layer, kind, x, *args, **call)
+        part = self._form.output(layer, kind, normed, *args, **call)
         if self.mesh is not None and any(each is layer and k == kind for each, k in self._whole):
             part = on_the_first(part, self.mesh)
         if self.mesh is not None and self._norms_follow:
@@ -184,6 +188,7 @@ class Staged:
     """Whether the attention is in the stage of the layer before, whether the FFN is in that of the
     attention, and whether the next layer's attention is in that of the FFN."""
 
+    form: LayerForm
     stages: list[Stage]
     """Attention's and the FFN's."""
 
@@ -191,10 +196,13 @@ class Staged:
         """From the stream, or x and parts, to the stream, or x and parts."""
         attention, ffn = self.stages
         x, *parts = hidden_states.unbind(0) if self.continues else [hidden_states]
-        parts = attention.run(parts, self, "attention", x, *args, **call)
+        normed = self.form.normed(self, "attention", x)
+        parts = attention.run(parts, self, "attention", normed, *args, **call)
         if not self.joined:
             x, parts = attention.end(x, parts), []
-        parts = ffn.run(parts, self, "ffn", x)
+        if not self.joined or self.form.attention[1] != self.form.ffn[1]:
+            normed = self.form.normed(self, "ffn", x)
+        parts = ffn.run(parts, self, "ffn", normed)
         return torch.stack([x, *parts]) if self.leaves_open else ffn.end(x, parts)
 
 

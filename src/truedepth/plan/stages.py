@@ -125,6 +125,16 @@ def home_of(part: Stage) -> int:
     return next((each for each in part if each.kind == ATTENTION), part[0]).layer
 
 
+def whole_layer(layer: int) -> Stage:
+    """`[A14 F14]`."""
+    return tuple(Sublayer(layer, kind) for kind in KINDS)
+
+
+def is_of_whole_layers(stage: Stage) -> bool:
+    """Whether a stage holds attention and FFN of each of its layers: `[A2 F2]`, `[A2 F2 A3 F3]`."""
+    return stage[0].kind == ATTENTION and stage[-1].kind == FFN
+
+
 def staggered_stages(first: int, last: int) -> list[Stage]:
     """The stages `[Fk Ak+1]` between neighbouring layers of a span, `first` to `last` inclusive."""
     return [(Sublayer(k, FFN), Sublayer(k + 1, ATTENTION)) for k in range(first, last)]

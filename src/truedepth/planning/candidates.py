@@ -12,6 +12,7 @@ from truedepth.plan.stages import (
     Sublayer,
     group_of,
     group_segment,
+    is_of_whole_layers,
     sublayers_of,
 )
 from truedepth.widening.layout import Layout
@@ -38,13 +39,16 @@ def segments_to_merge(layout: Layout, form: str, max_group: int, max_run: int) -
     Args:
         layout: Of the original as it is.
         form: `auto` for all that the family allows, `pairs` for groups of layers alone.
-        max_group: Most layers in a group.
-        max_run: Most sub-layers in a stage.
+        max_group: Most layers in a group, and in a stage of whole layers.
+        max_run: Most sub-layers in any other stage.
     """
-    found = list(_groups(layout.source.num_layers, max_group))
-    if form != PAIRS and not layout.why_no_stages:
+    num_layers = layout.source.num_layers
+    found = list(_groups(num_layers, max_group))
+    if form != PAIRS and layout.is_parallel:
+        found = [each for each in _stages(num_layers, 2 * max_group) if is_of_whole_layers(each[0])]
+    elif form != PAIRS:
         found = [each for each in found if _can_be_joined(layout, each)]
-        found += _stages(layout.source.num_layers, max_run)
+        found += _stages(num_layers, max_run)
     return sorted(found, key=lambda segment: segment[0][0])
 
 

@@ -138,8 +138,9 @@ def search(
             token. Give one of `pairs`, `depth`, `all_reduces` and `max_loss`.
         form: What to merge. auto: sub-layers or layers, whichever lose least; pairs: groups of
             layers alone, which llama.cpp runs too.
-        max_group: Largest number of layers in a group that a search considers.
-        max_run: Largest number of sub-layers in a stage that a search considers.
+        max_group: Largest number of layers in a group, and in a stage of whole layers where these
+            read one state already, that a search considers.
+        max_run: Largest number of sub-layers in any other stage that a search considers.
         calibrate: Refit the plans that are compared, for a conversion that will be calibrated.
         calibration: Text and tokens that plans are refitted on; default: `SEARCH_CALIBRATION`.
         frontier: Also measure a plan of each of the other numbers of stages.

@@ -39,8 +39,8 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         return
     paired = f"layers 0 to {plan.num_layers - 1}, in groups of any size (exact)"
     shared = "any neighbours, such as an FFN and the next attention, [F0 A1] (exact)"
-    if info.no_stages_reason:
-        shared = f"none: {info.no_stages_reason}"
+    if info.stages_of_whole_layers:
+        shared = "whole layers: [A0 F0], which loses nothing, or [A0 F0 A1 F1] (exact)"
     more = [("can share stages", shared)]
     if info.mixture:
         kept = "experts and routers stay as they are"
@@ -56,7 +56,7 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
                 str(saving.paired_layers),
                 str(saving.effective_depth),
                 str(saving.all_reduces_per_token),
-                f"{saving.all_reduces_per_token / full - 1:+.0%}" if saving.pairs else "",
+                _change(saving.all_reduces_per_token, full),
             )
             for saving in info.savings
         ],
@@ -64,6 +64,10 @@ def print_info(info: Info, dtype: torch.dtype | None) -> None:
         words=(),
     )
     print("\n* per token, with tensor parallelism; a single device needs none")
+
+
+def _change(after: int, before: int) -> str:
+    return f"{after / before - 1:+.0%}" if after != before else ""
 
 
 def _side_by_side_rows(info: Info, *more: tuple[str, str]) -> list[tuple[str, str]]:

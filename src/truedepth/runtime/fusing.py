@@ -28,7 +28,17 @@ from truedepth.families.family import Family, SublayerNames
 from truedepth.families.lookup import original_family
 from truedepth.modeling import text_config
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import ATTENTION, KINDS, Kind, Stage, Sublayer, home_of, parts_of
+from truedepth.plan.stages import (
+    ATTENTION,
+    KINDS,
+    Kind,
+    Stage,
+    Sublayer,
+    home_of,
+    parts_of,
+    stage_of,
+    whole_layer,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,9 +98,12 @@ def _refuse_to_save(*arguments: object, **options: object) -> None:
 
 def _stages(family: Family, config: Any, layers: int) -> Sequence[Stage]:
     """The stages of a loaded model, by the numbers of its own layers (a wide layer is one)."""
+    stages = list(map(stage_of, getattr(config, "stages", None) or ()))
     if family.is_parallel(text_config(config)):
-        return [tuple(Sublayer(layer, kind) for kind in KINDS) for layer in range(layers)]
-    return Plan(layers, stages=getattr(config, "stages", None) or ()).stages
+        inside = {each.layer for stage in stages for each in stage}
+        alone = (layer for layer in range(layers) if layer not in inside)
+        stages += map(whole_layer, alone)
+    return Plan(layers, stages=stages).stages
 
 
 def _why_not(family: Family, config: Any, members: Iterable[_Member]) -> str:

@@ -58,7 +58,8 @@ class LoadedSublayer:
         self.on_run(self, x)
         call = calls[self.index] if self.kind == "attention" else {}
         x = x.to(next(self.layer.parameters()).dtype)
-        return self.form.output(self.layer, self.kind, x, **call)
+        normed = self.form.normed(self.layer, self.kind, x)
+        return self.form.output(self.layer, self.kind, normed, **call)
 
     @property
     def is_mixture(self) -> bool:

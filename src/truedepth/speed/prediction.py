@@ -17,7 +17,7 @@ from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, checked
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import staggered_stages
+from truedepth.plan.stages import staggered_stages, whole_layer
 from truedepth.progress import working
 from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.sources.opening import open_source
@@ -234,13 +234,19 @@ def _plan(source: Source, plan: Plan | None, depth: int | None, all_reduces: int
             )
         plan = Plan.late_pairs(num_layers, num_layers - depth)
     if all_reduces is not None:
-        if not num_layers < all_reduces <= 2 * num_layers:
+        whole_layers = Layout.of(source).is_parallel
+        least = num_layers if whole_layers else num_layers + 1
+        if not least <= all_reduces <= 2 * num_layers:
+            said = "layers that are stages" if whole_layers else "staggered layers"
             raise TruedepthError(
-                f"{num_layers} staggered layers have {num_layers + 1} to {2 * num_layers}"
-                f" all-reduces, not {all_reduces}; for fewer give --plan."
+                f"{num_layers} {said} have {least} to {2 * num_layers} all-reduces, not"
+                f" {all_reduces}; for fewer give --plan."
             )
-        saved = 2 * num_layers - all_reduces
-        stages = staggered_stages(num_layers - 1 - saved, num_layers - 1)
+        saved, last = 2 * num_layers - all_reduces, num_layers - 1
+        layers = range(num_layers - saved, num_layers)
+        stages = [whole_layer(each) for each in layers]
+        if not whole_layers:
+            stages = staggered_stages(last - saved, last)
         plan = Plan(num_layers, stages=stages)
     plan = plan or own
     if plan is None:

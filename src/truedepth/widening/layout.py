@@ -18,10 +18,19 @@ import torch
 from truedepth import modeling
 from truedepth.errors import TruedepthError
 from truedepth.families.family import KEY_VALUE, head_dim
-from truedepth.families.lookup import CONVERTED, quantization_of
+from truedepth.families.lookup import CONVERTED, original_family, quantization_of
 from truedepth.plan.config import GroupLayers, group_layers, plan_entries, plan_of
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, group_segment
+from truedepth.plan.stages import (
+    KINDS,
+    Segment,
+    Stage,
+    Sublayer,
+    group_of,
+    group_segment,
+    is_of_whole_layers,
+    said,
+)
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.sources.parameters import parameters_of
 from truedepth.sources.source import Source
@@ -41,8 +50,8 @@ class Layout:
             dtype: Dtype of the tensors; default: as in the source.
 
         Raises:
-            TruedepthError: The plan is for another number of layers, or merges sub-layers of a
-                family whose sub-layers cannot share a stage.
+            TruedepthError: The plan is for another number of layers, or parts layers whose
+                attention and FFN read one state.
         """
         if plan.num_layers != source.num_layers:
             raise TruedepthError(
@@ -52,10 +61,12 @@ class Layout:
         self.source, self.plan, self._dtype = source, plan, dtype
         if dtype is not None or any(map(self.is_wide, plan.groups)):
             source.check_plain("which cannot be folded exactly")
-        if plan.merged and self.why_no_stages:
+        odd = next((each for each in plan.merged if not is_of_whole_layers(each)), None)
+        if odd and self.is_parallel:
             raise TruedepthError(
-                f"Sub-layers of {source.name} ({source.family.model_type}) cannot share a stage:"
-                f" {self.why_no_stages}; give a plan of groups of layers."
+                f"Sub-layers of {source.name} ({source.family.model_type}) cannot share the stage"
+                f" {said(odd)}: attention and FFN of its layers read one state already, so a stage"
+                " holds whole layers, such as [A2 F2] or [A2 F2 A3 F3]."
             )
 
     @classmethod
@@ -74,9 +85,23 @@ class Layout:
         return tuple(found)
 
     @property
-    def why_no_stages(self) -> str:
-        """Why sub-layers cannot share a stage, as the end of a sentence; "" if they can."""
-        return self.source.family.why_no_stages(self._original)
+    def is_parallel(self) -> bool:
+        """Whether attention and FFN of a layer read one state in the original already.
+
+        A stage then holds whole layers; one of a single layer changes nothing but the all-reduces.
+        """
+        family = original_family(self.source.config, str(self.source.path))
+        return family.is_parallel(self._original)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the plan changes nothing of what the original computes."""
+        return all(map(self.is_exact, self.plan.merged)) and not self.plan.paired_layers
+
+    def is_exact(self, stage: Stage) -> bool:
+        """Whether the sub-layers of a stage read one state in the original already."""
+        layers = {each.layer for each in stage}
+        return len(stage) == 1 or (self.is_parallel and len(layers) == 1)
 
     def why_not_wide(self, group: Sequence[int]) -> str:
         """Why a group does not become one wide layer, as the end of a sentence; "" if it does."""
@@ -102,12 +127,15 @@ class Layout:
 
     @property
     def shared_sublayers(self) -> tuple[Sublayer, ...]:
-        """The converted model's sub-layers that share a stage, or stand for some that do."""
+        """The converted model's sub-layers that share a stage which they do not share in the
+        original, or stand for some that do.
+        """
         pairs = zip(self.plan.groups, self.layers, strict=True)
         groups = (layers for group, layers in pairs if len(group) > 1)
         grouped = {Sublayer(layer, kind) for at in groups for layer in at for kind in KINDS}
         kept = self.kept_layers
-        merged = (each for stage in self.plan.merged for each in stage)
+        stages = (stage for stage in self.plan.merged if not self.is_exact(stage))
+        merged = (each for stage in stages for each in stage)
         return tuple(sorted(grouped | {Sublayer(kept[each.layer], each.kind) for each in merged}))
 
     @property
@@ -203,14 +231,20 @@ class Layout:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The plan's segments; where attention and FFN read one state, layers are not parted."""
-        if self.source.family.is_parallel(self._original):
-            return tuple(map(group_segment, self.plan.groups))
-        return self.plan.segments
+        if not self.is_parallel:
+            return self.plan.segments
+        merged = {stage[0].layer: (stage,) for stage in self.plan.merged}
+        inside = {each.layer for stage in self.plan.merged for each in stage[1:]} - merged.keys()
+        return tuple(
+            merged.get(group[0], group_segment(group))
+            for group in self.plan.groups
+            if group[0] not in inside
+        )
 
     def is_merged(self, segment: Segment) -> bool:
         """Whether a segment becomes weights of its own: a wide layer, or a stage of several."""
         group = group_of(segment)
-        return self.is_wide(group) if group else len(segment[0]) > 1
+        return self.is_wide(group) if group else not self.is_exact(segment[0])
 
     def renamed(self, tensor: str) -> str:
         """The converted model's name for a tensor that has this name in the original.

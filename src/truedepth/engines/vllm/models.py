@@ -25,7 +25,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from truedepth.engines.vllm.backend import reduce_once
 from truedepth.engines.vllm.plugin import check_version
-from truedepth.engines.vllm.stages import fuse_stages, merge_stages
+from truedepth.engines.vllm.stages import check_alone, fuse_stages, merge_stages
 from truedepth.families.registration import register_type
 from truedepth.modeling import PREFIX, WIDENED
 
@@ -70,6 +70,10 @@ class WithStages:
         """Let sub-layers read one state, as the checkpoint's config says."""
         model: Any = self
         whole = vllm_config.model_config.hf_config
+        if whole.stages and whole.sublayers["parallel"]:
+            self.fuses = None
+            check_alone(whole)
+            return
         merge_stages(model.model, whole)
         # maps that are quantized or adapted keep their names and places
         plain = vllm_config.quant_config is None and vllm_config.lora_config is None

@@ -150,6 +150,22 @@ def merge_stages(model: nn.Module, config: Any) -> None:
     _arrange(layers, config, lambda stage: [(each,) for each in stage])
 
 
+def check_alone(config: Any) -> None:
+    """Refuse stages of several whole layers, whose attentions and FFNs read one state already.
+
+    Those of one layer run as the layer does, with its own all-reduces.
+
+    Raises:
+        ValueError: There is such a stage.
+    """
+    for names in config.stages:
+        if len({each.layer for each in stage_of(names)}) > 1:
+            raise ValueError(
+                f"vLLM's layers of this family do not run side by side, as those of the stage"
+                f" [{' '.join(names)}] do; use transformers"
+            )
+
+
 def fuse_stages(model: nn.Module, config: Any) -> None:
     """Fuse the merged stages of a model whose weights are loaded, in place.
 

@@ -75,7 +75,8 @@ class Inside:
             module = layer.module.get_submodule(name)
             hooks.append(module.register_forward_hook(functools.partial(self._scaled, scale)))
         args, call = (layer.args, layer.call) if self._kind == KINDS[0] else ((), {})
-        output = self._form.output(layer.module, self._kind, layer.x, *args, **call)
+        normed = self._form.normed(layer.module, self._kind, layer.x)
+        output = self._form.output(layer.module, self._kind, normed, *args, **call)
         for hook in hooks:
             hook.remove()
         return output

@@ -18,7 +18,8 @@ from transformers import CohereConfig
 
 import forks
 import truedepth as td
-from tiny_models import random_ids
+from tiny_models import byte_tokenizer, random_ids
+from traced_models import model_of
 from truedepth.depth_study.correlation import rank_correlation
 from truedepth.depth_study.dependence import dependence, sublayer_dependence
 from truedepth.depth_study.measurements import FILE, Measurements
@@ -152,6 +153,18 @@ def test_where_attention_and_ffn_read_one_state(make_model, text, tmp_path):
 
 
 @torch.no_grad()
+def test_layers_of_different_parameters_have_no_mean(text, tmp_path):
+    """The first layers of a mixture of experts may be dense."""
+    model_of("deepseek_v3").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    options = {"text": text, "stride": 3, **SIZE}
+    found = study(tmp_path / "model", tmp_path / "out", **options)
+    assert {"prune", "2-parallel", "staggered"} < found.transformed.keys()
+    assert "merge" not in found.transformed
+    with pytest.raises(td.TruedepthError, match="'merge' takes the mean of layers"):
+        study(tmp_path / "model", tmp_path / "out", transformations=["merge"], **options)
+
+
 def test_dependence_of_sublayers_by_the_definitions(make_model):
     loaded = td.load(make_model())
     ids = random_ids(2, 13)

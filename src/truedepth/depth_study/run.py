@@ -19,6 +19,7 @@ from truedepth.depth_study.result import Study
 from truedepth.depth_study.schedule import Runner, Schedule, in_order, layer_evaluations
 from truedepth.depth_study.transformations import (
     BLOCKS,
+    MERGE,
     OF_SUBLAYERS,
     STAGGERED,
     TRANSFORMATIONS,
@@ -29,7 +30,7 @@ from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
 from truedepth.runtime.device import default_device, fast_dtype
-from truedepth.runtime.empty import transformers_config
+from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
@@ -169,7 +170,14 @@ def _possible(source: Source, wanted: Sequence[str] | None) -> list[str]:
     """
     parallel = source.family.is_parallel(transformers_config(source.config, source.path))
     possible = [name for name in TRANSFORMATIONS if not (parallel and name in OF_SUBLAYERS)]
+    if not _are_alike(empty_model(source.config, source.path).base_model.layers):
+        possible.remove(MERGE)
     for name in sorted(set(wanted or ()) - set(possible)):
+        if name == MERGE:
+            raise TruedepthError(
+                f"{name!r} takes the mean of layers, but those of {source.name} have different"
+                " parameters."
+            )
         if name in TRANSFORMATIONS:
             raise TruedepthError(
                 f"{name!r} changes nothing in {source.name}: attention and FFN of its layers read"
@@ -179,6 +187,12 @@ def _possible(source: Source, wanted: Sequence[str] | None) -> list[str]:
             f"{name!r} is not a transformation; choose from {', '.join(possible)}."
         )
     return possible
+
+
+def _are_alike(layers: Iterable[torch.nn.Module]) -> bool:
+    """Whether layers have parameters of the same names and shapes."""
+    first, *others = [{n: p.shape for n, p in layer.named_parameters()} for layer in layers]
+    return all(other == first for other in others)
 
 
 def _pairs(layers: int) -> Cells:

@@ -67,12 +67,12 @@ def _blocks(span: range, _: str) -> Schedule:
     return _in_stages(*(tuple(Sublayer(layer, kind) for kind in KINDS) for layer in span))
 
 
-STAGGERED, BLOCKS = "staggered", "A beside F"
+STAGGERED, BLOCKS, MERGE = "staggered", "A beside F", "merge"
 
 TRANSFORMATIONS = {
     "shuffle": Transformation("the layers of the span in random order", _random_order, random=True),
     "prune": Transformation("the span left out", lambda span, _: ()),
-    "merge": Transformation(
+    MERGE: Transformation(
         "one layer with the mean of the span's weights",
         lambda span, _: (Step(tuple(span), "merge"),),
     ),

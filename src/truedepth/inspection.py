@@ -118,6 +118,8 @@ def inspect_model(model: str | Path | Source) -> Info:
         found = {pair[0]: layout.why_not_wide(pair) for pair in pairs}
         reasons = {first: reason for first, reason in found.items() if reason}
     refused = bool(reasons) and (converted or len(reasons) == plan.num_layers - 1)
+    if layout.is_parallel:  # stages of several layers are these side by side
+        refused |= not all(map(layout.is_exact, plan.merged))
     return Info(
         name=source.name,
         origin=source.origin,

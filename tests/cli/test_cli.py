@@ -53,10 +53,10 @@ def test_info_of_stages(run, make_model, tmp_path):
     assert data["plan"]["stages"] == data["run"]["stages"] == [["F2", "A3"], ["F3", "A4"]]
 
 
-def test_info_of_a_family_without_stages(run, make_model):
+def test_info_of_a_family_whose_stages_hold_whole_layers(run, make_model):
     code, out, _ = run("info", make_model(**options_of("cohere")))
     assert code == 0
-    assert "can share stages  none: attention and FFN" in out
+    assert "can share stages  whole layers: [A0 F0], which loses nothing" in out
 
 
 def test_info_needs_no_weights(run, make_model, tmp_path):

@@ -145,7 +145,11 @@ def test_what_info_says(make_model, tmp_path):
     assert found.stages_of_whole_layers
     assert [saving.all_reduces_per_token for saving in found.savings] == [6, 5, 4, 3]
     td.convert(source, tmp_path / "out", PLAN)
-    assert inspect_model(tmp_path / "out").executed_plan == PLAN
+    converted_cohere = tmp_path / "cohere"
+    td.convert(make_model(**options_of("cohere")), converted_cohere, PLAN)
+    found = inspect_model(tmp_path / "out")
+    assert found.executed_plan == PLAN and not found.side_by_side
+    assert "side by side" in inspect_model(converted_cohere).engines["vLLM"]
     assert td.predict(tmp_path / "out").plan == PLAN
 
 

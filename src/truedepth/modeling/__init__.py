@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from truedepth.modeling import modeling
+from truedepth.modeling.forms import KINDS, LayerForm, run_sublayer
 from truedepth.modeling.modeling import PREFIX, auto_classes, auto_map, text_config
-from truedepth.modeling.stages import KINDS, LayerForm, run_sublayer
+from truedepth.modeling.parts import SimulatedRanks, give_parts
 from truedepth.modeling.wide_layers import WIDENED, wide_layer
 
 FILES = tuple(sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)}))
@@ -25,8 +26,10 @@ __all__ = [
     "PREFIX",
     "WIDENED",
     "LayerForm",
+    "SimulatedRanks",
     "auto_classes",
     "auto_map",
+    "give_parts",
     "run_sublayer",
     "text_config",
     "wide_layer",

@@ -6,7 +6,8 @@ multiplied by that number. The rest of the model is the family's own code, so at
 caches, generation and tensor-parallel plans are those of the original.
 
 Other layers stay as they are. `config.stages` says which of their sub-layers read the same state,
-such as `["F14", "A15"]`, an FFN and the next layer's attention; `config.side_by_side`, which layers
+such as `["F14", "A15"]`, an FFN and the next layer's attention, and which are local to the ranks of
+tensor parallelism, `{"sublayers": ["F14", "A15"], "local": 2}`; `config.side_by_side`, which layers
 that cannot be merged read the same input; and `config.sublayers`, how such layers compute.
 
 `TruedepthLlamaForCausalLM` is made from `transformers.LlamaForCausalLM` when it is first asked for,
@@ -23,7 +24,8 @@ from typing import Any
 import transformers
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from .stages import LayerForm, SideBySide, merge_stages, mix_into, place_of
+from .forms import LayerForm, places_and_ranks
+from .stages import SideBySide, merge_stages, mix_into, wrong_ranks
 from .wide_layers import LayerConfig, wide_layer
 
 PREFIX = "Truedepth"
@@ -31,15 +33,17 @@ PREFIX = "Truedepth"
 
 class LayerWidthsConfig:
     """Adds to a config `layer_widths` (one integer per layer), `stages` (neighbouring sub-layers
-    that read one state), `side_by_side` (groups of layers that run on one input), `sublayers`
-    (their `LayerForm`) and `truedepth` (how it was made).
+    that end in one all-reduce), `side_by_side` (groups of layers that run on one input),
+    `sublayers` (their `LayerForm`), `truedepth` (how it was made) and `simulate_ranks` (whether one
+    process computes what the ranks of local stages would; an option of `from_pretrained`).
     """
 
     layer_widths: list[int] | None = None
-    stages: list[list[str]] | None = None
+    stages: list[Any] | None = None
     side_by_side: list[list[int]] | None = None
     sublayers: dict[str, Any] | None = None
     truedepth: dict[str, Any] | None = None
+    simulate_ranks: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -63,7 +67,7 @@ class LayerWidthsConfig:
                 )
 
         for stage in self.stages or ():
-            places = [place_of(name) for name in stage]
+            places, _ = places_and_ranks(stage)
             first, size = places[0], len(places)
             if places != list(range(first, first + size)) or first < 0 or first + size > 2 * depth:
                 raise ValueError(f"stages must hold neighbouring sub-layers, not {stage}")
@@ -91,7 +95,11 @@ class LayerWidthsModel:
 
     def __init__(self, config: Any) -> None:
         ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-        text = text_config(config)
+        text, stages = text_config(config), config.stages or ()
+        local = next(filter(None, (places_and_ranks(stage)[1] for stage in stages)), ranks)
+        if local != ranks and (ranks > 1 or not config.simulate_ranks):
+            raise ValueError(wrong_ranks(local, ranks))
+        ranks = local
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         if heads % ranks or kv_heads % ranks:  # transformers would shard within heads
@@ -105,8 +113,11 @@ class LayerWidthsModel:
         for index, width in enumerate(config.layer_widths):
             if width > 1:
                 layers[index] = wide_layer(layers[index], config, width, index)
-        if config.stages:
-            merge_stages(layers, LayerForm(**config.sublayers), config.stages)
+        if stages:
+            plan = getattr(text, "base_model_tp_plan", None) or {}
+            styles = {name.removeprefix("layers.*."): style for name, style in plan.items()}
+            form, simulate = LayerForm(**config.sublayers), bool(config.simulate_ranks)
+            merge_stages(layers, form, stages, styles, simulate)
         for group in config.side_by_side or ():
             for index in group:
                 mix_into(layers[index], SideBySide, LayerForm(**config.sublayers))

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
-KINDS = ("attention", "ffn")
-
-
-def place_of(sublayer: str) -> int:
-    """The place of `A14` or `F14` in the order A0 F0 A1 F1 …; -1 if it is neither."""
-    kind, layer = sublayer[:1], sublayer[1:]
-    return 2 * int(layer) + (kind == "F") if kind in ("A", "F") and layer.isdecimal() else -1
-
-
-@dataclass(frozen=True)
-class LayerForm:
-    """How the layers of a model compute, by names within a layer; `sublayers` in config.json."""
-
-    attention: Sequence[str | None]
-    """Names of the attention, the norm before it and the norm after it; None for a missing norm."""
-
-    ffn: Sequence[str | None]
-    """Names of the FFN, the norm before it and the norm after it."""
-
-    parallel: bool
-    """Whether attention and FFN read the same state."""
-
-    multiplier: str | None
-    """The layer's attribute by which attention's and the FFN's outputs are multiplied, if any."""
-
-    writes: Sequence[Sequence[str]] = ((), ())
-    """Names of the modules whose outputs add up to what attention, and what the FFN, gives."""
-
-    def normed(self, layer: Any, kind: str, x: Tensor) -> Tensor:
-        """What a sub-layer's module reads, from the residual stream; of the same shape."""
-        norm = getattr(self, kind)[1]
-        normed: Tensor = x if norm is None else layer.get_submodule(norm)(x)
-        return normed
-
-    def output(self, layer: Any, kind: str, normed: Tensor, *args: Any, **call: Any) -> Tensor:
-        """What a sub-layer's module gives, `[batch, length, hidden]`.
-
-        Args:
-            layer: The decoder layer.
-            kind: `attention` or `ffn`.
-            normed: What it reads, `[batch, length, hidden]`.
-            args: Positional arguments for the module: for attention, those that the layer gets.
-            call: Keyword arguments for the module.
-        """
-        output = layer.get_submodule(getattr(self, kind)[0])(normed, *args, **call)
-        whole: Tensor = output[0] if isinstance(output, tuple) else output
-        return whole
-
-    def added(self, layer: Any, kind: str, output: Tensor) -> Tensor:
-        """What a sub-layer adds to the residual stream, from what its module gives."""
-        norm = getattr(self, kind)[2]
-        if norm is not None:
-            output = layer.get_submodule(norm)(output)
-        return output if self.multiplier is None else output * getattr(layer, self.multiplier)
-
-
-def run_sublayer(
-    layer: Any, form: LayerForm, kind: str, x: Tensor, *args: Any, **call: Any
-) -> Tensor:
-    """What a sub-layer adds to the residual stream x, `s(N_s x)`; see `LayerForm.output`."""
-    normed = form.normed(layer, kind, x)
-    return form.added(layer, kind, form.output(layer, kind, normed, *args, **call))
+from .forms import KINDS, Entry, LayerForm, places_and_ranks, run_sublayer
+from .parts import (
+    GATHERED,
+    SimulatedRanks,
+    WholeOutput,
+    give_parts,
+    mesh_of,
+    mix_in,
+    on_the_first,
+)
 
 
 class Stage:
@@ -89,6 +35,9 @@ class Stage:
         self._whole: list[tuple[Any, str]] = []
         self._sharded: list[nn.Module] | None = None
 
+    is_local = False
+    """Whether its members read what their rank has written, too."""
+
     def join(self, layer: Any, kind: str) -> None:
         """Make a sub-layer its next member."""
         self._members.append((layer, kind))
@@ -100,35 +49,37 @@ class Stage:
 
     def give_parts(self) -> None:
         """Let the modules that write give their parts, if they are several."""
-        if len(self._members) == 1 and len(self._written(*self._members[0])) < 2:
+        if len(self._members) == 1 and len(self.written(*self._members[0])) < 2:
             return
         for layer, kind in self._members:
-            writers = self._written(layer, kind)
-            for writer in writers:
-                own = type(writer)
-                body = {"__module__": own.__module__}
-                writer.__class__ = type(own.__name__, (PartOfSum, own), body)
-                writer.stage = self
+            writers = give_parts(layer, self.written(layer, kind), self)
             self._writers += writers
             if not writers:
                 self._whole.append((layer, kind))
 
-    def _written(self, layer: Any, kind: str) -> list[Any]:
-        """The modules whose outputs add up to what a member's module gives."""
+    def written(self, layer: Any, kind: str) -> list[str]:
+        """The names of the modules whose outputs add up to what a member's module gives."""
         modules = dict(layer.named_modules())
-        names = self._form.writes[KINDS.index(kind)]
-        return [modules[name] for name in names if name in modules]
+        return [name for name in self._form.writes[KINDS.index(kind)] if name in modules]
 
     @property
     def mesh(self) -> Any:
         """The ranks that share its sub-layers; None in one process."""
         if self._sharded is None:  # by the first run all weights are where they stay
-            self._sharded = [writer for writer in self._writers if _mesh(writer)]
-        return _mesh(self._sharded[0]) if self._sharded else None
+            self._sharded = [writer for writer in self._writers if mesh_of(writer)]
+        return mesh_of(self._sharded[0]) if self._sharded else None
 
     @property
     def _norms_follow(self) -> bool:
         return any(getattr(self._form, kind)[2] for _, kind in self._members)
+
+    def begin(self, x: Tensor) -> Tensor:
+        """The state that it is given, `[batch, length, hidden]`, for its members."""
+        return x
+
+    def read(self, x: Tensor, parts: list[Tensor]) -> Tensor:
+        """What its next member reads, from the state and what the members before it gave."""
+        return x
 
     def run(
         self, parts: list[Tensor], layer: Any, kind: str, normed: Tensor, *args: Any, **call: Any
@@ -154,8 +105,14 @@ class Stage:
         part = self._form.added(layer, kind, part)
         return [parts[0] + part] if parts else [part]
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' parts, of the same shape."""
+    def summed(self, parts: list[Tensor]) -> list[Tensor]:
+        """The sum over all ranks of each of the parts, in one all-reduce."""
+        if len(parts) == 1:
+            return [self.reduced(parts[0])]
+        return list(self.reduced(torch.stack(parts)))
+
+    def reduced(self, part: Tensor) -> Tensor:
+        """The sum of what all ranks have, of the same shape."""
         if not part.requires_grad:
             torch.distributed.all_reduce(part, group=self.mesh.get_group())
             return part
@@ -167,12 +124,103 @@ class Stage:
         """The state behind it, from the state before it and what its members gave."""
         if self.mesh is None:
             return x + parts[0]
-        if len(parts) == 1 and not self._norms_follow:
-            return x + self.summed(parts[0])
-        wholes = self.summed(torch.stack(parts))
+        wholes = self.summed(parts)
+        if not self._norms_follow:
+            return x + wholes[0]
         for (layer, kind), whole in zip(self._members, wholes, strict=True):
             x = x + self._form.added(layer, kind, whole)
         return x
+
+
+class LocalStage(Stage):
+    """A stage whose members run one after another on every rank, which goes on with its own parts:
+
+        y = x + Σ_r p_r        p_r = Σ_i s_i^r(N_i (x + p_r so far))
+
+    Ranks that are simulated in one process are side by side in the batch while it is open.
+    """
+
+    is_local = True
+
+    def __init__(self, form: LayerForm, ranks: int, simulated: SimulatedRanks | None) -> None:
+        super().__init__(form)
+        self._ranks, self._simulated = ranks, simulated
+
+    @property
+    def mesh(self) -> Any:
+        """The ranks; those that are simulated in one process."""
+        if self._simulated is not None:
+            return self._simulated
+        mesh = super().mesh
+        if mesh is None or mesh.size() != self._ranks:
+            raise ValueError(wrong_ranks(self._ranks, mesh.size() if mesh else 1))
+        return mesh
+
+    def begin(self, x: Tensor) -> Tensor:
+        """The state for its members, simulated ranks side by side."""
+        return x if self._simulated is None else self._simulated.spread(x)
+
+    def read(self, x: Tensor, parts: list[Tensor]) -> Tensor:
+        """The state and what the rank has written itself."""
+        if not self._norms_follow:
+            return x + parts[0] if parts else x
+        for (layer, kind), part in zip(self._members, parts, strict=False):
+            x = x + self._form.added_by_rank(layer, kind, part, self._ranks)
+        return x
+
+    def run(
+        self, parts: list[Tensor], layer: Any, kind: str, normed: Tensor, *args: Any, **call: Any
+    ) -> list[Tensor]:
+        """Run a member; see `Stage.run`."""
+        if self._simulated is not None:
+            batch = len(normed) // self._ranks
+            args, call = self._simulated.spread_call((args, call), batch)
+        return super().run(parts, layer, kind, normed, *args, **call)
+
+    def summed(self, parts: list[Tensor]) -> list[Tensor]:
+        """The sum over all ranks of each of the parts."""
+        if self._simulated is None:
+            return super().summed(parts)
+        return list(map(self._simulated.summed, parts))
+
+    def end(self, x: Tensor, parts: list[Tensor]) -> Tensor:
+        """The state behind it, `[batch, length, hidden]`."""
+        if self._simulated is not None:
+            x = x[: len(x) // self._ranks]
+        return super().end(x, parts)
+
+    def keep_to_itself(self, styles: Mapping[str, str]) -> None:
+        """Let maps whose outputs would be gathered from ranks with other inputs run whole.
+
+        Args:
+            styles: transformers' styles of sharding, by names in a layer.
+
+        Raises:
+            ValueError: A member cannot be shared out over the ranks.
+        """
+        ranks = SimulatedRanks(self._ranks, styles)
+        gathered = [name for name, style in styles.items() if style in GATHERED]
+        for layer, kind in self._members:
+            body, modules = getattr(self._form, kind)[0], dict(layer.named_modules())
+            writes = self.written(layer, kind)
+            reasons = [ranks.why_not(modules[name], name) for name in writes]
+            reason = next(filter(None, reasons), "" if writes else f"nothing is known of {body}")
+            if reason:
+                raise ValueError(
+                    f"{body} cannot be in a stage that is local to {self._ranks} ranks: {reason}"
+                )
+            for name in gathered:
+                if name.startswith(f"{body}.") and isinstance(modules.get(name), nn.Linear):
+                    mix_in(modules[name], WholeOutput)
+
+
+def wrong_ranks(local: int, ranks: int) -> str:
+    """What is said of a number of ranks that local stages are not for."""
+    return (
+        f"this model has stages that are local to {local} tensor-parallel ranks, so {local} ranks"
+        f" compute it, not {ranks}; load it over {local}, or let one process compute what {local}"
+        " would with simulate_ranks=True"
+    )
 
 
 class Staged:
@@ -195,102 +243,49 @@ class Staged:
     def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
         """From the stream, or x and parts, to the stream, or x and parts."""
         attention, ffn = self.stages
-        x, *parts = hidden_states.unbind(0) if self.continues else [hidden_states]
-        normed = self.form.normed(self, "attention", x)
+        x, *parts = hidden_states.unbind(0) if self.continues else [attention.begin(hidden_states)]
+        state = attention.read(x, parts)
+        normed = self.form.normed(self, "attention", state)
         parts = attention.run(parts, self, "attention", normed, *args, **call)
         if not self.joined:
-            x, parts = attention.end(x, parts), []
-        if not self.joined or self.form.attention[1] != self.form.ffn[1]:
-            normed = self.form.normed(self, "ffn", x)
+            x, parts = ffn.begin(attention.end(x, parts)), []
+        moved = not self.joined or (ffn.is_local and not self.form.parallel)
+        if moved:
+            state = ffn.read(x, parts)
+        if moved or self.form.attention[1] != self.form.ffn[1]:
+            normed = self.form.normed(self, "ffn", state)
         parts = ffn.run(parts, self, "ffn", normed)
         return torch.stack([x, *parts]) if self.leaves_open else ffn.end(x, parts)
 
 
-class PartOfSum:
-    """Mixed into a module that writes to the residual stream, in a stage of several.
-
-    Under tensor parallelism transformers puts a function into the place of `forward` that ends in
-    an all-reduce. That is left out here: the stage has one of its own. A module that every rank has
-    whole gives its output on the first rank.
-    """
-
-    stage: Stage
-
-    def _part(self, *inputs: Tensor) -> Tensor:
-        mesh = self.stage.mesh
-        if mesh is None:
-            return super().forward(*inputs)  # type: ignore[misc, no-any-return]
-        if _mesh(self) is None:
-            return on_the_first(super().forward(*inputs), mesh)  # type: ignore[misc]
-        if isinstance(self, nn.Linear):
-            bias = _local(self.bias) if mesh.get_local_rank() == 0 else None  # once in the sum
-            features = _split(inputs[0], self.in_features, mesh)
-            return nn.functional.linear(features, _local(self.weight), bias)
-        with _local_parameters(self):  # experts, their inputs and who gets them
-            return super().forward(*(_shared(each, mesh) for each in inputs))  # type: ignore[misc, no-any-return]
-
-    forward = property(lambda self: self._part, lambda self, replacement: None)
-
-
-def _mesh(module: Any) -> Any:
-    """The ranks that share a module's parameters; None if this process has them whole."""
-    for parameter in module.parameters(recurse=False):
-        if isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements):
-            return parameter.device_mesh
-    return None
-
-
-def _split(features: Tensor, size: int, mesh: Any) -> Tensor:
-    """A rank's share of the inputs of a map of so many; they are whole behind packed maps."""
-    if features.shape[-1] != size:
-        return features
-    whole = DTensor.from_local(features, mesh, [Replicate()])
-    share: Tensor = whole.redistribute(mesh, [Shard(-1)]).to_local()
-    return share
-
-
-def _shared(given: Tensor, mesh: Any) -> Tensor:
-    """An input that every rank has: its gradient is the sum of theirs."""
-    if not given.requires_grad:
-        return given
-    whole = DTensor.from_local(given, mesh, [Replicate()])
-    local: Tensor = whole.to_local(grad_placements=[Partial()])
-    return local
-
-
-def _local(parameter: Any) -> Any:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-@contextmanager
-def _local_parameters(module: Any) -> Iterator[None]:
-    """A module that computes with its rank's shards."""
-    own = dict(module._parameters)
-    try:
-        module._parameters.update({name: _local(parameter) for name, parameter in own.items()})
-        yield
-    finally:
-        module._parameters.update(own)
-
-
-def on_the_first(whole: Tensor, mesh: Any) -> Tensor:
-    """What every rank has, as its part of a sum: 0 on all but the first, with its gradient."""
-    return whole if mesh.get_local_rank() == 0 else whole - whole.detach()
-
-
-def merge_stages(layers: Any, form: LayerForm, stages: Sequence[Sequence[str]]) -> None:
-    """Let neighbouring sub-layers read one state, in place.
+def merge_stages(
+    layers: Any,
+    form: LayerForm,
+    stages: Sequence[Entry],
+    styles: Mapping[str, str],
+    simulate: bool = False,
+) -> None:
+    """Let neighbouring sub-layers read one state, or in local stages what their rank has, in place.
 
     Args:
         layers: A model's decoder layers.
         form: How they compute.
-        stages: The names of the sub-layers in every stage of several, such as `A14` and `F14`.
+        stages: Every stage of several.
+        styles: transformers' styles of sharding, by names in a layer.
+        simulate: Whether this process computes what all ranks of local stages would.
+
+    Raises:
+        ValueError: A sub-layer cannot be in a local stage.
     """
     held = {place: Stage(form) for place in range(2 * len(layers))}
-    for stage in stages:
-        first, *others = map(place_of, stage)
-        held |= dict.fromkeys(others, held[first])
-    merged = {place // 2 for stage in stages for place in map(place_of, stage)}
+    merged = set()
+    for places, ranks in map(places_and_ranks, stages):
+        stage = held[places[0]]
+        if ranks is not None:
+            simulated = SimulatedRanks(ranks, styles) if simulate else None
+            stage = LocalStage(form, ranks, simulated)
+        held |= dict.fromkeys(places, stage)
+        merged |= {place // 2 for place in places}
     for index in range(len(layers)):
         modules = dict(layers[index].named_modules())
         several = any(sum(name in modules for name in names) > 1 for names in form.writes)
@@ -305,13 +300,14 @@ def merge_stages(layers: Any, form: LayerForm, stages: Sequence[Sequence[str]]) 
         layer.joined = held[places[0]] is held[places[1]]
         layer.leaves_open = held[places[1]] is held.get(places[1] + 1)
     for each in dict.fromkeys(held.values()):
+        if isinstance(each, LocalStage):
+            each.keep_to_itself(styles)
         each.give_parts()
 
 
 def mix_into(layer: Any, behaviour: type, form: LayerForm) -> None:
     """Give a layer the forward of `Staged` or `SideBySide`, in place."""
-    own = type(layer)
-    layer.__class__ = type(own.__name__, (behaviour, own), {"__module__": own.__module__})
+    mix_in(layer, behaviour)
     layer.form = form
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from truedepth.errors import TruedepthError
 from truedepth.plan.plan import MAX_LAYERS, Plan
-from truedepth.plan.stages import Sublayer, stage_of
+from truedepth.plan.stages import LocalStage, Stage, Sublayer, ranks_of, stage_of, written
 
 GroupLayers = tuple[tuple[int, ...], ...]
 """For each group of a plan, its layers in the converted model: one wide layer, or every member."""
@@ -29,9 +29,7 @@ def plan_entries(plan: Plan, layers: GroupLayers) -> dict[str, Any]:
         entries["side_by_side"] = side_by_side
     if plan.merged:
         now = {group[0]: at[0] for group, at in pairs}
-        entries["stages"] = [
-            [str(Sublayer(now[each.layer], each.kind)) for each in stage] for stage in plan.merged
-        ]
+        entries["stages"] = [written(stage, now) for stage in plan.merged]
     return entries
 
 
@@ -55,15 +53,19 @@ def plan_of(config: Mapping[str, Any]) -> Plan | None:
     groups = [[next(members) for _ in range(size)] for size in sizes]
     first = list(accumulate(widths, initial=0))  # the original's layer that a layer begins with
     try:
-        stages = [
-            [Sublayer(first[each.layer], each.kind) for each in stage_of(names)]
-            for names in config.get("stages") or ()
-        ]
+        stages = [_moved(stage_of(names), first) for names in config.get("stages") or ()]
         return Plan(sum(widths), groups, stages=stages)
     except (TruedepthError, TypeError, IndexError) as error:
         raise TruedepthError(
             f"stages must be a list of lists of neighbouring sub-layers: {error}"
         ) from error
+
+
+def _moved(stage: Stage, to: Sequence[int]) -> Stage:
+    """The stage of layers that have these numbers instead."""
+    moved = tuple(Sublayer(to[each.layer], each.kind) for each in stage)
+    ranks = ranks_of(stage)
+    return moved if ranks is None else LocalStage(moved, ranks)
 
 
 def group_layers(config: Mapping[str, Any]) -> GroupLayers:

@@ -3,7 +3,7 @@
 A plan is an ordered list of stages, sets of sub-layers that read one state. It is written as groups
 of consecutive layers, whose attentions are one stage and whose FFNs are the next (Layer
 Parallelism, arXiv 2502.02790), and as stages of neighbouring sub-layers of the other layers, such
-as `[F14 A15]`. Effective depth and Δ are terms of that paper.
+as `[F14 A15]`, or rank-local `[F14 | A15]`. Effective depth and Δ are terms of that paper.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from truedepth.plan.stages import (
     Sublayer,
     check_stage,
     group_segment,
+    ranks_of,
     said,
     segments_of,
     stage_of,
     staggered_stages,
+    written,
 )
 
 MAX_LAYERS = 1024  # eight times the deepest model's; a falsely large number could fill memory
@@ -61,11 +63,13 @@ class Plan:
             num_layers: Number of decoder layers of the original model.
             groups: Groups of consecutive layer indices, numbered from 0, in any order.
             model: The name of the model that the plan was made for, for the reader.
-            stages: Stages of neighbouring sub-layers, such as `["F14", "A15"]`, in any order.
+            stages: Stages of neighbouring sub-layers, such as `["F14", "A15"]`, in any order; a
+                local one is a `LocalStage`, or `{"sublayers": ["F14", "A15"], "local": 2}`.
 
         Raises:
             TruedepthError: A layer or sub-layer is out of range or in two groups or stages, one of
-                these is empty or has a gap, or `num_layers` is out of range.
+                these is empty or has a gap, local stages are for different numbers of ranks, or
+                `num_layers` is out of range.
         """
         num_layers = whole_number(num_layers)
         if num_layers < 1:
@@ -110,13 +114,28 @@ class Plan:
                         f" group {list(together[sublayer.layer])}; it can be in one of them only."
                     )
                 owner[sublayer] = stage
-        return tuple(sorted({stage for stage in owner.values() if len(stage) > 1}))
+        merged = sorted({stage for stage in owner.values() if len(stage) > 1})
+        numbers = sorted({ranks for stage in merged if (ranks := ranks_of(stage)) is not None})
+        if len(numbers) > 1:
+            raise TruedepthError(
+                f"Local stages of a plan are for one number of ranks, not for {numbers[0]} and"
+                f" {numbers[1]}."
+            )
+        return tuple(merged)
 
     @classmethod
-    def staggered(cls, num_layers: int, first: int, last: int, model: str | None = None) -> Plan:
+    def staggered(
+        cls,
+        num_layers: int,
+        first: int,
+        last: int,
+        model: str | None = None,
+        ranks: int | None = None,
+    ) -> Plan:
         """Every FFN of layers `first` to `last` inclusive runs beside the next one's attention.
 
-        The stages of the span are `[A14] [F14 A15] … [F26 A27] [F27]` for layers 14 to 27.
+        The stages of the span are `[A14] [F14 A15] … [F26 A27] [F27]` for layers 14 to 27. With a
+        number of ranks they are local: `[F14 | A15]`.
 
         Raises:
             TruedepthError: The span leaves the model, or holds less than two layers.
@@ -124,7 +143,7 @@ class Plan:
         span_groups(num_layers, first, last, 1)
         if first == last:
             raise TruedepthError(f"The span {first}-{last} holds one layer; give at least two.")
-        return cls(num_layers, model=model, stages=staggered_stages(first, last))
+        return cls(num_layers, model=model, stages=staggered_stages(first, last, ranks))
 
     @classmethod
     def span(
@@ -160,6 +179,11 @@ class Plan:
                 if stage[0] not in inside:
                     found.append(merged.get(stage[0], stage))
         return tuple(found)
+
+    @property
+    def ranks(self) -> int | None:
+        """The number of ranks that its local stages are for; None if it has none."""
+        return next(filter(None, map(ranks_of, self.merged)), None)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -213,8 +237,7 @@ class Plan:
         """The plan as plain data, in the form of the plan file."""
         groups = [list(group) for group in self.groups if len(group) > 1]
         head = {"model": self.model} if self.model else {}
-        stages = [[str(sublayer) for sublayer in stage] for stage in self.merged]
-        tail = {"stages": stages} if stages else {}
+        tail = {"stages": [*map(written, self.merged)]} if self.merged else {}
         return {**head, "num_layers": self.num_layers, "groups": groups, **tail}
 
     @classmethod
@@ -240,7 +263,8 @@ class Plan:
             raise TruedepthError(
                 f"{where}: groups must be a list of lists of layers, such as [[14, 15], [16, 17]]."
             )
-        if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
+        kinds = (list, dict)
+        if not isinstance(stages, list) or not all(isinstance(stage, kinds) for stage in stages):
             raise TruedepthError(
                 f"{where}: stages must be a list of lists of sub-layers, such as [[F14, A15]]."
             )
@@ -278,9 +302,13 @@ def _drawn_groups(layers: set[int], groups: Iterable[Sequence[int]]) -> list[str
 def _drawn_stages(stages: Iterable[Stage]) -> list[str]:
     """Stages; long runs of `[Fk Ak+1]` are shortened."""
     words: list[str] = []
-    for kinds, run in itertools.groupby(stages, lambda stage: [each.kind for each in stage]):
+    for form, run in itertools.groupby(stages, _form):
         names = [said(stage) for stage in run]
-        words += (
-            names if kinds != [FFN, ATTENTION] or len(names) <= 4 else [*names[:2], "…", names[-1]]
-        )
+        short = form[0] != [FFN, ATTENTION] or len(names) <= 4
+        words += names if short else [*names[:2], "…", names[-1]]
     return words
+
+
+def _form(stage: Stage) -> tuple[list[str], int | None]:
+    """What neighbouring stages have in common that are drawn as one run."""
+    return [each.kind for each in stage], ranks_of(stage)

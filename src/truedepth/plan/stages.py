@@ -3,6 +3,9 @@
 A decoder layer k is two sub-layers, its attention `Ak` and its FFN `Fk`. Each adds to the residual
 stream what it computes from it. A stage is a set of sub-layers that read the same state; under
 tensor parallelism it costs one all-reduce. In an original every sub-layer is a stage of its own.
+
+In a rank-local stage, `[F14 | A15]`, every rank goes on with what it has written itself: there a
+sub-layer reads the state and the rank's own parts of what the sub-layers before it add.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from truedepth.errors import TruedepthError
 
@@ -58,7 +61,54 @@ class Sublayer:
 
 
 Stage = tuple[Sublayer, ...]
-"""Sub-layers that read one state, in the original's order."""
+"""Sub-layers that end in one all-reduce, in the original's order: they read one state, or the stage
+is a `LocalStage`."""
+
+
+class LocalStage(Stage):
+    """Sub-layers that run one after another on each of a number of ranks, `[F14 | A15]`:
+
+        y = x + Σ_r p_r        p_r = Σ_i s_i^r(N_i (x + p_r so far))
+
+    s_i^r is rank r's part of sub-layer i: that of its heads, or of its columns of an FFN.
+    """
+
+    ranks: int
+    """Number of tensor-parallel ranks that the stage is for; at least 2."""
+
+    def __new__(cls, sublayers: Iterable[Sublayer], ranks: int) -> LocalStage:
+        """Make the sub-layers local to so many ranks.
+
+        Raises:
+            TruedepthError: There are fewer than two ranks, or more than `MAX_RANKS`.
+        """
+        if type(ranks) is not int or not 2 <= ranks <= MAX_RANKS:
+            raise TruedepthError(
+                f"A local stage is for 2 to {MAX_RANKS} tensor-parallel ranks, not"
+                f" {reprlib.repr(ranks)}."
+            )
+        stage = super().__new__(cls, sublayers)
+        stage.ranks = ranks
+        return stage
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self.ranks
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalStage) and self._key == other._key
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Stage, int]:
+        return tuple(self), self.ranks
+
+
+MAX_RANKS = 1024  # more than any machine's; a falsely large number could fill memory
 
 Segment = tuple[Stage, ...]
 """Stages that hold neighbouring sub-layers: a sub-layer alone, a stage of several, or the two
@@ -95,18 +145,44 @@ def group_segment(group: Iterable[int]) -> Segment:
     return tuple(tuple(Sublayer(layer, kind) for layer in layers) for kind in KINDS)
 
 
-def stage_of(names: Iterable[object]) -> Stage:
-    """`["F14", "A15"]` as a stage.
+def stage_of(names: Iterable[object] | Mapping[str, Any]) -> Stage:
+    """`["F14", "A15"]`, or `{"sublayers": ["F14", "A15"], "local": 2}`, as a stage.
 
     Raises:
-        TruedepthError: A name is not a sub-layer's.
+        TruedepthError: A name is not a sub-layer's, or the mapping has other keys.
     """
-    return tuple(name if isinstance(name, Sublayer) else Sublayer.parse(name) for name in names)
+    ranks = ranks_of(names)
+    if isinstance(names, Mapping):
+        if names.keys() != {"sublayers", "local"} or not isinstance(names["sublayers"], list):
+            raise TruedepthError(
+                f"{reprlib.repr(names)} is not a stage; write a rank-local one as"
+                " {sublayers: [F14, A15], local: 2}."
+            )
+        names, ranks = names["sublayers"], names["local"]
+    stage = tuple(name if isinstance(name, Sublayer) else Sublayer.parse(name) for name in names)
+    return stage if ranks is None else LocalStage(stage, ranks)
+
+
+def written(stage: Stage, at: Mapping[int, int] | None = None) -> list[str] | dict[str, Any]:
+    """A stage as `stage_of` reads it.
+
+    Args:
+        stage: A stage.
+        at: The numbers to write instead of its layers' own.
+    """
+    names = [str(each if at is None else Sublayer(at[each.layer], each.kind)) for each in stage]
+    ranks = ranks_of(stage)
+    return names if ranks is None else {"sublayers": names, "local": ranks}
+
+
+def ranks_of(stage: object) -> int | None:
+    """The number of ranks that a local stage is for; None for any other stage."""
+    return stage.ranks if isinstance(stage, LocalStage) else None
 
 
 def said(stage: Sequence[Sublayer]) -> str:
-    """`[F14 A15]`; a sub-layer alone without brackets."""
-    names = " ".join(map(str, stage))
+    """`[F14 A15]`, local `[F14 | A15]`; a sub-layer alone without brackets."""
+    names = (" " if ranks_of(stage) is None else " | ").join(map(str, stage))
     return f"[{names}]" if len(stage) > 1 else names
 
 
@@ -135,9 +211,13 @@ def is_of_whole_layers(stage: Stage) -> bool:
     return stage[0].kind == ATTENTION and stage[-1].kind == FFN
 
 
-def staggered_stages(first: int, last: int) -> list[Stage]:
-    """The stages `[Fk Ak+1]` between neighbouring layers of a span, `first` to `last` inclusive."""
-    return [(Sublayer(k, FFN), Sublayer(k + 1, ATTENTION)) for k in range(first, last)]
+def staggered_stages(first: int, last: int, ranks: int | None = None) -> list[Stage]:
+    """The stages `[Fk Ak+1]` between neighbouring layers of a span, `first` to `last` inclusive.
+
+    With a number of ranks they are local, `[Fk | Ak+1]`.
+    """
+    stages = [(Sublayer(k, FFN), Sublayer(k + 1, ATTENTION)) for k in range(first, last)]
+    return [stage if ranks is None else LocalStage(stage, ranks) for stage in stages]
 
 
 def check_stage(stage: Stage, num_layers: int) -> None:

@@ -46,6 +46,13 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
 
 
+def in_one_process(config: Any) -> Any:
+    """The config of a model for which one process computes what ranks of local stages would."""
+    if getattr(config, "stages", None):
+        config.simulate_ranks = True
+    return config
+
+
 def _uneven_heads(config: Mapping[str, Any]) -> str:
     """Whether a config gives no head dimension that can be: the end of a sentence."""
     hidden, heads = config.get("hidden_size"), config.get(QUERY)
@@ -72,7 +79,9 @@ def empty_model(
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
-                transformers_config(config, where), dtype=dtype, trust_remote_code=False
+                in_one_process(transformers_config(config, where)),
+                dtype=dtype,
+                trust_remote_code=False,
             ).eval()
     except TruedepthError:
         raise

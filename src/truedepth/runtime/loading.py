@@ -18,7 +18,7 @@ from truedepth.families.registration import register
 from truedepth.plan.config import plan_of
 from truedepth.progress import note
 from truedepth.runtime.device import device_of
-from truedepth.runtime.empty import transformers_config
+from truedepth.runtime.empty import in_one_process, transformers_config
 from truedepth.runtime.generation_config import as_written
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
@@ -74,6 +74,8 @@ def load(
     tensors = source.tensors  # opened here, so that the error names a broken file
     try:
         config = transformers_config(source.config, source.path)
+        if "distributed_config" not in options:
+            config = in_one_process(config)
         # Of transformers' own reader only what fills a model is used: which file holds which tensor
         # is decided by the source alone, so that all commands compute with the same tensors.
         loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(

@@ -33,7 +33,7 @@ class VllmStage(Stage):
         """VLLM's ranks, if there are several."""
         return self.Ranks if get_tensor_model_parallel_world_size() > 1 else None
 
-    def summed(self, part: Tensor) -> Tensor:
+    def reduced(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts."""
         whole: Tensor = tensor_model_parallel_all_reduce(part)
         return whole

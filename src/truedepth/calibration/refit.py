@@ -27,8 +27,9 @@ the maps that are solved together, and a few hidden states per token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -40,9 +41,16 @@ from truedepth.calibration.writers import Writer
 from truedepth.families.family import SublayerNames
 from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, sublayers_of
 from truedepth.runtime.calls import Calls
-from truedepth.runtime.stage import LoadedSublayer, Member, run_stage
+from truedepth.runtime.stage import (
+    LoadedSublayer,
+    Member,
+    local_states,
+    run_local_stage,
+    run_stage,
+)
 from truedepth.widening.widen import packed_sizes
 
+ROUNDS = 1
 HOLD_OUT_EVERY = 8  # of every 8 windows one is held out, to choose the penalties on
 
 
@@ -58,6 +66,21 @@ class Refit:
     `mlp.down_proj`, and those of each member that read a norm, such as `mlp.gate_proj, mlp.up_proj
     of layer 15`; for any other stage likewise, all that write as one."""
 
+    priors: dict[str, Tensor] = field(init=False)
+    """The weights before, which the fits are penalized for leaving."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "priors", dict(self.weights))
+
+
+Pair = tuple[Tensor, Tensor]
+"""What maps read, and what they should: `[windows, length, hidden]`."""
+
+Written = tuple[list[Tensor], Tensor | float]
+"""What the map that writes reads, and the rest of the sub-layer's output; see `Writer`."""
+
+Run = Callable[[Sequence[Writer], slice, Calls], list[Written]]
+"""Runs the sub-layers of writers on some windows."""
 
 Note = Callable[[LoadedSublayer, Tensor, Tensor, Tensor], None]
 """Takes a sub-layer, the state that it read, what its module gave and what it added."""
@@ -120,26 +143,30 @@ class Calibrator:
         passed = self._pass_originals(segment, [each for stage in stages for each in stage])
         states, group = walk.converted_states, group_of(segment)
         for stage in stages:
+            if stage[0].ranks is not None:
+                self._refit_local(stage, passed, found)
+                continue
             # The halves of a wide layer are refitted one after the other, even if they read one
             # state; the sub-layers of any other stage together.
             steps = [[each] for each in stage] if group else [stage]
             inputs = walk.copied(states) if len(steps) > 1 else states
             for step in steps:
                 for sublayer in step:
-                    read = {
-                        layer: passed.seen.pop(Sublayer(layer, sublayer.kind))
-                        for layer in group or (sublayer.index,)
-                    }
-                    self._refit_reads(sublayer, read, inputs, found)
+                    layers = group or (sublayer.index,)
+                    read = [passed.seen.pop(Sublayer(layer, sublayer.kind)) for layer in layers]
+                    pairs = partial(self._pairs, sublayer, inputs, read)
+                    said = [f"of layer {layer}" for layer in layers]
+                    self._refit_reads(sublayer, pairs, said, found)
+                run = partial(self._written, inputs)
                 if self._norms_follow:
                     for each in step:
                         gave = passed.gave.pop(Sublayer(each.index, each.kind))
-                        self._refit_writes([each], inputs, partial(walk.batch, gave), found)
+                        self._refit_writes([each], run, partial(walk.batch, gave), found)
                 else:
                     before_ffns = group and step[0].kind == "attention"
                     wanted = passed.attended if before_ffns else walk.original_states
                     target = partial(self._missing, wanted, step[0].layer)
-                    self._refit_writes(step, inputs, target, found)
+                    self._refit_writes(step, run, target, found)
                 for windows, calls in walk.batches:
                     x, y = walk.batch(inputs, windows), walk.batch(states, windows)
                     for sublayer in step:
@@ -187,33 +214,118 @@ class Calibrator:
                 walk.original_states[windows] = state
         return _Passed(seen, gave, attended)
 
-    def _refit_reads(
-        self, sublayer: LoadedSublayer, seen: Mapping[int, Tensor], inputs: Tensor, found: Refit
+    def _refit_local(
+        self, members: Sequence[LoadedSublayer], passed: _Passed, found: Refit
     ) -> None:
-        """The maps that read a norm: one map of their input for each member, by its layer."""
+        """The maps of a local stage: those that read for each rank, by the rows that it has."""
+        walk = self.walk
+        for _ in range(ROUNDS):
+            for count, member in enumerate(members[1:], 2):  # the first reads what the original did
+                seen = passed.seen[Sublayer(member.index, member.kind)]
+                pairs = partial(self._pairs_by_rank, members[:count], seen)
+                said = [
+                    f"of layer {member.index}, rank {rank}" for rank in range(member.ranks.count)
+                ]
+                self._refit_reads(member, pairs, said, found)
+            run = partial(self._written_by_ranks, members)
+            if self._norms_follow:
+                for each in members:
+                    gave = passed.gave[Sublayer(each.index, each.kind)]
+                    self._refit_writes([each], run, partial(walk.batch, gave), found)
+            else:
+                target = partial(self._missing, walk.original_states, members[0].layer)
+                self._refit_writes(members, run, target, found)
+        for windows, calls in walk.batches:
+            x = walk.batch(walk.converted_states, windows)
+            walk.converted_states[windows] = run_local_stage(x, members, calls)
+
+    def _written(
+        self, inputs: Tensor, writers: Sequence[Writer], windows: slice, calls: Calls
+    ) -> list[Written]:
+        """What sub-layers that read one state write."""
+        return [writer.run(self.walk.batch(inputs, windows), calls)[:2] for writer in writers]
+
+    def _written_by_ranks(
+        self,
+        members: Sequence[LoadedSublayer],
+        writers: Sequence[Writer],
+        windows: slice,
+        calls: Calls,
+    ) -> list[Written]:
+        """What some members of a local stage write, on all ranks."""
+        found: list[Written] = []
+        own = {(writer.sublayer.index, writer.sublayer.kind): writer for writer in writers}
+
+        def output(member: LoadedSublayer, state: Tensor, calls: Calls) -> Tensor:
+            if (writer := own.get((member.index, member.kind))) is None:
+                return member.output(state, calls)
+            *written, gave = writer.run(state, calls)
+            found.append(tuple(written))
+            return gave
+
+        x = self.walk.batch(self.walk.converted_states, windows)
+        deque(local_states(x, members, calls, output), maxlen=0)
+        return found
+
+    def _pairs(
+        self,
+        sublayer: LoadedSublayer,
+        inputs: Tensor,
+        seen: Sequence[Tensor],
+        windows: slice,
+        calls: Calls,
+    ) -> list[Pair]:
+        """What a sub-layer reads, with what each member of its group read in the original."""
+        x = self._normalised(sublayer, self.walk.batch(inputs, windows))
+        return [(x, self.walk.batch(each, windows)) for each in seen]
+
+    def _pairs_by_rank(
+        self, members: Sequence[LoadedSublayer], seen: Tensor, windows: slice, calls: Calls
+    ) -> list[Pair]:
+        """What each rank reads in the last of these members, with what it read in the original."""
+        x = self.walk.batch(self.walk.converted_states, windows)
+        *_, (last, state) = local_states(x, members, calls)
+        read = self._normalised(last, state)
+        wanted = self.walk.batch(seen, windows)
+        return [(each, wanted) for each in read.chunk(last.ranks.count)]
+
+    def _refit_reads(
+        self,
+        sublayer: LoadedSublayer,
+        pairs: Callable[[slice, Calls], list[Pair]],
+        said: Sequence[str],
+        found: Refit,
+    ) -> None:
+        """The maps that read a norm: one map of their input for each of the pairs.
+
+        Args:
+            sublayer: Whose maps.
+            pairs: For some windows, what the maps read and what they should.
+            said: What the fits are called, as the end of a name.
+            found: Takes the weights and fits.
+        """
         walk, stack = self.walk, self.walk.stack
         width = stack.hidden_size
         if not (names := self._maps(sublayer, self._family.reads)):
             return
-        sums = [Regression([width], width, stack.device) for _ in seen]
-        for windows, _ in walk.fitted:
-            x = self._normalised(sublayer, walk.batch(inputs, windows))
-            for read, regression in zip(seen.values(), sums, strict=True):
-                regression.add(x, walk.batch(read, windows), self._held[windows])
+        sums = [Regression([width], width, stack.device) for _ in said]
+        for windows, calls in walk.fitted:
+            for (x, z), regression in zip(pairs(windows, calls), sums, strict=True):
+                regression.add(x, z, self._held[windows])
         fits = [regression.solve(torch.eye(width)) for regression in sums]
         sizes = stack.config.to_dict()
         for name in names:
-            weight = found.weights[self._named(sublayer, name)]
+            weight = found.priors[self._named(sublayer, name)]
             maps = [
                 member @ fit.weight
                 for part in torch.split(
                     weight, packed_sizes(self._family, name, sizes, len(weight))
                 )
-                for member, fit in zip(part.chunk(len(seen)), fits, strict=True)
+                for member, fit in zip(part.chunk(len(said)), fits, strict=True)
             ]
             self._replace(sublayer, name, torch.cat(maps), found)
-        for layer, fit in zip(seen, fits, strict=True):
-            found.fits[f"{', '.join(names)} of layer {layer}"] = fit
+        for end, fit in zip(said, fits, strict=True):
+            found.fits[f"{', '.join(names)} {end}"] = fit
 
     def _missing(self, wanted: Tensor, layer: nn.Module, windows: slice) -> Tensor:
         """What the maps that write should sum up to, for the states that are wanted."""
@@ -224,7 +336,7 @@ class Calibrator:
     def _refit_writes(
         self,
         step: Sequence[LoadedSublayer],
-        inputs: Tensor,
+        run: Run,
         target: Callable[[slice], Tensor],
         found: Refit,
     ) -> None:
@@ -234,14 +346,13 @@ class Calibrator:
         fitted = [(each.sublayer, each.name) for each in writers if each.name]
         if not fitted:
             return
-        priors = [found.weights[self._named(*each)] for each in fitted]
+        priors = [found.priors[self._named(*each)] for each in fitted]
         columns = [prior.shape[1] for prior in priors]
         regression = Regression(columns, walk.stack.hidden_size, walk.stack.device)
         for windows, calls in walk.fitted:
             written = target(windows)
             features = []
-            for writer in writers:
-                reads, rest = writer.run(walk.batch(inputs, windows), calls)
+            for reads, rest in run(writers, windows, calls):
                 written = written - rest
                 features += reads
             regression.add(torch.cat(features, -1), written, self._held[windows])

@@ -24,10 +24,10 @@ from truedepth.calibration.windows import activation_dtype, placement
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.loss import Predictions, window_measures
 from truedepth.files.scratch import mapped
-from truedepth.plan.stages import Segment, Sublayer, group_of, sublayers_of
+from truedepth.plan.stages import Segment, Sublayer, group_of, ranks_of, sublayers_of
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.layer_stack import LayerStack
-from truedepth.runtime.stage import LoadedSublayer, run_stage
+from truedepth.runtime.stage import LoadedSublayer, run_local_stage, run_stage
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, from_tensor
 from truedepth.widening.layout import Layout
@@ -173,15 +173,19 @@ class Walk:
             if weights is not None:
                 tensors = self._within(group[0], weights)
             return self.stack.stages({group[0]: self.stack.wide_layer(group, tensors)})
-        return [[self._sublayer(each, weights) for each in stage] for stage in segment]
+        return [
+            [self._sublayer(each, weights, ranks_of(stage)) for each in stage] for stage in segment
+        ]
 
-    def _sublayer(self, which: Sublayer, weights: Mapping[str, Tensor] | None) -> LoadedSublayer:
+    def _sublayer(
+        self, which: Sublayer, weights: Mapping[str, Tensor] | None, ranks: int | None
+    ) -> LoadedSublayer:
         tensors = None
         if weights is not None:
             part_of = partial(self.layout.source.family.part_of, which.kind)
             layer = self._within(which.layer, weights)
             tensors = {name: tensor for name, tensor in layer.items() if part_of(name)}
-        return self.stack.sublayer(which, tensors)
+        return self.stack.sublayer(which, tensors, ranks)
 
     def _within(self, layer: int, weights: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
         """Those of the weights that belong to a layer, by name within it."""
@@ -263,7 +267,8 @@ class Walk:
             rows = slice(windows.start - first, windows.stop - first)
             x = self.batch(states, rows)
             for stage in stages:
-                x = run_stage(x, stage, calls)
+                run = run_stage if stage[0].ranks is None else run_local_stage
+                x = run(x, stage, calls)
             states[rows] = x
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from typing import Any
 
 from truedepth.modeling import modeling
 from truedepth.modeling.forms import KINDS, LayerForm, run_sublayer
-from truedepth.modeling.modeling import PREFIX, auto_classes, auto_map, text_config
+from truedepth.modeling.modeling import PREFIX, auto_classes, auto_map, styles_of, text_config
 from truedepth.modeling.parts import SimulatedRanks, give_parts
 from truedepth.modeling.wide_layers import WIDENED, wide_layer
 
@@ -31,6 +31,7 @@ __all__ = [
     "auto_map",
     "give_parts",
     "run_sublayer",
+    "styles_of",
     "text_config",
     "wide_layer",
 ]

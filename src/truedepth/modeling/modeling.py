@@ -114,10 +114,8 @@ class LayerWidthsModel:
             if width > 1:
                 layers[index] = wide_layer(layers[index], config, width, index)
         if stages:
-            plan = getattr(text, "base_model_tp_plan", None) or {}
-            styles = {name.removeprefix("layers.*."): style for name, style in plan.items()}
             form, simulate = LayerForm(**config.sublayers), bool(config.simulate_ranks)
-            merge_stages(layers, form, stages, styles, simulate)
+            merge_stages(layers, form, stages, styles_of(text), simulate)
         for group in config.side_by_side or ():
             for index in group:
                 mix_into(layers[index], SideBySide, LayerForm(**config.sublayers))
@@ -130,6 +128,12 @@ class LayerWidthsModel:
 def text_config(config: Any) -> Any:
     """The config of the decoder in a model that takes other input too; of others, their own."""
     return getattr(config, "text_config", None) or config
+
+
+def styles_of(config: Any) -> dict[str, str]:
+    """How transformers shards maps and parameters over ranks, by their names in a layer."""
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    return {name.removeprefix("layers.*."): style for name, style in plan.items()}
 
 
 AUTO = {

@@ -75,6 +75,11 @@ class SimulatedRanks:
         own = isinstance(call, Tensor) and call.ndim > 1 and len(call) == batch > 1
         return self.spread(call) if own else call
 
+    def own(self, features: Tensor) -> Tensor:
+        """`[batch, …, features]`, every rank's share of its own `[ranks * batch, …, features]`."""
+        each = zip(features.chunk(self.count), range(self.count), strict=True)
+        return torch.cat([f.chunk(self.count, -1)[rank] for f, rank in each], -1)
+
     def summed(self, part: Tensor) -> Tensor:
         """`[batch, …]`, the sum of all ranks' parts `[ranks * batch, …]`."""
         return part.unflatten(0, (self.count, -1)).sum(0)

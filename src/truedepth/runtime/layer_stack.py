@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from truedepth import modeling
 from truedepth.errors import TruedepthError
 from truedepth.families.family import head_dim
-from truedepth.plan.stages import Sublayer
+from truedepth.plan.stages import KINDS, Sublayer
 from truedepth.runtime import calls as recorded
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.empty import empty_model
@@ -54,7 +54,9 @@ class LayerStack:
             set_module_tensor_to_device(self._model, name, self.device, buffer)
         # A wide layer's does not follow from its number of heads.
         self.config.head_dim = head_dim(self.config.to_dict())
-        self._form = modeling.LayerForm(**self._family.layer_form(self.config))
+        self._form = modeling.LayerForm(
+            **self._family.layer_form(self.config), writes=self._family.parts_of_sums
+        )
         self._head = OutputHead(self._model)
         self._tensors = parameters_of(self._model, source.tensors)
         self._evaluated = 0
@@ -110,18 +112,31 @@ class LayerStack:
         return self._filled(layer, {name: tensors[prefix + name] for name in names})
 
     def sublayer(
-        self, which: Sublayer, tensors: Mapping[str, LazyTensor] | None = None
+        self,
+        which: Sublayer,
+        tensors: Mapping[str, LazyTensor] | None = None,
+        ranks: int | None = None,
     ) -> LoadedSublayer:
         """An attention or an FFN with its norms; the rest of its layer stays without weights.
 
         Args:
             which: The original's.
             tensors: Weights by name within the layer, instead of the original's.
+            ranks: The number of ranks of the local stage that it is in, if it is in one.
         """
         own = self.sublayer_tensors(which)
         layer = copy.deepcopy(self._model.base_model.layers[which.layer])
         layer = self._filled(layer, own | dict(tensors or {}), own)
-        return LoadedSublayer(which.kind, which.layer, layer, self._form, self._count)
+        simulated = None
+        if ranks is not None:
+            simulated = modeling.SimulatedRanks(ranks, self.styles)
+            modeling.give_parts(layer, self._form.writes[KINDS.index(which.kind)], simulated)
+        return LoadedSublayer(which.kind, which.layer, layer, self._form, self._count, simulated)
+
+    @property
+    def styles(self) -> dict[str, str]:
+        """How transformers shards a layer's maps over ranks, by name within the layer."""
+        return modeling.styles_of(self.config)
 
     def sublayer_tensors(self, which: Sublayer) -> dict[str, LazyTensor]:
         """The original's weights of an attention or an FFN and its norms, by name in the layer."""

@@ -5,18 +5,21 @@
 s is an attention or an FFN, N_s the norm before it. A layer is two stages, `[A] [F]`, and so is a
 group of layers side by side, `[A A …] [F F …]`; where attention and FFN read the same state, either
 is one, `[A … F …]`. This sum stands here and, for checkpoints that are loaded without this package,
-in `modeling/stages.py`.
+in `modeling/stages.py`. So does the sum of a local stage, over ranks r that go on with what they
+have written themselves:
+
+    y = x + Σ_r p_r        p_r = Σ_s s^r(N_s (x + p_r so far))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from truedepth.modeling import LayerForm
+from truedepth.modeling import LayerForm, SimulatedRanks
 from truedepth.plan.stages import KINDS, Kind
 from truedepth.runtime.calls import Calls
 
@@ -49,6 +52,10 @@ class LoadedSublayer:
     on_run: Callable[[LoadedSublayer, Tensor], object] = lambda sublayer, x: None
     """Called before every run."""
 
+    ranks: SimulatedRanks | None = None
+    """The ranks of the local stage that it is in: it reads all their states, `[ranks * windows,
+    length, hidden]`, and its output is all their parts."""
+
     def __call__(self, x: Tensor, calls: Calls) -> Tensor:
         """`s(N_s x)` float32, whatever the layer computes in."""
         return self.added(self.output(x, calls))
@@ -57,6 +64,8 @@ class LoadedSublayer:
         """What its module gives, in the dtype that the layer computes in."""
         self.on_run(self, x)
         call = calls[self.index] if self.kind == "attention" else {}
+        if self.ranks is not None:
+            call = self.ranks.spread_call(call, len(x) // self.ranks.count)
         x = x.to(next(self.layer.parameters()).dtype)
         normed = self.form.normed(self.layer, self.kind, x)
         return self.form.output(self.layer, self.kind, normed, **call)
@@ -70,6 +79,51 @@ class LoadedSublayer:
     def added(self, output: Tensor) -> Tensor:
         """What it adds to the state, float32, from what its module gives."""
         return self.form.added(self.layer, self.kind, output).float()
+
+
+Output = Callable[[LoadedSublayer, Tensor, Calls], Tensor]
+
+
+def local_states(
+    x: Tensor,
+    members: Sequence[LoadedSublayer],
+    calls: Calls,
+    output: Output = LoadedSublayer.output,
+) -> Iterator[tuple[LoadedSublayer, Tensor]]:
+    """The members of a local stage, each with what its ranks read, `[ranks * windows, length,
+    hidden]`.
+
+    Args:
+        x: The state before the stage, `[windows, length, hidden]`.
+        members: Its sub-layers, in order.
+        calls: How the model calls its attentions.
+        output: Runs a member, when the next one is asked for.
+    """
+    ranks, before = members[0].ranks, None
+    assert ranks is not None
+    state = now = ranks.spread(x)
+    for member in members:
+        if not member.form.parallel or member.index != before:  # else both read one state
+            state, before = now, member.index
+        yield member, state
+        part = output(member, state, calls)
+        added = member.form.added_by_rank(member.layer, member.kind, part, ranks.count)
+        now = now + added.float()
+
+
+def run_local_stage(x: Tensor, members: Sequence[LoadedSublayer], calls: Calls) -> Tensor:
+    """The state behind a local stage, `[windows, length, hidden]`; see `run_stage`."""
+    parts: list[Tensor] = []
+
+    def output(member: LoadedSublayer, state: Tensor, calls: Calls) -> Tensor:
+        parts.append(member.output(state, calls))
+        return parts[-1]
+
+    for member, _ in local_states(x, members, calls, output):
+        assert member.ranks is not None
+    for member, part in zip(members, parts, strict=True):
+        x = x + member.added(member.ranks.summed(part.float()))
+    return x
 
 
 def stages_of(

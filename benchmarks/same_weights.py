@@ -173,9 +173,12 @@ def _work(directory: Path, name: str, sources: str) -> None:
             for kind in ("auto", "q8_0"):
                 td.export(made / "refitted", made / f"{kind}.gguf", type=kind)
                 found[f"{family}: {kind}.gguf"] = _file_hash(made / f"{kind}.gguf")
+    triples: dict[str, Any] = {"max_group": 3}
+    if hasattr(td, "Merges"):  # after 0.1.0
+        triples = {"merges": td.Merges(**triples)}
     for refit in (False, True):
         searched = td.search(
-            directory / "Llama", pairs=2, max_group=3, calibrate=refit, calibration=options
+            directory / "Llama", pairs=2, calibrate=refit, calibration=options, **triples
         ).to_dict()
         kept = {key: searched[key] for key in ("plan", "loss", "check")}
         found[f"search, refitted {refit}"] = _plain(kept)

@@ -70,7 +70,9 @@ def test_the_python(model, tmp_path):
     for code in reversed(snippets):  # the second makes what the first loads
         few = "td.Calibration(tokens=4096)"
         code = code.replace('"default"', repr(model)).replace('"out", plan', f'"out", plan, {few}')
-        code = code.replace("max_loss=0.05", f"max_loss=5, max_run=2, calibration={few}")
+        code = code.replace(
+            "max_loss=0.05", f"max_loss=5, merges=td.Merges(max_run=2), calibration={few}"
+        )
         code = code.replace("against=", "windows=2, against=")
         done = forks.python(code, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

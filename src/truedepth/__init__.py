@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from truedepth.evaluation.perplexity import perplexity
     from truedepth.healing.options import Healing
     from truedepth.healing.run import heal
+    from truedepth.planning.options import Merges
     from truedepth.planning.search import search
     from truedepth.runtime.fusing import fuse
     from truedepth.runtime.loading import load
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "Healing",
+    "Merges",
     "Plan",
     "TruedepthError",
     "__version__",
@@ -62,6 +64,7 @@ __all__ = [
 _LAZY = {
     "Calibration": "truedepth.calibration.options",
     "Healing": "truedepth.healing.options",
+    "Merges": "truedepth.planning.options",
     "bench": "truedepth.speed.benchmark",
     "calibrate": "truedepth.conversion",
     "convert": "truedepth.conversion",

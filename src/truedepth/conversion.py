@@ -24,7 +24,7 @@ from truedepth.sources.source import Source
 from truedepth.tensors import NotFiniteError, dtype_name, first_not_finite
 from truedepth.version import __version__
 from truedepth.widening.layout import Layout, check_loadable
-from truedepth.widening.padding import head_padding, padded_tensors
+from truedepth.widening.padding import check_local, head_padding, padded
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def convert(
     check_conversion(source, out, force)
     if calibration is not None:
         source.check_plain("which cannot be refitted")
-    if padding := head_padding(source.config, pad_heads):
-        source.check_plain("to which no heads can be added")
+    source = padded(source, pad_heads)
+    check_local(source, plan.ranks)
     layout = Layout(source, plan, dtype)
     tensors, config = dict(layout.tensors), dict(layout.config)
     made: dict[str, Any] = {
@@ -123,10 +123,6 @@ def convert(
             tensors |= {name: t.to(tensors[name].dtype) for name, t in refitted.tensors.items()}
             record = refitted.record
             made["calibration"] = record.to_dict()
-        if padding:
-            tensors = padded_tensors(source.family, tensors, config["layer_widths"], padding)
-            config |= padding
-            check_loadable(config, tensors, source.path)
         if source.outer is not None:
             config, tensors = source.outer.with_inside(config, tensors, dtype)
             transformers_config(config, source.path)

@@ -10,6 +10,7 @@ import truedepth as td
 from family_models import options_of
 from truedepth.plan.stages import group_of, group_segment, stage_of
 from truedepth.planning.candidates import form_of, promising, segments_to_merge
+from truedepth.planning.options import Merges
 from truedepth.widening.layout import Layout
 
 
@@ -26,7 +27,7 @@ def names(segments):
 
 
 def test_every_merge_is_a_candidate_once(layout):
-    found = segments_to_merge(layout(), "auto", max_group=3, max_run=4)
+    found = segments_to_merge(layout(), Merges(max_group=3, max_run=4))
     assert len(set(found)) == len(found)
     order = [f"{kind}{layer}" for layer in range(6) for kind in "AF"]
     runs = {" ".join(order[i:j]) for i in range(12) for j in range(i + 2, min(i + 4, 12) + 1)}
@@ -42,7 +43,7 @@ def test_every_merge_is_a_candidate_once(layout):
 
 
 def test_what_forms_are_called(layout):
-    found = segments_to_merge(layout(), "auto", max_group=2, max_run=3)
+    found = segments_to_merge(layout(), Merges(max_group=2, max_run=3))
     by_name = dict(zip(names(found), map(form_of, found), strict=True))
     assert by_name["F2 A3"] == "staggered"
     assert by_name["A2 F2"] == "blocks"
@@ -52,7 +53,7 @@ def test_what_forms_are_called(layout):
 
 @pytest.mark.parametrize("case", ["gemma2", "olmo2"])
 def test_layers_side_by_side_are_no_candidates_where_stages_save_all_reduces(layout, case):
-    found = segments_to_merge(layout(case), "auto", max_group=3, max_run=3)
+    found = segments_to_merge(layout(case), Merges(max_group=3, max_run=3))
     assert {form_of(each) for each in found} == {"staggered", "blocks", "runs"}
 
 
@@ -61,7 +62,7 @@ def test_layers_side_by_side_are_no_candidates_where_stages_save_all_reduces(lay
     [("llama", "pairs"), ("cohere", "pairs"), ("gemma2", "pairs"), ("olmo2", "pairs")],
 )
 def test_groups_alone(layout, case, form):
-    found = segments_to_merge(layout(case), form, max_group=3, max_run=3)
+    found = segments_to_merge(layout(case), Merges(form, 3, 3))
     assert sorted(map(group_of, found)) == [
         *((0, 1), (0, 1, 2), (1, 2), (1, 2, 3), (2, 3), (2, 3, 4), (3, 4), (3, 4, 5), (4, 5))
     ]
@@ -69,7 +70,7 @@ def test_groups_alone(layout, case, form):
 
 @pytest.mark.parametrize("case", ["cohere", "cohere2", "pythia"])
 def test_whole_layers_where_attention_and_ffn_read_one_state(layout, case):
-    found = segments_to_merge(layout(case), "auto", max_group=3, max_run=3)
+    found = segments_to_merge(layout(case), Merges(max_group=3, max_run=3))
     assert Counter(len(segment[0]) for segment in found) == {2: 6, 4: 5, 6: 4}
     assert all(names([each])[0].startswith("A") and len(each) == 1 for each in found)
 
@@ -77,7 +78,9 @@ def test_whole_layers_where_attention_and_ffn_read_one_state(layout, case):
 def test_groups_that_cannot_be_joined_are_left_out(layout):
     """StarCoder2's norms have biases, which its maps absorb if they have biases too."""
     kinds = [
-        Counter(map(form_of, segments_to_merge(layout("starcoder2", use_bias=bias), "auto", 2, 2)))
+        Counter(
+            map(form_of, segments_to_merge(layout("starcoder2", use_bias=bias), Merges(max_run=2)))
+        )
         for bias in (True, False)
     ]
     stages = {"staggered": 5, "blocks": 6}
@@ -85,7 +88,7 @@ def test_groups_that_cannot_be_joined_are_left_out(layout):
 
 
 def test_more_than_a_model_has(layout):
-    found = segments_to_merge(layout(), "auto", max_group=99, max_run=99)
+    found = segments_to_merge(layout(), Merges(max_group=99, max_run=99))
     assert len(found) == 15 + 66  # of 6 layers, and of 12 sub-layers
 
 

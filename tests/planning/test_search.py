@@ -75,8 +75,7 @@ def test_scores_and_losses_are_those_of_whole_models(make_model, calibration, fo
         calibration=calibration,
         calibrate=False,
         frontier=True,
-        form=form,
-        max_group=3,
+        merges=td.Merges(form, max_group=3),
     )
     groups, runs = 5 + 4, 11 + 10
     assert len(found.scores) == groups + (runs if form == "auto" else 0)
@@ -181,7 +180,7 @@ def test_the_same_search_twice(make_model, calibration, goal):
 @pytest.mark.parametrize("form", ["auto", "pairs"])
 def test_within_a_loss(trained, calibration, form):
     """The plan keeps within the loss; fewer stages were tried, and do not, or not predicted to."""
-    options = {"form": form, "calibration": calibration}
+    options = {"merges": td.Merges(form), "calibration": calibration}
     everywhere = td.search(trained, all_reduces=8, frontier=True, **options)
     by_stages = {point.plan.all_reduces: point.measured for point in everywhere.frontier}
     limit = max(by_stages[8].excess + by_stages[8].stderr, 0) * 1.2 + 1e-4
@@ -201,7 +200,7 @@ def test_within_a_loss(trained, calibration, form):
 def test_sublayers_lose_less_than_layers(trained, calibration):
     """At equal numbers of all-reduces, for a choice that may also merge layers."""
     options = {"all_reduces": 8, "calibration": calibration}
-    found = [td.search(trained, form=form, **options) for form in ("auto", "pairs")]
+    found = [td.search(trained, merges=td.Merges(form), **options) for form in ("auto", "pairs")]
     assert found[0].loss.kl < found[1].loss.kl
     assert not found[1].plan.merged
 
@@ -212,7 +211,7 @@ def test_a_loss_that_no_plan_meets(trained, calibration):
 
 
 def test_larger_groups(make_model, calibration):
-    found = td.search(make_model(), depth=2, max_group=3, form="pairs", calibration=calibration)
+    found = td.search(make_model(), depth=2, merges=td.Merges("pairs", 3), calibration=calibration)
     assert found.plan.groups == ((0, 1, 2), (3, 4, 5))
     assert {len(group_of(score.segment)) for score in found.scores} == {2, 3}
 
@@ -220,7 +219,7 @@ def test_larger_groups(make_model, calibration):
 def test_longer_runs(make_model, calibration):
     """Two stages of a model of two layers: the first and the last sub-layers, cut anywhere."""
     model = make_model(num_hidden_layers=2)
-    found = td.search(model, all_reduces=1, max_run=4, calibration=calibration)
+    found = td.search(model, all_reduces=1, merges=td.Merges(max_run=4), calibration=calibration)
     assert found.plan == td.Plan(2, stages=[["A0", "F0", "A1", "F1"]], model=found.plan.model)
 
 
@@ -228,7 +227,9 @@ def test_longer_runs(make_model, calibration):
 def test_pairs_of_parallel_layers(make_model, calibration, case):
     """As layers in pairs, also where attention and FFN read one state already."""
     model = make_model(**options_of(case))
-    found = td.search(model, depth=5, calibration=calibration, form="pairs", frontier=True)
+    found = td.search(
+        model, depth=5, calibration=calibration, merges=td.Merges("pairs"), frontier=True
+    )
     assert [point.plan.effective_depth for point in found.frontier] == [5, 4, 3]
     assert found.calibrated and any(score.refitted for score in found.scores)
     windows = _windows(td.open_source(model), calibration)[:ALONE_WINDOWS]
@@ -298,19 +299,20 @@ GOALS = "one of pairs, depth, all_reduces, max_loss"
         ({"pairs": 1, "depth": 5}, GOALS),
         ({"all_reduces": 10, "max_loss": 1.0}, GOALS),
         ({"pairs": 4}, "4 all-reduces are out of reach (an effective depth of 2): these merges"),
-        ({"depth": 6, "form": "pairs"}, "leave 6 to 10 of the model's 12, in steps of 2."),
+        (
+            {"depth": 6, "merges": td.Merges("pairs")},
+            "leave 6 to 10 of the model's 12, in steps of 2.",
+        ),
         ({"depth": 6}, "12 all-reduces are out of reach (an effective depth of 6): these merges"),
         ({"all_reduces": 13}, "leave 4 to 11 of the model's 12."),
         ({"all_reduces": 3}, "leave 4 to 11 of the model's 12."),
         ({"all_reduces": 1}, "1 all-reduce is out of reach (an effective depth of 0.5)"),
-        ({"all_reduces": 9, "form": "pairs"}, "9 all-reduces are out of reach"),
-        ({"depth": 4.5, "form": "pairs"}, "9 all-reduces are out of reach"),
+        ({"all_reduces": 9, "merges": td.Merges("pairs")}, "9 all-reduces are out of reach"),
+        ({"depth": 4.5, "merges": td.Merges("pairs")}, "9 all-reduces are out of reach"),
         ({"depth": 4.25}, "4.25 is not half a number of stages; give one such as 23 or 22.5."),
         ({"depth": float("inf")}, "inf is not half a number"),
         ({"depth": float("nan")}, "depth must be at least 1, not nan."),
         ({"max_loss": 0.0}, "above 0"),
-        ({"pairs": 1, "max_group": 1}, "max_group must be at least 2, not 1"),
-        ({"all_reduces": 9, "form": "groups"}, "form must be auto or pairs, not groups."),
     ],
 )
 def test_impossible_goals(make_model, goal, words):
@@ -322,7 +324,7 @@ def test_impossible_goals(make_model, goal, words):
 
 def test_one_layer_has_no_pairs(make_model):
     with pytest.raises(td.TruedepthError, match="has one layer, and no two can run together"):
-        td.search(make_model(num_hidden_layers=1), max_loss=1.0, form="pairs")
+        td.search(make_model(num_hidden_layers=1), max_loss=1.0, merges=td.Merges("pairs"))
 
 
 def test_losses_in_words():

@@ -17,7 +17,8 @@ from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, Panel
 from truedepth.plan.plan import Plan
 from truedepth.plan.spans import parse_span
-from truedepth.planning.options import SEARCH_CALIBRATION
+from truedepth.plan.stages import MAX_RANKS
+from truedepth.planning.options import SEARCH_CALIBRATION, Merges
 
 PYTHON_ONLY = ("check", "batch_size")
 RENAMED = {"dtype": "compute_dtype"}  # of `convert`, whose --dtype is that of the written weights
@@ -32,6 +33,22 @@ MaxLoss = Annotated[
         " (0.05), or whose perplexity rises by at most this share (5%)."
     ),
 ]
+Tp = Annotated[
+    int | None,
+    PLAN,
+    Bounds(2, MAX_RANKS),
+    typer.Option(metavar="N", help="Number of tensor-parallel ranks, with --local."),
+]
+Local = Annotated[
+    bool,
+    PLAN,
+    typer.Option(
+        "--local",
+        help="Let stages be local to N ranks: between two all-reduces every rank goes on with what"
+        " it has written itself. This loses less, saves no kernels, and runs over N ranks only.",
+    ),
+]
+MergeOptions = Annotated[Given[Merges], Fields(Merges(), without=("local",), panel=PLAN.title)]
 
 
 @command("truedepth.planning.search.search")
@@ -45,9 +62,10 @@ def plan(
     all_reduces: Annotated[int | None, PLAN],
     depth: Annotated[float | None, PLAN],
     pairs: Annotated[int | None, PLAN],
-    form: Annotated[str, PLAN],
-    max_run: Annotated[int, PLAN],
-    max_group: Annotated[int, PLAN],
+    merges: MergeOptions,
+    tp: Tp = None,
+    local: Local = False,
+    pad_heads: Annotated[int, PLAN, typer.Option(metavar="N")],
     calibrate: Annotated[bool, Panel(CALIBRATION)],
     frontier: Annotated[bool, PLAN],
     budget: Annotated[float | None, PLAN],
@@ -72,6 +90,7 @@ def plan(
         raise TruedepthError(
             "Say how far to go with one of --max-loss, --all-reduces, --depth, --pairs."
         )
+    ranks = local_ranks(tp, local)
     if plot is not None:
         check_plot(plot)
     limit = parse_loss(max_loss) if max_loss is not None else None
@@ -86,13 +105,12 @@ def plan(
         depth=depth,
         all_reduces=all_reduces,
         max_loss=limit,
-        form=form,
-        max_group=max_group,
-        max_run=max_run,
+        merges=replace(merges.over(), local=ranks),
         calibrate=calibrate,
         calibration=options,
         frontier=frontier,
         budget=budget,
+        pad_heads=pad_heads,
     )
     found.plan.to_yaml(out)
     write_json(json_path, found.to_dict())
@@ -147,9 +165,9 @@ def convert(
             show_default="if a plan is searched",
         ),
     ] = None,
-    form: Annotated[str, PLAN],
-    max_run: Annotated[int, PLAN],
-    max_group: Annotated[int, PLAN],
+    merges: MergeOptions,
+    tp: Tp = None,
+    local: Local = False,
     budget: Annotated[float | None, PLAN],
     calibration: Annotated[
         Given[Calibration],
@@ -176,8 +194,14 @@ def convert(
     calibrate = searched if calibrate is None else calibrate
     if budget is not None and not searched:
         raise TruedepthError("--budget goes with --max-loss, --all-reduces, --depth and --pairs.")
-    if form != "auto" and not searched:
+    if "form" in merges.said and not searched:
         raise TruedepthError("--form goes with --max-loss, --all-reduces, --depth and --pairs.")
+    ranks = local_ranks(tp, local)
+    if local and not searched and staggered is None:
+        raise TruedepthError(
+            "--local goes with --max-loss, --all-reduces, --depth and --staggered; a plan file says"
+            " itself which stages are local."
+        )
     _check_needed(calibration, searched, calibrate)
     limit = parse_loss(max_loss) if max_loss is not None else None
     chosen = Plan.from_yaml(plan) if plan is not None else None
@@ -193,20 +217,25 @@ def convert(
     from truedepth.report.conversion import print_conversion
     from truedepth.text import window_of
     from truedepth.widening.layout import Layout
+    from truedepth.widening.padding import check_local, padded
 
     source = trusted(model, allow_pickle, trust_remote_code)
     check_conversion(source, out, force, pad_heads)
+    source = padded(source, pad_heads)
+    check_local(source, ranks)
     found = None
     if span is not None and staggered is not None:
-        chosen = Plan.staggered(source.num_layers, *span)
+        chosen = Plan.staggered(source.num_layers, *span, ranks=ranks)
     elif span is not None:
         chosen = Plan.span(source.num_layers, *span, group=2 if group is None else group)
     elif pairs == 0:
         chosen = Plan(source.num_layers)
     elif searched:
         original = Layout(source, Plan(source.num_layers))
-        merges = "pairs" if pairs is not None else form
-        segments = segments_to_merge(original, merges, max_group, max_run)
+        allowed = replace(merges.over(), local=ranks)
+        if pairs is not None:
+            allowed = replace(allowed, form="pairs")
+        segments = segments_to_merge(original, allowed)
         refitted = [each for each in segments if original.is_merged(each)]
         if calibrate and refitted:
             given_text(source, options, refitted)
@@ -218,9 +247,7 @@ def convert(
             depth=depth,
             all_reduces=all_reduces,
             max_loss=limit,
-            form=form,
-            max_group=max_group,
-            max_run=max_run,
+            merges=allowed,
             calibrate=calibrate,
             calibration=replace(options, tokens=max(SEARCH_CALIBRATION.tokens, 2 * window, needed)),
             budget=budget,
@@ -244,12 +271,26 @@ def convert(
         chosen,
         calibration=options if calibrate else None,
         dtype=dtype.torch(),
-        pad_heads=pad_heads,
         shard_size=shard_size,
         force=force,
     )
     write_json(json_path, done.to_dict() | {"search": found.to_dict() if found else None})
     print_conversion(done, found)
+
+
+def local_ranks(tp: int | None, local: bool) -> int | None:
+    """The number of ranks that stages may be local to, from --tp and --local.
+
+    Raises:
+        TruedepthError: One of them is missing.
+    """
+    if local and tp is None:
+        raise TruedepthError(
+            "--local goes with --tp N: local stages are for one number of tensor-parallel ranks."
+        )
+    if tp is not None and not local:
+        raise TruedepthError("--tp goes with --local: other stages are for any number of ranks.")
+    return tp
 
 
 def _check_needed(calibration: Given[Calibration], searched: bool, calibrate: bool) -> None:

@@ -8,18 +8,21 @@ from truedepth.errors import TruedepthError
 from truedepth.plan.choose import Costs, cheapest_plans
 from truedepth.plan.stages import (
     FFN,
+    LocalStage,
     Segment,
+    Stage,
     Sublayer,
     group_of,
     group_segment,
     is_of_whole_layers,
     sublayers_of,
 )
+from truedepth.planning.options import Merges
 from truedepth.widening.layout import Layout
 
-STAGGERED, BLOCKS, RUNS, PAIRS = "staggered", "blocks", "runs", "pairs"
-FORMS = (PAIRS, STAGGERED, BLOCKS, RUNS)
-"""`[F14 A15]`, `[A14 F14]`, longer stages, and groups of layers."""
+STAGGERED, BLOCKS, RUNS, PAIRS, LOCAL = "staggered", "blocks", "runs", "pairs", "local"
+FORMS = (PAIRS, STAGGERED, BLOCKS, RUNS, LOCAL)
+"""Groups of layers, `[F14 A15]`, `[A14 F14]`, longer stages, and rank-local stages."""
 
 HOPELESS = 4  # times the loss of other merges in the same place
 
@@ -28,27 +31,32 @@ def form_of(segment: Segment) -> str:
     """Which of `FORMS` a merged segment has."""
     if group_of(segment):
         return PAIRS
+    if isinstance(segment[0], LocalStage):
+        return LOCAL
     if len(segment[0]) > 2:
         return RUNS
     return STAGGERED if segment[0][0].kind == FFN else BLOCKS
 
 
-def segments_to_merge(layout: Layout, form: str, max_group: int, max_run: int) -> list[Segment]:
+def segments_to_merge(layout: Layout, merges: Merges) -> list[Segment]:
     """Every merged segment that a search may choose, in the order of their first sub-layers.
 
     Args:
         layout: Of the original as it is.
-        form: `auto` for all that the family allows, `pairs` for groups of layers alone.
-        max_group: Most layers in a group, and in a stage of whole layers.
-        max_run: Most sub-layers in any other stage.
+        merges: Which of all that the family allows.
     """
     num_layers = layout.source.num_layers
-    found = list(_groups(num_layers, max_group))
-    if form != PAIRS and layout.is_parallel:
-        found = [each for each in _stages(num_layers, 2 * max_group) if is_of_whole_layers(each[0])]
-    elif form != PAIRS:
+    found = list(_groups(num_layers, merges.max_group))
+    stages: list[Stage] = []
+    if merges.form != PAIRS and layout.is_parallel:
+        found = []
+        stages = [*filter(is_of_whole_layers, _stages(num_layers, 2 * merges.max_group))]
+    elif merges.form != PAIRS:
         found = [each for each in found if _can_be_joined(layout, each)]
-        found += _stages(num_layers, max_run)
+        stages = [*_stages(num_layers, merges.max_run)]
+    found += [(stage,) for stage in stages]
+    if (ranks := merges.local) is not None:
+        found += [(LocalStage(each, ranks),) for each in stages if not layout.is_exact(each)]
     return sorted(found, key=lambda segment: segment[0][0])
 
 
@@ -66,10 +74,10 @@ def _groups(num_layers: int, most: int) -> Iterator[Segment]:
             yield group_segment(range(first, first + size))
 
 
-def _stages(num_layers: int, most: int) -> Iterator[Segment]:
+def _stages(num_layers: int, most: int) -> Iterator[Stage]:
     for size in range(2, most + 1):
         for first in range(2 * num_layers - size + 1):
-            yield (tuple(Sublayer.at(position) for position in range(first, first + size)),)
+            yield tuple(Sublayer.at(position) for position in range(first, first + size))
 
 
 def promising(num_layers: int, raw: Costs) -> list[Segment]:

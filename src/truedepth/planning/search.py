@@ -20,17 +20,18 @@ from typing import Annotated, Any
 from truedepth.calibration.options import IN_FLOAT32, Calibration
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
-from truedepth.options import Bounds, OneOf, checked
+from truedepth.options import Bounds, checked
 from truedepth.plan.choose import Costs, cheapest_plans
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import Segment
+from truedepth.plan.stages import Segment, written
 from truedepth.planning.budget import Budget, OutOfTimeError
 from truedepth.planning.candidates import FORMS, PAIRS, form_of, promising, segments_to_merge
-from truedepth.planning.options import SEARCH_CALIBRATION
+from truedepth.planning.options import SEARCH_CALIBRATION, Merges
 from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.widening.layout import Layout
+from truedepth.widening.padding import check_local, padded
 
 NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
 CANDIDATES = 3  # plans of least predicted loss that are tried at a number of stages
@@ -100,14 +101,14 @@ class Search:
         ]
         scores = [
             {
-                "merged": [[str(each) for each in stage] for stage in score.segment],
+                "merged": [written(stage) for stage in score.segment],
                 "raw": asdict(score.raw),
                 "refitted": asdict(score.refitted) if score.refitted else None,
             }
             for score in self.scores
         ]
         plain = {"plan": self.plan.to_dict(), "frontier": points, "scores": scores}
-        return asdict(replace(self, frontier=[], scores=[])) | plain
+        return asdict(replace(self, plan=self.plan.unpaired, frontier=[], scores=[])) | plain
 
 
 @checked
@@ -118,13 +119,12 @@ def search(
     depth: Annotated[float | None, Bounds(1)] = None,
     all_reduces: Annotated[int | None, Bounds(1)] = None,
     max_loss: Annotated[float | None, Bounds(above=0)] = None,
-    form: Annotated[str, OneOf("auto", "pairs")] = "auto",
-    max_group: Annotated[int, Bounds(2)] = 2,
-    max_run: Annotated[int, Bounds(2)] = 3,
+    merges: Merges | None = None,
     calibrate: bool = True,
     calibration: Calibration | None = None,
     frontier: bool = False,
     budget: Annotated[float | None, Bounds(0)] = None,
+    pad_heads: Annotated[int, Bounds(1)] = 1,
 ) -> Search:
     """Find the plan of least loss at a number of stages, or the one of fewest within a loss.
 
@@ -136,26 +136,28 @@ def search(
             ranks.
         max_loss: Find the plan of fewest stages whose excess loss is at most this many nats per
             token. Give one of `pairs`, `depth`, `all_reduces` and `max_loss`.
-        form: What to merge. auto: sub-layers or layers, whichever lose least; pairs: groups of
-            layers alone, which llama.cpp runs too.
-        max_group: Largest number of layers in a group, and in a stage of whole layers where these
-            read one state already, that a search considers.
-        max_run: Largest number of sub-layers in any other stage that a search considers.
+        merges: What may be merged; `pairs` makes it groups of layers alone.
         calibrate: Refit the plans that are compared, for a conversion that will be calibrated.
         calibration: Text and tokens that plans are refitted on; default: `SEARCH_CALIBRATION`.
         frontier: Also measure a plan of each of the other numbers of stages.
         budget: Minutes after which the search takes the best plan so far. Default: no limit.
+        pad_heads: Add heads of zeros until the head counts divide by this number of ranks; local
+            stages need that.
 
     Raises:
         TruedepthError: The goal is out of reach, or text or options do not fit the model.
     """
     source = open_source(model)
     source.check_plain("which truedepth does not compute with")
+    source = padded(source, pad_heads)
     if sum(goal is not None for goal in (pairs, depth, all_reduces, max_loss)) != 1:
         raise TruedepthError("Say how far to go with one of pairs, depth, all_reduces, max_loss.")
     original = Layout(source, Plan(source.num_layers))
-    form = PAIRS if pairs is not None else form
-    segments = segments_to_merge(original, form, max_group, max_run)
+    merges = merges or Merges()
+    if pairs is not None:
+        merges = replace(merges, form=PAIRS)
+    check_local(source, merges.local)
+    segments = segments_to_merge(original, merges)
     wanted = _stages_wanted(source.num_layers, pairs, depth, all_reduces)
     _check_reach(source, segments, wanted)
     refitted = [each for each in segments if original.is_merged(each)] if calibrate else []

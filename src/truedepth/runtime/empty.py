@@ -36,13 +36,19 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
     Raises:
         TruedepthError: transformers does not know the model type or refuses a value.
     """
-    if str(config.get("model_type")).startswith(CONVERTED):
+    model_type = str(config.get("model_type"))
+    if model_type.startswith(CONVERTED):
         register()
     try:
         # Config classes write into what they are given.
         return AutoConfig.for_model(**copy.deepcopy(without_generation(config)))
     except Exception as error:  # config classes raise exceptions of any type
-        reason = _uneven_heads(config) or reason_of(error)
+        reason = reason_of(error)
+        if uneven := _uneven_heads(config):
+            if config.get("head_dim") and not model_type.startswith(CONVERTED):
+                # A padded original, whose heads need not divide the hidden size.
+                return transformers_config({**config, "model_type": CONVERTED + model_type}, where)
+            reason = uneven
         raise TruedepthError(f"transformers refuses the config of {where}: {reason}") from error
 
 
@@ -54,9 +60,9 @@ def in_one_process(config: Any) -> Any:
 
 
 def _uneven_heads(config: Mapping[str, Any]) -> str:
-    """Whether a config gives no head dimension that can be: the end of a sentence."""
+    """Whether a config's heads do not divide its hidden size: the end of a sentence."""
     hidden, heads = config.get("hidden_size"), config.get(QUERY)
-    if config.get("head_dim") or not (isinstance(hidden, int) and isinstance(heads, int)):
+    if not (isinstance(hidden, int) and isinstance(heads, int)):
         return ""
     if heads < 1 or hidden % heads == 0:
         return ""

@@ -7,7 +7,7 @@ measured and the all-reduces of a known link are added.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +92,7 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON-compatible data."""
-        return asdict(self) | {
+        return asdict(replace(self, plan=self.plan.unpaired)) | {
             "plan": self.plan.to_dict(),
             "speedup": self.speedup,
             "pays": self.pays,

@@ -2,20 +2,23 @@
 
 A head with zero query, key, value and output weights adds nothing to the output. KV heads are
 padded to the next multiple of the ranks, and each new one gets as many query heads as the others
-have. Padding comes after the heads of every original layer, so that a wide layer sharded over as
-many ranks as it holds layers still puts one whole layer on each rank.
+have. Originals are padded before they are widened, so the new heads come after those of every
+original layer, and a wide layer sharded over as many ranks as it holds layers still puts one whole
+layer on each rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from truedepth.errors import TruedepthError
-from truedepth.families.family import KEY_VALUE, QUERY, Family, head_dim
+from truedepth.families.family import KEY_VALUE, QUERY, head_dim
 from truedepth.families.lookup import original_family
 from truedepth.sources.source import Source
 from truedepth.tensors import LazyTensor, stack_rows, zeros
@@ -79,52 +82,62 @@ def check_heads(source: Source, ranks: int) -> None:
         )
 
 
-def padded_tensors(
-    family: Family,
-    tensors: Mapping[str, LazyTensor],
-    widths: list[int],
-    padding: Mapping[str, int],
-) -> dict[str, LazyTensor]:
-    """The tensors of the padded model.
+def check_local(source: Source, ranks: int | None) -> None:
+    """Refuse stages that are local to a number of ranks which do not divide the heads.
 
-    Args:
-        family: Says which maps have heads.
-        tensors: The tensors of a converted model by name.
-        widths: The number of original layers in each of its layers.
-        padding: What `head_padding` returns for the original.
+    Raises:
+        TruedepthError: They do not, or the FFN's width is not divisible.
     """
+    if ranks is not None and head_padding(source.config, ranks):
+        heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
+        raise TruedepthError(
+            f"Stages cannot be local to {ranks} ranks: {source.path} has {heads} heads and"
+            f" {kv_heads or heads} KV heads, which are not divisible by {ranks}; add"
+            f" --pad-heads {ranks}."
+        )
+
+
+def padded(source: Source, ranks: int) -> Source:
+    """An original whose head counts are divisible by a number of ranks; itself if they are.
+
+    Raises:
+        TruedepthError: As `head_padding`, or its weights are quantized.
+    """
+    padding = head_padding(source.config, ranks)
+    if not padding:
+        return source
+    source.check_plain("to which no heads can be added")
+    tensors = partial(_padded_tensors, source, padding)
+    return replace(source, config={**source.config, **padding}, read_tensors=tensors)
+
+
+def _padded_tensors(source: Source, padding: Mapping[str, int]) -> dict[str, LazyTensor]:
+    family = source.family
 
     def padded(name: str, tensor: LazyTensor) -> LazyTensor:
         layer, rest = family.split(name)
         module, _, kind = rest.rpartition(".")
         if layer is not None and module in family.head_norms and len(tensor.shape) > 1:
-            return _pad_rows(tensor, widths[layer], padding[family.head_norms[module]])
+            return _pad_rows(tensor, padding[family.head_norms[module]])
         if layer is None or module not in family.heads:
             return tensor
         size = padding[family.heads[module]] * padding["head_dim"]
         if module not in family.writes:
-            return _pad_rows(tensor, widths[layer], size)
-        return _pad_columns(tensor, widths[layer], size) if kind == "weight" else tensor
+            return _pad_rows(tensor, size)
+        return _pad_columns(tensor, size) if kind == "weight" else tensor
 
-    return {name: padded(name, tensor) for name, tensor in tensors.items()}
-
-
-def _pad_rows(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
-    """Pad each of `parts` equal parts with rows of zeros at its end, to `size` rows."""
-    before = tensor.shape[0] // parts
-    pad = zeros((size - before, *tensor.shape[1:]), tensor.dtype)
-    pieces = []
-    for part in range(parts):
-        pieces += [tensor.row_range(part * before, (part + 1) * before), pad]
-    return stack_rows(pieces)
+    return {name: padded(name, tensor) for name, tensor in source.tensors.items()}
 
 
-def _pad_columns(tensor: LazyTensor, parts: int, size: int) -> LazyTensor:
-    """Pad each of `parts` equal parts with columns of zeros at its end, to `size` columns."""
-    before = tensor.shape[1] // parts
+def _pad_rows(tensor: LazyTensor, size: int) -> LazyTensor:
+    """With rows of zeros at its end, to `size` rows."""
+    return stack_rows([tensor, zeros((size - tensor.shape[0], *tensor.shape[1:]), tensor.dtype)])
+
+
+def _pad_columns(tensor: LazyTensor, size: int) -> LazyTensor:
+    """With columns of zeros at its end, to `size` columns."""
 
     def rows(start: int, stop: int) -> Tensor:
-        split = tensor.rows(start, stop).reshape(stop - start, parts, before)
-        return torch.nn.functional.pad(split, (0, size - before)).flatten(1)
+        return torch.nn.functional.pad(tensor.rows(start, stop), (0, size - tensor.shape[1]))
 
-    return LazyTensor((tensor.shape[0], parts * size), tensor.dtype, rows)
+    return LazyTensor((tensor.shape[0], size), tensor.dtype, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -212,15 +213,39 @@ class Alone:
         return hook
 
     @torch.no_grad()
-    def added(self, name: str, x: Tensor) -> Tensor:
-        """What a sub-layer such as `F2` adds to a state."""
-        layer = self._layers[int(name[1:])]
+    def added(self, name: str, x: Tensor, gave: Tensor | None = None) -> Tensor:
+        """What a sub-layer such as `F2` adds to a state, or would if its module gave this."""
+        layer, (own, other) = self._found(name)
         given, call = self._calls[int(name[1:])]
-        others = FFNS if name[0] == "A" else ATTENTIONS
-        (other,) = (other for other in others if hasattr(layer, other))
-        with Off(getattr(layer, other)):
+
+        def instead(module: Any, given: Any, output: Any) -> Any:
+            if gave is None:
+                return output
+            return (gave, *output[1:]) if isinstance(output, tuple) else gave
+
+        hook = own.register_forward_hook(instead)
+        with Off(other):
             changed: Tensor = layer(x, *given, **call)
+        hook.remove()
         return changed - x
+
+    @torch.no_grad()
+    def gives(self, name: str, x: Tensor) -> Tensor:
+        """What a sub-layer's module gives, before a norm behind it or a multiplier."""
+        kept: list[Any] = []
+        hook = self._found(name)[1][0].register_forward_hook(lambda *call: kept.append(call[-1]))
+        self.added(name, x)
+        hook.remove()
+        return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+
+    def _found(self, name: str) -> tuple[Any, tuple[Any, Any]]:
+        """The layer of a sub-layer, its module and that of the layer's other sub-layer."""
+        layer = self._layers[int(name[1:])]
+        attention, ffn = (
+            next(getattr(layer, each) for each in names if hasattr(layer, each))
+            for names in (ATTENTIONS, FFNS)
+        )
+        return layer, (attention, ffn) if name[0] == "A" else (ffn, attention)
 
 
 @torch.no_grad()
@@ -231,12 +256,74 @@ def staged(model: Any, ids: Tensor, stages: Sequence[Sequence[str]], **inputs: A
     for stage in stages:
         x = x + sum(alone.added(name, x) for name in stage)
 
-    # what is behind the layers: they are passed by, the last of them giving x
+    return _behind(model, ids, x, **inputs)
+
+
+def _behind(model: Any, ids: Tensor, x: Tensor, **inputs: Any) -> Tensor:
+    """Logits from the state behind the layers: they are passed by, the last of them giving x."""
     last = model.get_decoder().base_model.layers[-1]
     hook = last.register_forward_hook(lambda *_: x)
     logits: Tensor = model(input_ids=ids, use_cache=False, **inputs).logits
     hook.remove()
     return logits
+
+
+WRITERS = ("o_proj", "dense", "down_proj", "dense_4h_to_h", "c_proj")
+"""Last parts of the names of maps that write to the residual stream."""
+
+
+def share(model: Any, rank: int, ranks: int) -> Any:
+    """A copy of a model that writes what one rank would: its share of the inputs of such maps."""
+    own = copy.deepcopy(model)
+
+    def keep(weight: Tensor, dim: int) -> None:
+        for other, part in enumerate(weight.chunk(ranks, dim)):
+            if other != rank:
+                part.zero_()
+
+    with torch.no_grad():
+        for name, module in own.get_decoder().base_model.layers.named_modules():
+            experts = getattr(module, "down_proj", None)
+            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in WRITERS:
+                keep(module.weight, 1)
+                if module.bias is not None and rank:
+                    module.bias.zero_()
+            elif isinstance(experts, Tensor):  # [experts, hidden, features], transposed in Aria
+                transposed = experts.shape[-1] == model.config.hidden_size
+                keep(experts, 1 if transposed else 2)
+    return own
+
+
+@torch.no_grad()
+def locally(
+    model: Any, ids: Tensor, stages: Sequence[Sequence[str]], ranks: int, parallel: bool = False
+) -> Tensor:
+    """Logits of a model whose stages of several sub-layers, if they are lists, are local to ranks;
+    those that are tuples read one state.
+
+    Rank r goes on with x + p_r, what it has written itself; at the end of a stage y = x + Σ_r p_r.
+    Of what is normed behind a sub-layer, a rank takes `1 / √ranks` of its own part, normed.
+    """
+    alone = Alone(model, ids)
+    own = [Alone(share(model, rank, ranks), ids) for rank in range(ranks)]
+    x = alone.entered
+    for stage in stages:
+        if len(stage) == 1 or isinstance(stage, tuple):
+            x = x + sum(alone.added(name, x) for name in stage)
+            continue
+        gave: dict[str, Tensor] = {}
+        for each in own:
+            read = state = x
+            for name in stage:
+                if not parallel or name[0] == "A":
+                    read = state
+                part = each.gives(name, read)
+                gave[name] = gave.get(name, 0) + part
+                added, doubled = (alone.added(name, x, factor * part) for factor in (1, 2))
+                is_normed = (doubled - 2 * added).abs().max() > 1e-2 * added.abs().max()
+                state = state + added * (ranks**-0.5 if is_normed else 1.0)
+        x = x + sum(alone.added(name, x, whole) for name, whole in gave.items())
+    return _behind(model, ids, x)
 
 
 def repaired(

@@ -65,6 +65,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 ARCHITECTURES = {name: own or {} for name, own in (MIXTURES | OTHERS).items()}
 
 
+WHOLE = {
+    **dict.fromkeys(("deepseek_v3", "flint", "granitemoe", "granitemoeshared"), 2),
+    **dict.fromkeys(("phimoe", "youtu"), 2),
+    "afmoe": 3,  # the FFNs of its first layers, too
+    "axk1": -4,  # its experts are normed inside its FFNs, which keep their own all-reduces
+}
+"""Of A0 F0 A1, F1, A2, F2 A3, F3, A4, F4 A5 F5, the stages that consist of what every rank has whole, such as an attention."""
+
+
 def config_of(architecture: str) -> Any:
     """A config of 6 small layers."""
     usual = CONFIG_MAPPING[architecture]()

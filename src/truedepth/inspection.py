@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ class Info:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        data = asdict(self) | {"plan": self.plan.to_dict()}
+        plain = replace(self, plan=self.plan.unpaired, executed_plan=self.plan.unpaired)
+        data = asdict(plain) | {"plan": self.plan.to_dict()}
         for name, key in (  # the keys of 0.1.0
             ("executed_plan", "run"),
             ("side_by_side", "branches"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import truedepth as td
 from family_models import CASES, WITHOUT_TRUEDEPTH, options_of, repaired, staged
 from tiny_models import TINY, byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
-from traced_models import ARCHITECTURES, MIXTURES, OTHERS, config_of, model_of
+from traced_models import ARCHITECTURES, MIXTURES, OTHERS, WHOLE, config_of, model_of
 from truedepth.families.lookup import all_families
 from truedepth.families.tracing.trace import traced_family
 from truedepth.inspection import inspect_model
@@ -150,15 +150,6 @@ torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
-
-
-WHOLE = {
-    **dict.fromkeys(("deepseek_v3", "flint", "granitemoe", "granitemoeshared"), 2),
-    **dict.fromkeys(("phimoe", "youtu"), 2),
-    "afmoe": 3,  # the FFNs of its first layers, too
-    "axk1": -4,  # its experts are normed inside its FFNs, which keep their own all-reduces
-}
-"""The stages of `PLAN` that consist of what every rank has whole, such as an attention."""
 
 
 @pytest.mark.parametrize("names", SOME)

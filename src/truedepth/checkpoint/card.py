@@ -67,6 +67,7 @@ def model_card(
     reader = "AutoProcessor" if outer else "AutoTokenizer"
     task = TASKS[auto]
     without = "" if healing else " without training"
+    ranks, simulate = _ranks(plan)
     before = plan.unpaired.all_reduces
     return f"""---
 {base}library_name: transformers
@@ -88,17 +89,30 @@ made by truedepth {__version__}{without}.
 
 The number of weights and the size of the KV cache are the original's. The output is not:
 `truedepth eval THIS --against ORIGINAL` measures what that costs.
-{repaired}{quantized}
+{repaired}{quantized}{ranks}
 ```python
 from transformers import {auto}, {reader}
 
-model = {auto}.from_pretrained("THIS", trust_remote_code=True)
+model = {auto}.from_pretrained("THIS", trust_remote_code=True{simulate})
 {reader[4:].lower()} = {reader}.from_pretrained("THIS", trust_remote_code=False)
 ```
 
 `trust_remote_code` is not needed after `import truedepth`. The {reader[4:].lower()} has no code;
 without the argument, transformers 5 asks about the model's. The licence is the original's.
 """
+
+
+def _ranks(plan: Plan) -> tuple[str, str]:
+    """What is said of the ranks of local stages, and the option of one process in their place."""
+    if plan.ranks is None:
+        return "", ""
+    said = (
+        f"\nIts local stages are for {plan.ranks} tensor-parallel ranks: over as many it is loaded"
+        f" with `distributed_config=DistributedConfig(tp_size={plan.ranks})`, or served by vLLM"
+        f" with `--tensor-parallel-size {plan.ranks}`, and over any other number it is refused. One"
+        " process can compute what they would:\n"
+    )
+    return said, ", simulate_ranks=True"
 
 
 def _together(plan: Plan) -> str:
@@ -120,5 +134,7 @@ def _what_runs_together(plan: Plan) -> str:
         parts.append(
             f"with {len(plan.merged)} stage{'s' * (len(plan.merged) > 1)} in which sub-layers (A:"
             " attention, F: FFN) read one state"
+            + ", or (|) what their tensor-parallel rank has"
+            * (plan.ranks is not None)
         )
     return ", and\n".join(parts)

@@ -204,7 +204,8 @@ class LocalStage(Stage):
             body, modules = getattr(self._form, kind)[0], dict(layer.named_modules())
             writes = self.written(layer, kind)
             reasons = [ranks.why_not(modules[name], name) for name in writes]
-            reason = next(filter(None, reasons), "" if writes else f"nothing is known of {body}")
+            unknown = "" if writes else "it is not known how ranks would share it"
+            reason = next(filter(None, reasons), unknown)
             if reason:
                 raise ValueError(
                     f"{body} cannot be in a stage that is local to {self._ranks} ranks: {reason}"

@@ -51,6 +51,9 @@ def plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]]
     if plan.merged:
         holds = "1 holds" if len(plan.merged) == 1 else f"{len(plan.merged)} hold"
         stages = [("stages", f"{holds} several sub-layers (A: attention, F: FFN)")]
+        if plan.ranks is not None:
+            local = "those with | are local: computed by each rank with its own parts"
+            stages += [("", local), ("ranks", f"{plan.ranks}, and no other number")]
     else:  # Δ, the paper's, counts layers in groups
         depths += f" (Δ = {plan.paired_layers})"
     before, after = plan.unpaired.all_reduces, (executed or plan).all_reduces

@@ -54,7 +54,7 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
 
 def in_one_process(config: Any) -> Any:
     """The config of a model for which one process computes what ranks of local stages would."""
-    if getattr(config, "stages", None):
+    if any(isinstance(stage, Mapping) for stage in getattr(config, "stages", None) or ()):
         config.simulate_ranks = True
     return config
 

@@ -36,6 +36,7 @@ from truedepth.plan.stages import (
     Sublayer,
     home_of,
     parts_of,
+    ranks_of,
     stage_of,
     whole_layer,
 )
@@ -77,10 +78,14 @@ def fuse(model: Model) -> Model:
         raise TruedepthError(f"The stages of {name} cannot be fused: {why_not}.")
     parts: list[list[FusedPart]] = [[] for _ in layers]
     for stage in _stages(family, whole.config, len(layers)):
+        is_local = ranks_of(stage) is not None
         cut = parts_of(stage)
+        if is_local and not family.is_parallel(config):  # each reads what those before it wrote
+            cut = [(each,) for each in stage]
         for inside in cut:
             fused = FusedPart([members[each] for each in inside])
             fused.begins, fused.ends = inside is cut[0], inside is cut[-1]
+            fused.is_local = is_local
             parts[home_of(inside)].append(fused)
     for layer, own in zip(layers, parts, strict=True):
         kind = type(layer)
@@ -110,6 +115,8 @@ def _why_not(family: Family, config: Any, members: Iterable[_Member]) -> str:
     """Why a model's stages cannot be fused, as the end of a sentence; "" if they can."""
     if family.side_by_side_only or getattr(config, "side_by_side", None):
         return family.side_by_side_only or "some of its layers run side by side"
+    if getattr(config, "simulate_ranks", None):
+        return "this process simulates the ranks of its local stages"
     for member in members:
         for name in (*member.reads, member.writes):
             linear = member.layer.get_submodule(name)
@@ -176,6 +183,9 @@ class FusedPart(nn.Module):
     begins = ends = True
     """Whether it is the first and the last part of its stage."""
 
+    is_local = False
+    """Whether it reads what its rank has written in its stage, too."""
+
     def __init__(self, members: Sequence[_Member]) -> None:
         super().__init__()
         family, layer = members[0].family, members[0].layer
@@ -240,7 +250,7 @@ class FusedLayer:
         for part in self.parts:
             if not part.begins and so_far is None:
                 x, so_far = hidden_states.unbind(0)
-            added = part(x, *args, **call)
+            added = part(x + so_far if part.is_local and not part.begins else x, *args, **call)
             so_far = added if so_far is None else so_far + added
             if part.ends:
                 if part.group is not None:

@@ -76,6 +76,8 @@ def load(
         config = transformers_config(source.config, source.path)
         if "distributed_config" not in options:
             config = in_one_process(config)
+            if (plan := plan_of(source.config)) and plan.ranks:
+                note(f"One process computes what {plan.ranks} ranks of {source.name} would.")
         # Of transformers' own reader only what fills a model is used: which file holds which tensor
         # is decided by the source alone, so that all commands compute with the same tensors.
         loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(

@@ -127,6 +127,12 @@ def _check_models(setup: Setup, engine: Engine) -> None:
     in_llama_cpp = engine is Engine.llama_cpp
     for name in filter(None, (setup.model, setup.against)):
         source = open_source(name)
+        plan = plan_of(source.config)
+        if plan and plan.ranks not in (None, setup.ranks):
+            raise TruedepthError(
+                f"{name} has stages that are local to {plan.ranks} tensor-parallel ranks; give --tp"
+                f" {plan.ranks}."
+            )
         check_heads(source, setup.ranks)
         if in_llama_cpp and source.path.is_dir():
             raise TruedepthError(f"{name} is not a GGUF file; write one with truedepth export.")
@@ -135,7 +141,7 @@ def _check_models(setup: Setup, engine: Engine) -> None:
                 f"{name} is a GGUF file, which {engine.value} cannot run here; convert it first"
                 " (truedepth convert --pairs 0 keeps the model as it is)."
             )
-        if source.path.is_file() and plan_of(source.config) and not in_llama_cpp:
+        if source.path.is_file() and plan and not in_llama_cpp:
             raise TruedepthError(f"{name} runs only in llama.cpp; give --engine llama.cpp.")
 
 

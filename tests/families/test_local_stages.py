@@ -1,0 +1,150 @@
+"""Rank-local stages, for every family against its own layers: simulated, and over real ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import truedepth as td
+from family_models import CASES, locally, options_of
+from tiny_models import byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
+from traced_models import MIXTURES, OTHERS, WHOLE, config_of, model_of
+
+CLOSE = {"atol": 1e-4, "rtol": 0}
+PARALLEL = ("cohere", "cohere, norms", "cohere2", "pythia")
+"""Families whose attention and FFN read one state: there stages hold whole layers."""
+
+STAGES = [["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]]
+REFUSED = dict.fromkeys(("gpt_oss", "axk1"), "mlp cannot be in a stage that is local to 2 ranks")
+"""transformers shards no experts of the one, and the other norms the sum of its experts."""
+
+WHOLE_LAYERS = [["A0", "F0", "A1", "F1"], ["A3", "F3", "A4", "F4"]]
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def plan_of(case, ranks=2):
+    stages = WHOLE_LAYERS if case in PARALLEL else STAGES
+    return td.Plan(6, stages=[{"sublayers": stage, "local": ranks} for stage in stages])
+
+
+def expected_logits(case, original, ids, plan):
+    stages = [list(map(str, stage)) for stage in plan.stages]
+    if case in PARALLEL:
+        stages = [WHOLE_LAYERS[0], ("A2", "F2"), WHOLE_LAYERS[1], ("A5", "F5")]
+    return locally(original, ids, stages, plan.ranks, case in PARALLEL)
+
+
+def check_simulated(case, original, source, out):
+    """Logits, padded on the left, and tokens with and without a cache; for two ranks."""
+    plan, ids = plan_of(case), random_ids()
+    td.convert(source, out, plan)
+    expected = expected_logits(case, original, ids, plan)
+    assert (original(ids).logits - expected).abs().max() > 1e-2
+    model = td.load(out).model
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+        torch.testing.assert_close(left_padded_logits(model, ids), expected, **CLOSE)
+        tokens = model.generate(ids, **GREEDY)
+        assert torch.equal(tokens, model.generate(ids, use_cache=False, **GREEDY))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_computes_what_two_ranks_would(make_model, case, tmp_path):
+    source = make_model(**options_of(case))
+    original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    check_simulated(case, original, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "case", [*MIXTURES, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)]
+)
+def test_architectures_that_are_traced(case, tmp_path):
+    original = model_of(case)
+    original.save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    if why := REFUSED.get(case):
+        with pytest.raises(td.TruedepthError, match=why):
+            td.convert(tmp_path / "source", tmp_path / "out", plan_of(case))
+        return
+    check_simulated(case, original, tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks(make_model, ranks, tmp_path):
+    heads = {"num_attention_heads": 2 * ranks, "num_key_value_heads": ranks}
+    source = make_model(hidden_size=96, **heads)
+    original = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    plan, ids = plan_of("llama", ranks), random_ids()
+    td.convert(source, tmp_path / "out", plan)
+    expected = expected_logits("llama", original, ids, plan)
+    with torch.inference_mode():
+        torch.testing.assert_close(td.load(tmp_path / "out").model(ids).logits, expected, **CLOSE)
+
+
+RANK = """
+import sys, torch, truedepth
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from truedepth.runtime.fusing import fuse
+from truedepth.speed.collectives import watched
+where, *cases = sys.argv[1:]
+ids, found = torch.load(f"{where}/ids"), {}
+for case in cases:
+    ranks = DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(f"{where}/{case}", distributed_config=ranks)
+    with torch.no_grad():
+        logits = model(ids).logits
+        tokens = model.generate(ids, **GREEDY)
+        with watched() as traffic:
+            model(ids)
+        fused = fuse(model)(ids).logits if case in FUSED else logits
+    embedding = model.get_input_embeddings().weight
+    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
+    found[case] = logits, tokens, fused, traffic.calls["all_reduce"] - shared
+torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def check_over_two_ranks(where, cases, fused=()):
+    """Two processes give what one that simulates them does, in one all-reduce per stage."""
+    ids = random_ids()
+    script = RANK.replace("GREEDY", repr(GREEDY)).replace("FUSED", repr(tuple(fused)))
+    for found in found_over_two_ranks(script, where, cases, ids):
+        for case, (logits, tokens, fused_logits, all_reduces) in found.items():
+            model = td.load(where / case).model
+            with torch.inference_mode():
+                expected = model(ids).logits
+                torch.testing.assert_close(logits, expected, **CLOSE, msg=lambda m, c=case: c + m)
+                torch.testing.assert_close(fused_logits, expected, **CLOSE)
+                assert torch.equal(tokens, model.generate(ids, **GREEDY)), case
+            # a stage alone of what every rank has whole needs none
+            assert all_reduces == len(plan_of(case).stages) - WHOLE.get(case, 0), case
+
+
+RANKED = ["llama", "qwen2", "granite", "starcoder2", "phi3", "glm4", "gemma2", "olmo2", "cohere"]
+"""With and without biases, with a multiplier, norms behind, packed maps and gathered ones."""
+
+
+def test_two_ranks(make_model, tmp_path):
+    for case in RANKED:
+        td.convert(make_model(**options_of(case)), tmp_path / case, plan_of(case))
+    check_over_two_ranks(tmp_path, RANKED, fused=["llama", "qwen2", "granite", "starcoder2"])
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(list(MIXTURES), id="mixtures"),
+        pytest.param(list(OTHERS), id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_of_architectures_that_are_traced(cases, tmp_path):
+    cases = [case for case in cases if config_of(case).base_model_tp_plan and case not in REFUSED]
+    for case in cases:
+        model_of(case).save_pretrained(tmp_path / "source")
+        byte_tokenizer().save_pretrained(tmp_path / "source")
+        td.convert(tmp_path / "source", tmp_path / case, plan_of(case))
+    check_over_two_ranks(tmp_path, cases)

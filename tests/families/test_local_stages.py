@@ -120,8 +120,9 @@ def check_over_two_ranks(where, cases, fused=()):
                 torch.testing.assert_close(logits, expected, **CLOSE, msg=lambda m, c=case: c + m)
                 torch.testing.assert_close(fused_logits, expected, **CLOSE)
                 assert torch.equal(tokens, model.generate(ids, **GREEDY)), case
-            # a stage alone of what every rank has whole needs none
-            assert all_reduces == len(plan_of(case).stages) - WHOLE.get(case, 0), case
+            # a sub-layer alone that every rank has whole needs none
+            alone = WHOLE.get(case, 0) - (case == "afmoe")  # A0, F0 and A1 are not alone
+            assert all_reduces == len(plan_of(case).stages) - alone, case
 
 
 RANKED = ["llama", "qwen2", "granite", "starcoder2", "phi3", "glm4", "gemma2", "olmo2", "cohere"]

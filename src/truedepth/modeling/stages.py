@@ -142,19 +142,24 @@ class LocalStage(Stage):
 
     is_local = True
 
-    def __init__(self, form: LayerForm, ranks: int, simulated: SimulatedRanks | None) -> None:
+    def __init__(
+        self, form: LayerForm, ranks: int, simulated: SimulatedRanks | None, layers: nn.Module
+    ) -> None:
         super().__init__(form)
-        self._ranks, self._simulated = ranks, simulated
+        self._ranks, self._simulated, self._layers = ranks, simulated, layers
+        self._shared_by: Any = None
 
     @property
     def mesh(self) -> Any:
-        """The ranks; those that are simulated in one process."""
+        """The ranks that share the model; those that are simulated in one process."""
         if self._simulated is not None:
             return self._simulated
-        mesh = super().mesh
-        if mesh is None or mesh.size() != self._ranks:
-            raise ValueError(wrong_ranks(self._ranks, mesh.size() if mesh else 1))
-        return mesh
+        if self._shared_by is None:  # by the first run all weights are where they stay
+            self._shared_by = next(filter(None, map(mesh_of, self._layers.modules())), None)
+            ranks = 1 if self._shared_by is None else self._shared_by.size()
+            if ranks != self._ranks:
+                raise ValueError(wrong_ranks(self._ranks, ranks))
+        return self._shared_by
 
     def begin(self, x: Tensor) -> Tensor:
         """The state for its members, simulated ranks side by side."""
@@ -284,7 +289,7 @@ def merge_stages(
         stage = held[places[0]]
         if ranks is not None:
             simulated = SimulatedRanks(ranks, styles) if simulate else None
-            stage = LocalStage(form, ranks, simulated)
+            stage = LocalStage(form, ranks, simulated, layers)
         held |= dict.fromkeys(places, stage)
         merged |= {place // 2 for place in places}
     for index in range(len(layers)):

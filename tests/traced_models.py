@@ -71,7 +71,8 @@ WHOLE = {
     "afmoe": 3,  # the FFNs of its first layers, too
     "axk1": -4,  # its experts are normed inside its FFNs, which keep their own all-reduces
 }
-"""Of A0 F0 A1, F1, A2, F2 A3, F3, A4, F4 A5 F5, the stages that consist of what every rank has whole, such as an attention."""
+"""How many of the stages A0 F0 A1, F1, A2, F2 A3, F3, A4, F4 A5 F5 consist of what every rank has
+whole, such as an attention."""
 
 
 def config_of(architecture: str) -> Any:

@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     Glm4Config,
     GraniteConfig,
+    LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -230,6 +231,47 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
 def test_stages_of_vllms_own_classes(make_model, options, ranks, prompts, tmp_path):
     td.convert(make_model(**SHAPES, **options), tmp_path / "out", STAGGERED)
     check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+
+
+LOCAL = td.Plan(
+    6,
+    stages=[
+        *({"sublayers": stage, "local": 2} for stage in (["A0", "F0", "A1"], ["F4", "A5", "F5"])),
+        ["F2", "A3"],
+    ],
+)
+"""Stages that are local to two ranks, at the first and the last layer, and one that is not."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"family": Phi3Config},
+        {"family": GraniteConfig, "residual_multiplier": 0.4, "logits_scaling": 3.0},
+        GEMMA2,
+        {"family": MixtralConfig, **EXPERTS},
+        {"family": Qwen2MoeConfig, **EXPERTS, "shared_expert_intermediate_size": 64},
+        {"family": Starcoder2Config},
+    ],
+    ids=lambda given: given["family"].model_type if "family" in given else "llama",
+)
+def test_local_stages(make_model, options, prompts, tmp_path):
+    td.convert(make_model(**SHAPES, **options), tmp_path / "out", LOCAL)
+    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "words"),
+    [
+        (LlamaConfig, 1, "local to 2 tensor-parallel ranks, not to 1; .*parallel-size 2"),
+        (Olmo2Config, 2, "q_proj gathers its outputs from all ranks"),
+    ],
+)
+def test_local_stages_that_are_refused(make_model, model, ranks, words, prompts, tmp_path):
+    td.convert(make_model(**SHAPES, family=model), tmp_path / "out", LOCAL)
+    with pytest.raises(AssertionError, match=words):
+        served(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
 
 
 WHOLE = td.Plan(6, stages=[["A0", "F0"], ["A2", "F2", "A3", "F3"], ["A5", "F5"]])

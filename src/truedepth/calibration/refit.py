@@ -50,7 +50,6 @@ from truedepth.runtime.stage import (
 )
 from truedepth.widening.widen import packed_sizes
 
-ROUNDS = 1
 HOLD_OUT_EVERY = 8  # of every 8 windows one is held out, to choose the penalties on
 
 
@@ -219,22 +218,20 @@ class Calibrator:
     ) -> None:
         """The maps of a local stage: those that read for each rank, by the rows that it has."""
         walk = self.walk
-        for _ in range(ROUNDS):
-            for count, member in enumerate(members[1:], 2):  # the first reads what the original did
-                seen = passed.seen[Sublayer(member.index, member.kind)]
-                pairs = partial(self._pairs_by_rank, members[:count], seen)
-                said = [
-                    f"of layer {member.index}, rank {rank}" for rank in range(member.ranks.count)
-                ]
-                self._refit_reads(member, pairs, said, found)
-            run = partial(self._written_by_ranks, members)
-            if self._norms_follow:
-                for each in members:
-                    gave = passed.gave[Sublayer(each.index, each.kind)]
-                    self._refit_writes([each], run, partial(walk.batch, gave), found)
-            else:
-                target = partial(self._missing, walk.original_states, members[0].layer)
-                self._refit_writes(members, run, target, found)
+        for count, member in enumerate(members[1:], 2):  # the first reads what the original did
+            seen = passed.seen[Sublayer(member.index, member.kind)]
+            pairs = partial(self._pairs_by_rank, members[:count], seen)
+            assert member.ranks is not None
+            said = [f"of layer {member.index}, rank {rank}" for rank in range(member.ranks.count)]
+            self._refit_reads(member, pairs, said, found)
+        run = partial(self._written_by_ranks, members)
+        if self._norms_follow:
+            for each in members:
+                gave = passed.gave[Sublayer(each.index, each.kind)]
+                self._refit_writes([each], run, partial(walk.batch, gave), found)
+        else:
+            target = partial(self._missing, walk.original_states, members[0].layer)
+            self._refit_writes(members, run, target, found)
         for windows, calls in walk.batches:
             x = walk.batch(walk.converted_states, windows)
             walk.converted_states[windows] = run_local_stage(x, members, calls)

@@ -146,14 +146,14 @@ class LocalStage(Stage):
         self, form: LayerForm, ranks: int, simulated: SimulatedRanks | None, layers: nn.Module
     ) -> None:
         super().__init__(form)
-        self._ranks, self._simulated, self._layers = ranks, simulated, layers
+        self._ranks, self.simulated, self._layers = ranks, simulated, layers
         self._shared_by: Any = None
 
     @property
     def mesh(self) -> Any:
         """The ranks that share the model; those that are simulated in one process."""
-        if self._simulated is not None:
-            return self._simulated
+        if self.simulated is not None:
+            return self.simulated
         if self._shared_by is None:  # by the first run all weights are where they stay
             self._shared_by = next(filter(None, map(mesh_of, self._layers.modules())), None)
             ranks = 1 if self._shared_by is None else self._shared_by.size()
@@ -163,7 +163,7 @@ class LocalStage(Stage):
 
     def begin(self, x: Tensor) -> Tensor:
         """The state for its members, simulated ranks side by side."""
-        return x if self._simulated is None else self._simulated.spread(x)
+        return x if self.simulated is None else self.simulated.spread(x)
 
     def read(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         """The state and what the rank has written itself."""
@@ -177,20 +177,20 @@ class LocalStage(Stage):
         self, parts: list[Tensor], layer: Any, kind: str, normed: Tensor, *args: Any, **call: Any
     ) -> list[Tensor]:
         """Run a member; see `Stage.run`."""
-        if self._simulated is not None:
+        if self.simulated is not None:
             batch = len(normed) // self._ranks
-            args, call = self._simulated.spread_call((args, call), batch)
+            args, call = self.simulated.spread_call((args, call), batch)
         return super().run(parts, layer, kind, normed, *args, **call)
 
     def summed(self, parts: list[Tensor]) -> list[Tensor]:
         """The sum over all ranks of each of the parts."""
-        if self._simulated is None:
+        if self.simulated is None:
             return super().summed(parts)
-        return list(map(self._simulated.summed, parts))
+        return list(map(self.simulated.summed, parts))
 
     def end(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         """The state behind it, `[batch, length, hidden]`."""
-        if self._simulated is not None:
+        if self.simulated is not None:
             x = x[: len(x) // self._ranks]
         return super().end(x, parts)
 

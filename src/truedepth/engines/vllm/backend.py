@@ -16,12 +16,13 @@ from vllm.distributed import (
 )
 
 from truedepth.engines.vllm.fusing import Member
-from truedepth.modeling.stages import Stage
+from truedepth.engines.vllm.stages import check_ranks
+from truedepth.modeling.stages import LocalStage, Stage
 from truedepth.plan.stages import stage_of
 
 
-class VllmStage(Stage):
-    """A stage that ends in one all-reduce of vLLM's."""
+class _Reduced:
+    """Mixed into a stage, which then ends in one all-reduce of vLLM's."""
 
     class Ranks:
         """vLLM's tensor-parallel ranks."""
@@ -39,6 +40,14 @@ class VllmStage(Stage):
         return whole
 
 
+class VllmStage(_Reduced, Stage):
+    """A stage that ends in one all-reduce of vLLM's."""
+
+
+class VllmLocalStage(_Reduced, LocalStage):
+    """Likewise, a rank-local one."""
+
+
 def reduce_once(model: Any, config: Any) -> None:
     """Let every merged stage end in one all-reduce, in place.
 
@@ -47,13 +56,31 @@ def reduce_once(model: Any, config: Any) -> None:
         config: The checkpoint's, whose `stages` say which sub-layers are merged.
 
     Raises:
-        ValueError: Layers that a stage spans are in different processes of a pipeline, or it is not
-            known how their modules sum over ranks.
+        ValueError: Layers that a stage spans are in different processes of a pipeline, it is not
+            known how their modules sum over ranks, or a map in a local stage is gathered from them.
     """
+    check_ranks(config)
     layers = model.get_decoder().layers
     for names in config.stages or ():
         for which in stage_of(names):
             Member(layers, which, config.sublayers).give_parts()
             for stage in layers[which.layer].stages:
-                if stage.is_merged:
+                if isinstance(stage, LocalStage):
+                    check_not_gathered(layers[which.layer])
+                    stage.__class__, stage.simulated = VllmLocalStage, None
+                elif stage.is_merged:
                     stage.__class__ = VllmStage
+
+
+def check_not_gathered(layer: Any) -> None:
+    """Refuse a layer with maps whose outputs every rank gets from all ranks.
+
+    Raises:
+        ValueError: It has one.
+    """
+    for name, module in layer.named_modules():
+        if getattr(module, "gather_output", False):
+            raise ValueError(
+                f"{name} gathers its outputs from all ranks, whose inputs differ in a local stage;"
+                " use transformers"
+            )

@@ -175,6 +175,7 @@ def __getattr__(name: str) -> Any:
                     " layers; use transformers"
                 )
             register_type(whole.model_type)
+            whole.simulate_ranks = True  # transformers' code does not know of vLLM's ranks
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.fuses = None
             if isinstance(self, TransformersBackend):

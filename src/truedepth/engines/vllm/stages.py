@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_pp_group, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 
 from truedepth.engines.vllm.fusing import Fused, Member, can_join
 from truedepth.families.lookup import original_family
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, stage_of
+from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, ranks_of, stage_of
 
 
 class Part:
@@ -29,6 +33,9 @@ class Part:
 
     reduces = False
     """Whether the stage's sum is reduced at its end, instead of what each map writes."""
+
+    ranks: int | None = None
+    """The number of ranks that its stage is local to, if it is."""
 
     fused: Fused | None = None
 
@@ -44,6 +51,21 @@ class Part:
                 return normed, x
             x = x + added
         return (x if self.norm is None else self.norm(x)), x
+
+    def state(self, x: Tensor, so_far: Tensor, multiplier: float = 1.0) -> Tensor:
+        """What a part that does not begin its stage reads, `[tokens, hidden]`.
+
+        Args:
+            x: The state before the stage.
+            so_far: What the stage has summed so far, as `__call__` takes it.
+            multiplier: Of what sub-layers add to the stream.
+        """
+        if self.ranks is None:
+            return x
+        if not self.norms:
+            return x + so_far * multiplier
+        pairs = zip(self.norms, so_far, strict=False)  # of the sub-layers that ran
+        return x + sum(norm(each) for norm, each in pairs) * self.ranks**-0.5
 
     def __call__(self, positions: Tensor, normed: Tensor, so_far: Tensor | None) -> Tensor:
         """The stage's sum, `[tokens, hidden]`, with what was summed so far.
@@ -88,7 +110,7 @@ class Staged:
         for part in self.parts:
             if not part.begins:
                 assert x is not None
-                added = part(positions, part.normed(x)[0], added)
+                added = part(positions, part.normed(part.state(x, added))[0], added)
                 continue
             normed, x = part.normed(added) if x is None else part.normed(x, added)
             added = part(positions, normed, None)
@@ -112,7 +134,8 @@ class StagedStream(Staged):
         for part in self.parts:
             if not part.begins and so_far is None:
                 x, so_far = hidden_states.unbind(0)
-            so_far = part(positions, part.normed(x)[0], so_far)
+            state = x if so_far is None else part.state(x, so_far, self.residual_multiplier)
+            so_far = part(positions, part.normed(state)[0], so_far)
             if part.ends:
                 x, so_far = x + so_far * self.residual_multiplier, None
         return x if so_far is None else torch.stack([x, so_far])
@@ -127,12 +150,13 @@ def merge_stages(model: nn.Module, config: Any) -> None:
 
     Raises:
         ValueError: Layers that a stage spans are in different processes of a pipeline, or are of a
-            class that stages cannot run in.
+            class that stages cannot run in, or stages are local to another number of ranks.
     """
     if config.stages and get_pp_group().world_size > 1:
         raise ValueError(
             "vLLM runs stages of sub-layers with tensor parallelism, not with pipeline parallelism"
         )
+    check_ranks(config)
     layers: Any = model.layers
     for index in _touched(config):
         own = type(layers[index])
@@ -148,6 +172,21 @@ def merge_stages(model: nn.Module, config: Any) -> None:
         for which in stage_of(names):
             Member(layers, which, config.sublayers).give_parts()
     _arrange(layers, config, lambda stage: [(each,) for each in stage])
+
+
+def check_ranks(config: Any) -> None:
+    """Refuse stages that are local to another number of ranks.
+
+    Raises:
+        ValueError: There is one.
+    """
+    ranks = get_tensor_model_parallel_world_size()
+    local = Plan(config.num_hidden_layers, stages=config.stages or ()).ranks
+    if local not in (None, ranks):
+        raise ValueError(
+            f"this model has stages that are local to {local} tensor-parallel ranks, not to"
+            f" {ranks}; serve it with --tensor-parallel-size {local}"
+        )
 
 
 def check_alone(config: Any) -> None:
@@ -179,6 +218,8 @@ def fuse_stages(model: nn.Module, config: Any) -> None:
     layers: Any = model.layers
 
     def cut(stage: Stage) -> list[Stage]:
+        if ranks_of(stage) is not None:  # each reads what those before it wrote
+            return [(each,) for each in stage]
         own = [layers[each.layer].self_attn.attn for each in stage if each.kind == ATTENTION]
         return [stage] if len(own) < 2 or can_join(own) else parts_of(stage)
 
@@ -210,7 +251,7 @@ def _arrange(layers: Any, config: Any, cut: Callable[[Stage], Iterable[Stage]]) 
         for members in parts:
             part = Part([own[each] for each in members], norms)
             part.begins, part.ends = members is parts[0], members is parts[-1]
-            part.reduces = len(stage) > 1
+            part.reduces, part.ranks = len(stage) > 1, ranks_of(stage)
             found[home_of(members)].append(part)
     for index, held in found.items():
         layers[index].parts = tuple(held)

@@ -251,7 +251,7 @@ LOCAL = td.Plan(
         {"family": GraniteConfig, "residual_multiplier": 0.4, "logits_scaling": 3.0},
         GEMMA2,
         {"family": MixtralConfig, **EXPERTS},
-        {"family": Qwen2MoeConfig, **EXPERTS, "shared_expert_intermediate_size": 64},
+        {"family": Qwen3MoeConfig, **EXPERTS},
         {"family": Starcoder2Config},
     ],
     ids=lambda given: given["family"].model_type if "family" in given else "llama",
@@ -265,7 +265,7 @@ def test_local_stages(make_model, options, prompts, tmp_path):
     ("model", "ranks", "words"),
     [
         (LlamaConfig, 1, "local to 2 tensor-parallel ranks, not to 1; .*parallel-size 2"),
-        (Olmo2Config, 2, "q_proj gathers its outputs from all ranks"),
+        (Olmo2Config, 2, "queries of this model are normed over the heads of all ranks"),
     ],
 )
 def test_local_stages_that_are_refused(make_model, model, ranks, words, prompts, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 from truedepth.modeling import modeling
 from truedepth.modeling.forms import KINDS, LayerForm, run_sublayer
 from truedepth.modeling.modeling import PREFIX, auto_classes, auto_map, styles_of, text_config
-from truedepth.modeling.parts import SimulatedRanks, give_parts
+from truedepth.modeling.parts import GATHERED, SimulatedRanks, give_parts
 from truedepth.modeling.wide_layers import WIDENED, wide_layer
 
 FILES = tuple(sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)}))
@@ -22,6 +22,7 @@ FILES = tuple(sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)})
 
 __all__ = [
     "FILES",
+    "GATHERED",
     "KINDS",
     "PREFIX",
     "WIDENED",

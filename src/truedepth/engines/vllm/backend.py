@@ -16,7 +16,7 @@ from vllm.distributed import (
 )
 
 from truedepth.engines.vllm.fusing import Member
-from truedepth.engines.vllm.stages import check_ranks
+from truedepth.engines.vllm.stages import check_local
 from truedepth.modeling.stages import LocalStage, Stage
 from truedepth.plan.stages import stage_of
 
@@ -57,30 +57,15 @@ def reduce_once(model: Any, config: Any) -> None:
 
     Raises:
         ValueError: Layers that a stage spans are in different processes of a pipeline, it is not
-            known how their modules sum over ranks, or a map in a local stage is gathered from them.
+            known how their modules sum over ranks, or a stage is local to other ranks.
     """
-    check_ranks(config)
+    check_local(config)
     layers = model.get_decoder().layers
     for names in config.stages or ():
         for which in stage_of(names):
             Member(layers, which, config.sublayers).give_parts()
             for stage in layers[which.layer].stages:
                 if isinstance(stage, LocalStage):
-                    check_not_gathered(layers[which.layer])
                     stage.__class__, stage.simulated = VllmLocalStage, None
                 elif stage.is_merged:
                     stage.__class__ = VllmStage
-
-
-def check_not_gathered(layer: Any) -> None:
-    """Refuse a layer with maps whose outputs every rank gets from all ranks.
-
-    Raises:
-        ValueError: It has one.
-    """
-    for name, module in layer.named_modules():
-        if getattr(module, "gather_output", False):
-            raise ValueError(
-                f"{name} gathers its outputs from all ranks, whose inputs differ in a local stage;"
-                " use transformers"
-            )

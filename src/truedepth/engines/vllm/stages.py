@@ -21,6 +21,7 @@ from vllm.distributed import (
 
 from truedepth.engines.vllm.fusing import Fused, Member, can_join
 from truedepth.families.lookup import original_family
+from truedepth.modeling import GATHERED, styles_of
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, ranks_of, stage_of
 
@@ -156,7 +157,7 @@ def merge_stages(model: nn.Module, config: Any) -> None:
         raise ValueError(
             "vLLM runs stages of sub-layers with tensor parallelism, not with pipeline parallelism"
         )
-    check_ranks(config)
+    check_local(config)
     layers: Any = model.layers
     for index in _touched(config):
         own = type(layers[index])
@@ -174,15 +175,23 @@ def merge_stages(model: nn.Module, config: Any) -> None:
     _arrange(layers, config, lambda stage: [(each,) for each in stage])
 
 
-def check_ranks(config: Any) -> None:
-    """Refuse stages that are local to another number of ranks.
+def check_local(config: Any) -> None:
+    """Refuse stages that are local to another number of ranks, or in which ranks would share more.
 
     Raises:
         ValueError: There is one.
     """
     ranks = get_tensor_model_parallel_world_size()
     local = Plan(config.num_hidden_layers, stages=config.stages or ()).ranks
-    if local not in (None, ranks):
+    if local is None:
+        return
+    queries = f"{config.sublayers['attention'][0]}.q_proj"
+    if styles_of(config).get(queries) in GATHERED:
+        raise ValueError(
+            "the queries of this model are normed over the heads of all ranks, which read different"
+            " states in a local stage; vLLM does not run that, use transformers"
+        )
+    if local != ranks:
         raise ValueError(
             f"this model has stages that are local to {local} tensor-parallel ranks, not to"
             f" {ranks}; serve it with --tensor-parallel-size {local}"

@@ -41,10 +41,8 @@ def plans(layers: int, numbers: list[int]) -> dict[str, td.Plan]:
     return found
 
 
-def timed(
-    paths: dict[str, Path], case: Case, repetitions: int, dtype: torch.dtype
-) -> dict[str, dict[str, Any]]:
-    """Seconds of every model in turn, and the all-reduces of one token; in one rank of several."""
+def loaded(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, TimedTransformersModel]:
+    """Every model as it is and fused, by name; sharded, if this process is one of several ranks."""
     options: dict[str, Any] = {"device": "cpu", "dtype": dtype}
     if dist.is_initialized():
         ranks = DistributedConfig(tp_size=dist.get_world_size())
@@ -54,6 +52,14 @@ def timed(
         models[name] = TimedTransformersModel(td.load(path, **options).model, False)
         fused = td.fuse(td.load(path, **options).model)
         models[f"{name}, fused"] = TimedTransformersModel(fused, False)
+    return models
+
+
+def timed(
+    paths: dict[str, Path], case: Case, repetitions: int, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """Seconds of every model in turn, and the all-reduces of one token; in one rank of several."""
+    models = loaded(paths, dtype)
     taken = in_turn([partial(each.seconds, case) for each in models.values()], repetitions)
     found = {}
     for (name, model), seconds in zip(models.items(), taken, strict=True):

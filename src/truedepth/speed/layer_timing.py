@@ -28,24 +28,25 @@ from truedepth.plan.stages import staggered_stages
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.runtime.fusing import fuse
 from truedepth.speed.ranks import run_ranks
-from truedepth.speed.timing import Case, in_turn
+from truedepth.speed.timing import Case, Task, in_turn
 from truedepth.speed.transformers import TimedTransformersModel, stopwatch
 from truedepth.widening.padding import head_padding
 
 ENOUGH = 1 << 28  # bytes of weights, more than caches hold
+LONG = 1 << 35  # bytes of weights times rows of states that take long enough to be timed
 REPETITIONS = 7
 PRODUCTS = 4  # timed together, as a GPU starts the first one late
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Times of one rank, for one token of every sequence in the batch."""
+    """Times of one rank, for one pass of a case: prompts, or one token of every sequence."""
 
     layers: dict[int, float]
     """Seconds of one layer, without its all-reduces, by its width."""
 
     weights: float
-    """Seconds to read the weights of a layer of width 1 at `bandwidth`."""
+    """Seconds to multiply the weights of a layer of width 1 at `bandwidth`."""
 
     rest: float
     """Seconds of embedding, last norm and head."""
@@ -54,7 +55,7 @@ class LayerTimes:
     """Seconds of one all-reduce, including waiting for other ranks; 0 for one rank."""
 
     bandwidth: float
-    """Bytes per second at which a large matrix is read in a matrix product."""
+    """Bytes per second of a large matrix in a product with the states of a pass."""
 
     shared: float = 0.0
     """Seconds that a sub-layer takes longer, or less below 0, if it runs in the stage of the one
@@ -123,7 +124,7 @@ def layer_times(
         config: An `unpaired_config`; to time one rank's share alone, its `rank_config`.
         where: The model's path, for error messages.
         widths: Widths of layers to time.
-        case: A case of the task `decode`.
+        case: A case of the task `decode` or `prefill`.
         device: Device to run on.
         dtype: Dtype of the weights.
         ranks: Number of processes over which transformers shards the layers.
@@ -136,6 +137,8 @@ def layer_times(
     """
     one = empty_model({**config, "num_hidden_layers": 1, "layer_widths": [1]}, where)
     size = dtype.itemsize * sum(p.numel() for p in one.base_model.layers.parameters())
+    if case.task is Task.prefill:
+        enough = min(enough, ceil(LONG * ranks / case.rows))
     count = max(2 * max(widths), min(config["num_hidden_layers"], ceil(enough / size)))
     full, half = Stack(1, count), Stack(1, count // 2)
     stacks = [full, half, *(Stack(width, count // width) for width in widths if width > 1)]
@@ -213,7 +216,7 @@ def _measure(
     sent = timed[full].collectives(case)
     all_reduce = sent.seconds / sum(sent.calls.values()) if sent else 0.0
     weights: Any = next(models[full].parameters())
-    bandwidth = _bandwidth(matrix, weights.shape[-1], case.batch, device, weights.dtype)
+    bandwidth = _bandwidth(matrix, weights.shape[-1], case.rows, device, weights.dtype)
     return LayerTimes(
         layers={
             stack.width: (median(seconds) - rest) / stack.layers - 2 * all_reduce
@@ -232,10 +235,10 @@ def _measure(
     )
 
 
-def _bandwidth(size: int, hidden: int, batch: int, device: str, dtype: torch.dtype) -> float:
-    """Bytes per second of a matrix of `size` bytes, multiplied by one vector per sequence."""
+def _bandwidth(size: int, hidden: int, rows: int, device: str, dtype: torch.dtype) -> float:
+    """Bytes per second of a matrix of `size` bytes, multiplied by `rows` vectors."""
     matrix = torch.zeros(size // dtype.itemsize // hidden, hidden, device=device, dtype=dtype)
-    vectors = torch.zeros(batch, hidden, device=device, dtype=dtype)
+    vectors = torch.zeros(rows, hidden, device=device, dtype=dtype)
 
     def products() -> None:
         for _ in range(PRODUCTS):

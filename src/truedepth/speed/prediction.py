@@ -1,4 +1,4 @@
-"""`truedepth predict`: the time per token before and after, without converting anything.
+"""`truedepth predict`: the time of a pass before and after, without converting anything.
 
 The prediction adds up the times of a plan's layers, which are measured on stacks of layers with
 random weights. Either the layers are sharded over ranks of this machine, or one rank's share is
@@ -7,6 +7,7 @@ measured and the all-reduces of a known link are added.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import torch
 
 from truedepth.errors import TruedepthError
-from truedepth.options import Bounds, checked
+from truedepth.options import Bounds, OneOf, checked
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import staggered_stages, whole_layer
@@ -35,11 +36,11 @@ PAYS = 1.05
 
 
 @dataclass(frozen=True)
-class Token:
-    """What the time of one token consists of, in seconds."""
+class Pass:
+    """What the time of one pass consists of, in seconds: of one token, or of a prompt."""
 
     weights: float
-    """Reading the layers' weights at the measured bandwidth."""
+    """The products with the layers' weights at the speed of one large product."""
 
     layers: float
     """The rest of the layers' time: short kernels, kernel launches, attention."""
@@ -57,6 +58,26 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What passes of any plan are made of."""
+
+    measured: LayerTimes
+    all_reduce: float
+    """Seconds of one all-reduce; 0 for one rank."""
+
+    rest: float
+    """Seconds of embedding, last norm and head, with their collectives."""
+
+    def of(self, plan: Plan) -> Pass:
+        """The time of one pass under a plan, as engines run it."""
+        shared = sum(len(stage) - 1 for stage in plan.merged)
+        layers = sum(self.measured.layers[width] for width in plan.widths)
+        layers += shared * self.measured.shared
+        products = min(layers, plan.num_layers * self.measured.weights)
+        return Pass(products, layers - products, plan.all_reduces * self.all_reduce, self.rest)
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What `predict` measured and predicts."""
 
@@ -68,8 +89,12 @@ class Prediction:
 
     device: str
     dtype: str
+    task: str
     batch: int
     length: int
+    message: int
+    """Bytes of one all-reduce."""
+
     fused: bool
     """Whether the stages were fused."""
 
@@ -77,12 +102,12 @@ class Prediction:
     """Whether heads were counted as padded, as their number is not divisible by `ranks`."""
 
     measured: LayerTimes
-    before: Token
-    after: Token
+    before: Pass
+    after: Pass
 
     @property
     def speedup(self) -> float:
-        """Time per token of the original, divided by that under the plan."""
+        """The original's time, divided by that under the plan."""
         return self.before.total / self.after.total
 
     @property
@@ -108,13 +133,14 @@ def predict(
     all_reduces: Annotated[int | None, Bounds(1)] = None,
     ranks: Annotated[int, Bounds(1)] = 1,
     link: Link | None = None,
+    task: Annotated[str, OneOf(Task.decode, Task.prefill)] = Task.decode,
     batch: Annotated[int, Bounds(1)] = 1,
     length: Annotated[int, Bounds(1)] = 128,
     fuse: bool = False,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prediction:
-    """Predict the time per token of a model as it is, and under a plan.
+    """Predict the time of a token or a prompt, of a model as it is and under a plan.
 
     Args:
         model: What `open_source` takes; its weights are not read.
@@ -124,8 +150,10 @@ def predict(
         all_reduces: Number of all-reduces of staggered layers, instead of a plan.
         ranks: Tensor-parallel size.
         link: Link between the ranks; default: all-reduces are measured on this machine.
+        task: What is predicted. decode: one token, with `length` tokens in the KV cache; prefill:
+            one pass over prompts of `length` tokens.
         batch: Number of sequences that run at a time.
-        length: Tokens in the KV cache.
+        length: Number of tokens in the KV cache or in each prompt.
         fuse: Time fused stages, of the model as it is and under the plan; see `truedepth.fuse`.
         device: Default: the first GPU, else the CPU.
         dtype: Dtype of the weights. Default: on a CPU bfloat16 if it is fast there, else float32;
@@ -148,19 +176,20 @@ def predict(
     config = unpaired_config(source.config, ranks)
     if link is not None:
         config = rank_config(config, ranks)
+    case = Case(Task(task), length, batch)
     with working("Timing layers"):
         measured = layer_times(
             config,
             source.path,
             sorted({1, *run.widths}),
-            Case(Task.decode, length, batch),
+            case,
             str(where),
             dtype,
             ranks if link is None else 1,
             staggered=bool(run.merged),
             fused=fuse,
         )
-    each, rest = _each_and_rest(measured, link, source.config, batch, dtype, ranks)
+    costs = costs_of(measured, link, source.config, case, dtype, ranks)
     return Prediction(
         model=source.name,
         plan=plan,
@@ -168,33 +197,51 @@ def predict(
         link=link,
         device=str(where),
         dtype=dtype_name(dtype),
+        task=case.task.value,
         batch=batch,
         length=length,
+        message=message_bytes(source.config, case, dtype),
         fused=fuse,
         padded=bool(head_padding(source.config, ranks)),
         measured=measured,
-        before=_token(plan.unpaired, measured, each, rest),
-        after=_token(run, measured, each, rest),
+        before=costs.of(plan.unpaired),
+        after=costs.of(run),
     )
 
 
-def _each_and_rest(
+def message_bytes(config: Mapping[str, Any], case: Case, dtype: torch.dtype) -> int:
+    """Bytes of one all-reduce: the hidden states of all tokens of a pass."""
+    size: int = case.rows * config["hidden_size"] * dtype.itemsize
+    return size
+
+
+def costs_of(
     measured: LayerTimes,
     link: Link | None,
-    config: dict[str, Any],
-    batch: int,
+    config: Mapping[str, Any],
+    case: Case,
     dtype: torch.dtype,
     ranks: int,
-) -> tuple[float, float]:
-    """Seconds of one all-reduce, and of all that is not layers, over a link or as measured."""
+) -> Costs:
+    """What passes are made of, over a link or, without one, as measured.
+
+    Args:
+        measured: Times of layers for this case; with a link, of one rank's share.
+        link: The link between the ranks.
+        config: Contents of config.json.
+        case: What is predicted.
+        dtype: Dtype of the hidden states.
+        ranks: Tensor-parallel size.
+    """
+    if ranks == 1:
+        return Costs(measured, 0.0, measured.rest)
     if link is None:
-        return measured.all_reduce if ranks > 1 else 0.0, measured.rest
+        return Costs(measured, measured.all_reduce, measured.rest)
     # The rest includes an all-reduce after the embedding and an all-gather after the head, which
-    # takes half as long as an all-reduce of the same size.
-    vector = batch * dtype.itemsize
-    each = link.all_reduce(config["hidden_size"] * vector, ranks)
-    rest = measured.rest + each + link.all_reduce(config["vocab_size"] * vector, ranks) / 2
-    return each if ranks > 1 else 0.0, rest
+    # takes half as long as an all-reduce of the same size. Only the last token has logits.
+    each = link.all_reduce(message_bytes(config, case, dtype), ranks)
+    logits = case.batch * config["vocab_size"] * dtype.itemsize
+    return Costs(measured, each, measured.rest + each + link.all_reduce(logits, ranks) / 2)
 
 
 def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
@@ -204,19 +251,6 @@ def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
     given = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
     dtype: torch.dtype = getattr(torch, given)
     return dtype
-
-
-def _token(plan: Plan, measured: LayerTimes, all_reduce: float, rest: float) -> Token:
-    """The time of one token under a plan, from the times of one all-reduce and of the rest."""
-    shared = sum(len(stage) - 1 for stage in plan.merged)
-    layers = sum(measured.layers[width] for width in plan.widths) + shared * measured.shared
-    reading = min(layers, plan.num_layers * measured.weights)
-    return Token(
-        weights=reading,
-        layers=layers - reading,
-        all_reduces=plan.all_reduces * all_reduce,
-        rest=rest,
-    )
 
 
 def _plan(source: Source, plan: Plan | None, depth: int | None, all_reduces: int | None) -> Plan:

@@ -38,13 +38,19 @@ def possible_ranks(most: int, device: torch.device) -> int:
     return 1 if alone else min(most, len(os.sched_getaffinity(0)))
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def run_ranks(
+    ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    first: Callable[[int], object] | None = None,
+) -> Any:
     """Run `function(*arguments)` in every rank, and return the first rank's result.
 
     Args:
         ranks: Number of processes; each gets its own GPU, or without GPUs its share of the cores.
         function: A function at the top level of a module, as it is pickled by name.
         arguments: Arguments that can be pickled.
+        first: What every rank calls with its number before it connects to the others.
 
     Raises:
         TruedepthError: There are fewer GPUs than ranks; or a rank failed or was killed. The other
@@ -58,7 +64,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         try:
             spawn(  # type: ignore[no-untyped-call]
-                _rank, (ranks, Path(directory), function, arguments), nprocs=ranks
+                _rank, (ranks, Path(directory), function, arguments, first), nprocs=ranks
             )
         except ProcessException as error:
             # When one rank is gone, the others fail too, perhaps before its end is noticed: the
@@ -73,7 +79,12 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _rank(
-    rank: int, ranks: int, directory: Path, function: Callable[..., Any], arguments: Any
+    rank: int,
+    ranks: int,
+    directory: Path,
+    function: Callable[..., Any],
+    arguments: Any,
+    first: Callable[[int], object] | None,
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     gpus = torch.cuda.is_available()
@@ -82,6 +93,8 @@ def _rank(
             torch.cuda.set_device(rank)
         else:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        if first is not None:
+            first(rank)
         dist.init_process_group(
             "nccl" if gpus else "gloo",
             init_method=f"file://{directory}/store",

@@ -54,6 +54,11 @@ class Case:
     batch: int = 1
     """Number of sequences that run at a time."""
 
+    @property
+    def rows(self) -> int:
+        """Number of tokens that one pass computes: prompts, or one token of every sequence."""
+        return self.batch * (self.length if self.task is Task.prefill else 1)
+
 
 @dataclass(frozen=True)
 class Setup:

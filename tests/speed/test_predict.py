@@ -80,6 +80,31 @@ def test_all_reduces_of_a_link(make_model, timed):
     assert config["num_attention_heads"] == 2  # one rank's share
 
 
+def test_prefill_sends_the_states_of_all_tokens(make_model, timed, capsys):
+    """An all-reduce of a ring over 3 ranks sends 4/3 of its bytes; the head has one token's."""
+    from truedepth.report.speed import print_prediction
+
+    given = {"ranks": 3, "link": parse_link("30,0.5"), "dtype": torch.float32, "device": "cpu"}
+    path = make_model(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    found = td.predict(path, PLAN, task="prefill", length=1000, batch=2, **given)
+    assert timed[0][3] == Case(Task.prefill, 1000, 2)
+    assert found.message == 2 * 1000 * 48 * 4
+    each = 30e-6 + found.message * 4 / 3 / 0.5e9
+    head = 30e-6 + 2 * 320 * 4 * 4 / 3 / 0.5e9
+    assert found.before.all_reduces == pytest.approx(12 * each)
+    assert found.after.all_reduces == pytest.approx(8 * each)
+    assert found.after.rest == pytest.approx(7 + each + head / 2)
+    print_prediction(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "prompts of 1,000 tokens" in said
+    assert "all-reduce 384,000 bytes" in said
+    assert "Time per pass over the prompts in ms" in said
+    one = td.predict(path, PLAN, length=1000, **given)
+    assert one.message == 48 * 4
+    with pytest.raises(td.TruedepthError, match="task must be decode or prefill, not generate"):
+        td.predict(path, PLAN, task="generate")
+
+
 def test_a_converted_model_is_compared_with_what_it_was_made_from(make_model, tmp_path, timed):
     td.convert(make_model(), tmp_path / "out", PLAN)
     ours = td.predict(tmp_path / "out", device="cpu", dtype=torch.float32)
@@ -150,6 +175,14 @@ def test_layers_are_timed(make_model, ranks, fused):
     assert (found.all_reduce > 0) == (ranks == 2)
 
 
+def test_layers_are_timed_at_prompts(make_model):
+    path, case = make_model(), Case(Task.prefill, 8, 2)
+    config = unpaired_config(json.loads((path / "config.json").read_text()), 1)
+    found = layer_times(config, path, [1], case, "cpu", torch.float32, staggered=True)
+    assert found.layers.keys() == {1}
+    assert found.weights > 0
+
+
 def test_times_of_layers_are_differences_of_stacks(make_model, monkeypatch):
     """A layer of width w takes 2w + 1, its all-reduces 0.5 each, all else 4, all-gather 0.5.
 
@@ -185,16 +218,41 @@ def test_times_of_layers_are_differences_of_stacks(make_model, monkeypatch):
 def test_links():
     nvlink = LINKS["nvlink"]
     assert nvlink.all_reduce(8192, 2) == pytest.approx(6.6e-6 + 2 * (0.6e-6 + 4096 / 450e9))
+    measured = ["nvlink-custom", "nvlink-nccl", "pcie-oneshot"]
+    measured += ["pcie-switch", "pcie-nccl", "pcie-host"]
     order = ["nvlink", "pcie5", "pcie4", "infiniband", "40gbe", "10gbe"]
     times = [LINKS[name].all_reduce(1 << 16, 4) for name in order]
     assert times == sorted(times)
-    assert set(order) == set(LINKS)
+    assert {*order, *measured} == set(LINKS)
+    assert all(link.source for link in LINKS.values())
     assert LINKS["10gbe"].all_reduce(8, 4) == pytest.approx(263e-6, rel=0.01)  # what gloo measured
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "ranks", "seconds"),
+    [
+        ("nvlink-custom", 4096, 2, 3.9e-6),
+        ("nvlink-custom", 1 << 20, 8, 33.8e-6),
+        ("nvlink-nccl", 16 << 20, 8, 135.7e-6),
+        ("pcie-oneshot", 8 << 10, 4, 5.0e-6),
+        ("pcie-oneshot", 128 << 10, 4, 44.5e-6),
+        ("pcie-switch", 8 << 10, 4, 20.3e-6),
+        ("pcie-switch", 384 << 10, 4, 83.5e-6),
+        ("pcie-nccl", 4096, 8, 45e-6),
+        ("pcie-host", 10 << 10, 2, 39e-6),
+        ("pcie-host", 20 << 20, 2, 10.9e-3),
+    ],
+)
+def test_links_take_what_was_measured(name, size, ranks, seconds):
+    """Figures of the threads that are cited."""
+    assert LINKS[name].all_reduce(size, ranks) == pytest.approx(seconds, rel=0.15)
 
 
 @pytest.mark.parametrize("text", ["usb", "30", "-1,5", "5,0", "a,b"])
 def test_links_that_are_none(text):
-    with pytest.raises(td.TruedepthError, match=r"A link is one of nvlink, .* such as 30,12.5"):
+    with pytest.raises(
+        td.TruedepthError, match=r"A link is one of nvlink-custom, .* such as 30,12.5"
+    ):
         parse_link(text)
 
 

@@ -105,11 +105,13 @@ def predict(
     link: Annotated[
         str | None,
         typer.Option(
-            help="Link between the ranks: nvlink, pcie5, pcie4, infiniband, 40gbe, 10gbe, or the"
+            help="Link between the ranks: nvlink-custom, nvlink-nccl, nvlink, pcie-oneshot,"
+            " pcie-switch, pcie-nccl, pcie-host, pcie5, pcie4, infiniband, 40gbe, 10gbe, or the"
             " microseconds and GB/s of an all-reduce as 30,12.5.",
             show_default="measured between the ranks",
         ),
     ] = None,
+    task: str,
     batch: int,
     length: int,
     fuse: bool,
@@ -118,7 +120,7 @@ def predict(
     device: Device = None,
     dtype: Fast = DType.auto,
 ) -> None:
-    """Predict the time per token before and after, on this machine."""
+    """Predict the time per token or prompt before and after, on this machine."""
     if [plan, depth, all_reduces].count(None) < 2:
         raise TruedepthError("Say what runs together with one of --plan, --depth, --all-reduces.")
     if link is not None and tp == 1:
@@ -139,6 +141,7 @@ def predict(
         all_reduces=all_reduces,
         ranks=tp,
         link=wire,
+        task=task,
         batch=batch,
         length=length,
         fuse=fuse,

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from truedepth.report.tables import console, print_rows
 from truedepth.speed.benchmark import Benchmark
 from truedepth.speed.prediction import Prediction
-from truedepth.speed.timing import Case, Collectives, Row, Timing
+from truedepth.speed.timing import Case, Collectives, Row, Task, Timing
 from truedepth.tensors import dtype_name
 
 
@@ -66,10 +66,12 @@ def print_benchmark(found: Benchmark) -> None:
 
 
 def print_prediction(found: Prediction) -> None:
-    """Print what the time per token consists of, before and after, and whether the plan pays."""
+    """Print what the time of a pass consists of, before and after, and whether the plan pays."""
     before, after, plan = found.before, found.after, found.plan
     one = found.ranks == 1
     link = "measured" if found.link is None else f"over {found.link.name} ({found.link.source})"
+    prefill = found.task == Task.prefill
+    tokens = f"{found.length:,} tokens"
     print_rows(
         [
             ("model", found.model),
@@ -77,17 +79,21 @@ def print_prediction(found: Prediction) -> None:
             ("effective depth", f"{plan.effective_depth} of {plan.num_layers}"),
             (
                 "measured on",
-                f"{found.device}, {found.dtype}, batch {found.batch}, {found.length} tokens in the"
-                f" KV cache; a large matrix is read at {found.measured.bandwidth / 1e9:.1f} GB/s",
+                f"{found.device}, {found.dtype}, batch {found.batch},"
+                f" {f'prompts of {tokens}' if prefill else f'{tokens} in the KV cache'}; a large"
+                f" matrix is {'multiplied' if prefill else 'read'} at"
+                f" {found.measured.bandwidth / 1e9:.1f} GB/s",
             ),
             *([] if one else [("ranks", f"{found.ranks}; all-reduces {link}")]),
+            *([] if one else [("all-reduce", f"{found.message:,} bytes")]),
             *([("stages", "fused")] if found.fused else []),
             *([("heads", "padded with zeros to a multiple of the ranks")] if found.padded else []),
         ]
     )
-    print("\nTime per token in ms:\n")
+    print(f"\nTime per {'pass over the prompts' if prefill else 'token'} in ms:\n")
+    products = "products with layer weights" if prefill else "reading layer weights"
     parts = [
-        ("reading layer weights", before.weights, after.weights),
+        (products, before.weights, after.weights),
         ("rest of the layers", before.layers, after.layers),
         ("all-reduces", before.all_reduces, after.all_reduces),
         ("embedding and head", before.rest, after.rest),
@@ -107,7 +113,7 @@ def print_prediction(found: Prediction) -> None:
         console().print(
             f"The plan will not pay here: {most[1] / before.total:.0%} of the time is {most[0]},"
             " which it does not change."
-            if most[0] in ("reading layer weights", "embedding and head")
+            if most[0] in (products, "embedding and head")
             else "The plan will not pay here."
         )
 

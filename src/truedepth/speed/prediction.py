@@ -133,7 +133,7 @@ def predict(
     all_reduces: Annotated[int | None, Bounds(1)] = None,
     ranks: Annotated[int, Bounds(1)] = 1,
     link: Link | None = None,
-    task: Annotated[str, OneOf(Task.decode, Task.prefill)] = Task.decode,
+    task: Annotated[str, OneOf("decode", "prefill")] = "decode",
     batch: Annotated[int, Bounds(1)] = 1,
     length: Annotated[int, Bounds(1)] = 128,
     fuse: bool = False,
@@ -168,8 +168,6 @@ def predict(
     where = device_of(device)
     if link is None:
         check_accelerator(ranks, where)
-    if [plan, depth, all_reduces].count(None) < 2:
-        raise TruedepthError("Say what runs together with one of plan, depth and all_reduces.")
     plan = _plan(source, plan, depth, all_reduces)
     run = _executed(source, plan)
     dtype = dtype or _default_dtype(source, where)
@@ -255,6 +253,8 @@ def _default_dtype(source: Source, device: torch.device) -> torch.dtype:
 
 def _plan(source: Source, plan: Plan | None, depth: int | None, all_reduces: int | None) -> Plan:
     """The plan to predict, for a model that can be converted or is converted already."""
+    if [plan, depth, all_reduces].count(None) < 2:
+        raise TruedepthError("Say what runs together with one of plan, depth and all_reduces.")
     own = plan_of(source.config)
     if own is None:
         source.family  # noqa: B018  raises if it is not supported

@@ -1,33 +1,41 @@
-"""Decoding on one device at several effective depths, with random weights of known shapes.
+"""Plans on one device, with random weights of known shapes: decoding, prefill, simulated ranks.
 
     python benchmarks/one_device.py --json PATH [--shapes SmolLM2-135M,Llama-3.2-1B,…]
-        [--length 128] [--depths 0,20,33,50] [--steps 32] [--repetitions 7]
+        [--all-reduces 77,67,50] [--length 128] [--prompt 1024] [--steps 32] [--repetitions 7]
+        [--ranks 4] [--delays 5,16,40]
 
-A wide layer runs fewer and larger kernels, which is faster for small layers even without
-all-reduces. Batch 1, bfloat16, a static cache and, on a GPU, CUDA graphs of whole steps. All models
-run in turn, against the original; `fused` has one product for queries, keys and values and one for
-gate and up. Bandwidth counts the weights and the KV cache read per token, as a share of the
-bandwidth that copying a large tensor reaches.
+Plans of pairs and staggered plans leave so many per cent of the original's all-reduces: 46, 40 and
+30 of 60. A wide layer runs fewer and larger kernels, and so does a stage that is fused
+(`truedepth.fuse`), which is faster for small layers even without all-reduces. Batch 1, bfloat16;
+decoding with a static cache and, on a GPU, CUDA graphs of whole steps. Each plan is loaded beside
+the original, both as they are and fused, and all four run in turn. Bandwidth counts the weights and
+the KV cache read per token, as a share of the bandwidth that copying a large tensor reaches.
+
+Simulated ranks: one rank's share of the layers decodes, and in place of every all-reduce the device
+spins for so many microseconds, inside the graph.
 """
 
 from __future__ import annotations
 
-import json
 import platform
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
-from rows import parser_of
+import truedepth as td
+from rows import Rows, parser_of
+from stages import plans
 from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device
 from truedepth.runtime.empty import transformers_config
+from truedepth.speed.layer_timing import planned, rank_config, unpaired_config
 from truedepth.speed.timing import in_turn
 from truedepth.speed.transformers import stopwatch
 
@@ -57,44 +65,43 @@ SHAPES: dict[str, dict[str, Any]] = {
     }.items()
 }
 
-
-class Joined(nn.Module):
-    """Linear maps of the same input as one product, computed by the first map that is called."""
-
-    def __init__(self, maps: list[nn.Linear]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([linear.weight for linear in maps]), False)
-        self.sizes = [linear.out_features for linear in maps]
-        self.parts: tuple[Tensor, ...] = ()
+SPINS = 64
+"""Spins that are timed together, to find how long one takes."""
 
 
-class Part(nn.Module):
-    """One map of a joined product."""
+class Spin:
+    """Keeps a device busy for a time, in order with its other work."""
 
-    def __init__(self, joined: Joined, index: int) -> None:
-        super().__init__()
-        self.joined = joined
-        self.index = index
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.fixed, self.per_cycle = 0.0, 0.0
+        if device == "cuda":
+            few, many = 1000, 100_000
+            short, long = (self._measured(cycles) for cycles in (few, many))
+            self.per_cycle = (long - short) / (many - few)
+            self.fixed = short - few * self.per_cycle
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Its share of the product."""
-        if self.index == 0:
-            product = nn.functional.linear(states, self.joined.weight)
-            self.joined.parts = torch.split(product, self.joined.sizes, dim=-1)
-        return self.joined.parts[self.index]
+    def _cycles(self, cycles: int) -> None:
+        sleep: Any = torch.cuda._sleep
+        sleep(cycles)
 
+    def _measured(self, cycles: int) -> float:
+        """Seconds of one spin among others in a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(SPINS):
+                self._cycles(cycles)
+        times = [stopwatch(graph.replay, self.device) for _ in range(12)]
+        return median(times[2:]) / SPINS
 
-def fuse(model: Any) -> Any:
-    """Join queries, keys and values, and gate and up, in the order in which they are called."""
-    for layer in model.model.layers:
-        for owner, names in (
-            (layer.self_attn, ("q_proj", "k_proj", "v_proj")),
-            (layer.mlp, ("gate_proj", "up_proj")),
-        ):
-            joined = Joined([getattr(owner, name) for name in names])
-            for index, name in enumerate(names):
-                setattr(owner, name, Part(joined, index))
-    return model
+    def __call__(self, seconds: float) -> None:
+        """Spin for so long; on a GPU at least as long as an empty kernel takes."""
+        if self.device == "cuda":
+            self._cycles(max(0, round((seconds - self.fixed) / self.per_cycle)))
+            return
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
 
 
 class Decoder:
@@ -151,20 +158,19 @@ class Decoder:
         return int(weights + cache)
 
 
-def build(shape: dict[str, Any], plan: Plan, fused: bool, device: str) -> Any:
-    """A model with random weights."""
-    config = {
-        **shape,
-        "model_type": "truedepth_llama",
-        "num_hidden_layers": plan.effective_depth,
-        "layer_widths": plan.widths,
-        "max_position_embeddings": 8192,
-    }
+def build(shape: dict[str, Any], plan: Plan, fused: bool, device: str, ranks: int = 1) -> Any:
+    """A model with random weights under a plan; over several ranks, one rank's share of it."""
+    where = Path("shape")
+    original = {**shape, "model_type": "llama", "max_position_embeddings": 8192}
+    config = unpaired_config(original, ranks)
+    if ranks > 1:
+        config = rank_config(config, ranks)
+    config |= planned(config, where, plan)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            transformers_config(config, Path("shape")), dtype=torch.bfloat16
+            transformers_config(config, where), dtype=torch.bfloat16
         ).eval()
-    return fuse(model) if fused else model
+    return td.fuse(model) if fused else model
 
 
 def copy_bandwidth(device: str, size: int) -> float:
@@ -175,61 +181,133 @@ def copy_bandwidth(device: str, size: int) -> float:
     return 2 * size / median(times[2:])
 
 
+def prefill(model: Any, length: int) -> float:
+    """Seconds of a pass over a prompt."""
+    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+    return stopwatch(partial(model, ids, use_cache=True, logits_to_keep=1), model.device)
+
+
+def spin_between(model: Any, plan: Plan, spin: Spin, seconds: float) -> None:
+    """Let every layer spin behind it, once for each stage that ends there, and the embedding once.
+
+    Layers are those of the model: members of a group are one.
+    """
+    home = {layer: index for index, group in enumerate(plan.groups) for layer in group}
+    ends = [home[stage[-1].layer] for stage in plan.stages]
+
+    def behind(times: int, *called: Any) -> None:
+        for _ in range(times):
+            spin(seconds)
+
+    model.get_input_embeddings().register_forward_hook(partial(behind, 1))
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(partial(behind, ends.count(index)))
+
+
+def timed(models: dict[str, Any], arguments: Any, copied: float) -> dict[str, dict[str, Any]]:
+    """Decoding and prefill of models in turn."""
+    decoders = {
+        name: Decoder(model, arguments.length, arguments.steps) for name, model in models.items()
+    }
+    repeat = partial(in_turn, repetitions=arguments.repetitions)
+    decoded = repeat([decoder.seconds for decoder in decoders.values()])
+    filled = repeat([partial(prefill, model, arguments.prompt) for model in models.values()])
+    return {
+        name: {
+            "decode": decode,
+            "prefill": fill,
+            "speedup": median(decoded[0]) / median(decode),
+            "prefill_speedup": median(filled[0]) / median(fill),
+            "bandwidth_share": decoders[name].bytes_read / median(decode) / copied,
+        }
+        for name, decode, fill in zip(models, decoded, filled, strict=True)
+    }
+
+
+def simulated(
+    shape: dict[str, Any], plan: Plan, spin: Spin, delays: list[float], arguments: Any
+) -> dict[str, dict[str, Any]]:
+    """Decoding of one rank's share with spins, of the original and a plan, both fused, in turn."""
+    found = {}
+    for delay in delays:
+        decoders = []
+        for each in (plan.unpaired, plan):
+            model = build(shape, each, True, spin.device, arguments.ranks)
+            spin_between(model, each, spin, delay)
+            decoders.append(Decoder(model, arguments.length, arguments.steps))
+        base, own = in_turn([each.seconds for each in decoders], arguments.repetitions)
+        found[f"{delay * 1e6:g} µs"] = {
+            "original": base,
+            "plan": own,
+            "all_reduces": [plan.unpaired.all_reduces + 1, plan.all_reduces + 1],
+            "speedup": median(base) / median(own),
+        }
+    return found
+
+
 @torch.inference_mode()
 def main() -> None:
-    """Measure shape after shape."""
+    """Measure shape after shape; rows that the file has are not measured again."""
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", default=",".join(name for name in SHAPES if name != "tiny"))
-    parser.add_argument("--depths", default="0,20,33,50", help="per cent fewer layers")
+    parser.add_argument("--all-reduces", default="77,67,50", help="per cent of the original's")
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--ranks", type=int, default=4, help="number of simulated ranks")
+    parser.add_argument("--delays", default="5,16,40", help="microseconds of an all-reduce")
     arguments = parser.parse_args()
-    depths = [int(word) for word in arguments.depths.split(",")]
-    if 0 not in depths or arguments.steps < 4:
-        parser.error("--depths needs 0, the original, and --steps at least 4")
+    percents = [int(word) for word in arguments.all_reduces.split(",")]
+    delays = [float(word) * 1e-6 for word in arguments.delays.split(",")]
+    if arguments.steps < 4:
+        parser.error("--steps needs at least 4")
     register()
     device = default_device()
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     copied = copy_bandwidth(device, 1 << (31 if device == "cuda" else 27))
-    rows: list[dict[str, Any]] = []
-    print(f"{name}, copying at {copied / 1e9:.0f} GB/s")
+    spin = Spin(device)
+    rows = Rows(arguments.json)
+    rows["setup"] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "copy_bandwidth": copied,
+        "empty_spin": spin.fixed,
+        **{name: getattr(arguments, name) for name in ("length", "prompt", "steps", "ranks")},
+    }
+    rows.show("setup")
     for shape_name in arguments.shapes.split(","):
         shape = SHAPES[shape_name]
         layers = shape["num_hidden_layers"]
-        plans = [Plan.late_pairs(layers, round(layers * percent / 100)) for percent in depths]
-        decoders = {
-            (plan.effective_depth, fused): Decoder(
-                build(shape, plan, fused, device), arguments.length, arguments.steps
-            )
-            for plan in plans
-            for fused in (False, True)
-        }
-        runs = [decoder.seconds for decoder in decoders.values()]
-        taken = dict(zip(decoders, in_turn(runs, arguments.repetitions), strict=True))
-        for (depth, fused), decoder in decoders.items():
-            seconds = median(taken[depth, fused])
-            row = {
-                "device": name,
-                "copy_bandwidth": copied,
-                "shape": shape_name,
-                "layers": layers,
-                "depth": depth,
-                "fused": fused,
-                "length": arguments.length,
-                "seconds": taken[depth, fused],
-                "speedup": median(taken[layers, False]) / seconds,
-                "bandwidth_share": decoder.bytes_read / seconds / copied,
-            }
-            rows.append(row)
-            print(
-                f"{shape_name:14} {layers} -> {depth}{', fused' if fused else '':8}"
-                f" {seconds * 1e3:8.3f} ms, {row['speedup']:.2f}x,"
-                f" {row['bandwidth_share']:.0%} of copying's bandwidth",
-                flush=True,
-            )
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-        del decoders, decoder
+        # An even number, as pairs save two at a time.
+        numbers = [2 * round(layers * percent / 100) for percent in percents]
+        found = plans(layers, numbers)
+        base = found.pop("original")
+        for name, plan in found.items():
+            title = f"{shape_name}, {name} of {2 * layers}"
+            if title not in rows:
+                models = {
+                    f"{said}{how}": build(shape, each, bool(how), device)
+                    for said, each in (("original", base), (name, plan))
+                    for how in ("", ", fused")
+                }
+                rows[title] = timed(models, arguments, copied)
+                del models
+                ranks = simulated(shape, plan, spin, delays, arguments)
+                rows[f"{title}, {arguments.ranks} ranks"] = ranks
+            show(title, rows[title], rows[f"{title}, {arguments.ranks} ranks"])
+
+
+def show(title: str, models: dict[str, Any], ranks: dict[str, Any]) -> None:
+    """Print one plan."""
+    print(title)
+    for name, each in models.items():
+        print(
+            f"  {name:22} decode {median(each['decode']) * 1e3:8.3f} ms, {each['speedup']:.2f}x,"
+            f" {each['bandwidth_share']:.0%} of copying's bandwidth; prefill"
+            f" {median(each['prefill']) * 1e3:8.3f} ms, {each['prefill_speedup']:.2f}x"
+        )
+    for delay, each in ranks.items():
+        print(f"  ranks, {delay}: {each['speedup']:.2f}x", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ import torch.distributed as dist
 import truedepth as td
 from rows import Rows, machine, parser_of
 from shaped_links import ADDRESSES, NotAllowedError, Shape, enter, shaped
-from stages import loaded
-from truedepth.plan.stages import Sublayer, staggered_stages
+from stages import loaded, staggered
 from truedepth.runtime.device import fast_dtype
 from truedepth.sources.source import Source
 from truedepth.speed.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
@@ -57,24 +56,8 @@ SMALL, LARGE = 1 << 10, 4 << 20
 
 
 def plans(layers: int, numbers: list[int]) -> dict[str, td.Plan]:
-    """The original, and plans of so many all-reduces that are staggered at the end.
-
-    One less than staggering can have is `[A0] [F0 A1] … [Fn-2 An-1 Fn-1]`.
-    """
-    found = {"original": td.Plan(layers)}
-    for number in numbers:
-        last = layers - 1
-        first = number - layers - 1
-        stages = staggered_stages(max(first, 0), last)
-        if first == -1:
-            stages[-1] = (*stages[-1], Sublayer(last, "ffn"))
-        found[f"{number}"] = td.Plan(layers, stages=stages)
-        if found[f"{number}"].all_reduces != number:
-            raise td.TruedepthError(
-                f"Staggered plans of {layers} layers have {layers} to {2 * layers} all-reduces,"
-                f" not {number}."
-            )
-    return found
+    """The original, and staggered plans of so many all-reduces."""
+    return {"original": td.Plan(layers)} | {str(each): staggered(layers, each) for each in numbers}
 
 
 def cases_of(text: str) -> list[Case]:

@@ -24,11 +24,33 @@ from transformers.distributed import DistributedConfig
 
 import truedepth as td
 from rows import machine, parser_of, report
+from truedepth.plan.stages import FFN, Sublayer, staggered_stages
 from truedepth.runtime.device import fast_dtype
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import Case, Task, in_turn
 from truedepth.speed.transformers import TimedTransformersModel
 from truedepth.tensors import dtype_name
+
+
+def staggered(layers: int, number: int) -> td.Plan:
+    """A plan of so many all-reduces that staggers the last layers.
+
+    The fewest are those of `[A0] [F0 A1] … [Fn-2 An-1 Fn-1]`, one per layer.
+
+    Raises:
+        TruedepthError: No such plan has so many.
+    """
+    first, last = number - layers - 1, layers - 1
+    stages = staggered_stages(max(first, 0), last)
+    if first == -1:
+        stages[-1] = (*stages[-1], Sublayer(last, FFN))
+    plan = td.Plan(layers, stages=stages)
+    if plan.all_reduces != number:
+        raise td.TruedepthError(
+            f"Staggered plans of {layers} layers have {layers} to {2 * layers} all-reduces, not"
+            f" {number}."
+        )
+    return plan
 
 
 def plans(layers: int, numbers: list[int]) -> dict[str, td.Plan]:
@@ -37,7 +59,7 @@ def plans(layers: int, numbers: list[int]) -> dict[str, td.Plan]:
     for number in numbers:
         saved = 2 * layers - number
         found[f"pairs, {number}"] = td.Plan.late_pairs(layers, saved // 2)
-        found[f"staggered, {number}"] = td.Plan.staggered(layers, layers - 1 - saved, layers - 1)
+        found[f"staggered, {number}"] = staggered(layers, number)
     return found
 
 

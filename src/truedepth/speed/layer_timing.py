@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 
 from truedepth.families.family import KEY_VALUE, QUERY, head_dim
 from truedepth.families.lookup import CONVERTED, original_family, unconverted
-from truedepth.plan.stages import staggered_stages
+from truedepth.plan.plan import Plan
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.runtime.fusing import fuse
 from truedepth.speed.ranks import run_ranks
@@ -70,6 +70,14 @@ class Stack:
     layers: int
     staggered: bool = False
     """Whether every FFN shares a stage with the next layer's attention."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the original's layers that gives this stack."""
+        count = self.width * self.layers
+        if self.staggered:
+            return Plan.staggered(count, 0, count - 1)
+        return Plan.span(count, 0, count - 1, self.width)
 
 
 def unpaired_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
@@ -146,7 +154,7 @@ def layer_times(
     measure = (fused, case, device, size // ranks, min(enough, size * count) // ranks)
 
     def build(stack: Stack) -> Any:
-        own = {**config, **_stack_config(config, where, stack)}
+        own = {**config, **planned(config, where, stack.plan)}
         return AutoModelForCausalLM.from_config(transformers_config(own, where), dtype=dtype)
 
     if ranks == 1:
@@ -160,17 +168,22 @@ def layer_times(
         return found
 
 
-def _stack_config(config: Mapping[str, Any], where: Path, stack: Stack) -> dict[str, Any]:
-    """What config.json says of the layers of a stack."""
+def planned(config: Mapping[str, Any], where: Path, plan: Plan) -> dict[str, Any]:
+    """What config.json says of layers under a plan of groups or one of stages.
+
+    Args:
+        config: An `unpaired_config` or `rank_config`.
+        where: The model's path, for error messages.
+        plan: Groups of layers or stages of sub-layers, not both.
+    """
     entries: dict[str, Any] = {
-        "num_hidden_layers": stack.layers,
-        "layer_widths": [stack.width] * stack.layers,
+        "num_hidden_layers": len(plan.widths),
+        "layer_widths": plan.widths,
     }
-    if stack.staggered:
+    if plan.merged:
         family = original_family(config, str(where))
         form = family.layer_form(transformers_config(config, where))
-        stages = staggered_stages(0, stack.layers - 1)
-        entries["stages"] = [list(map(str, stage)) for stage in stages]
+        entries["stages"] = [list(map(str, stage)) for stage in plan.merged]
         entries["sublayers"] = form | {"writes": family.parts_of_sums}
     return entries
 

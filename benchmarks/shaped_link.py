@@ -9,9 +9,9 @@ token bucket and the delay of netem or of a relay (`shaped_links.py`); a delay h
 in each direction. The original and staggered plans, as they are and fused, are loaded at once and
 take turns. Ratios are of medians, with the range of neighbouring runs, against the original that is
 fused likewise; collectives are counted and must be those of the plan. Beside each ratio stands the
-predicted one: `truedepth predict`'s times, with a link whose latency and bandwidth are those of two
-all-reduces that were timed over it alone. Needs root; without namespaces it says so and measures
-nothing.
+predicted one: `truedepth predict`'s, with a link whose latency and bandwidth are those of two
+all-reduces that were timed over it alone. Both ranks time their share of the layers at once, as
+they share this machine's memory. Needs root; without namespaces it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -88,10 +88,17 @@ def expected(
 
 
 def measure(
-    paths: dict[str, Path], cases: list[Case], repetitions: int, dtype: torch.dtype
+    paths: dict[str, Path],
+    config: dict[str, Any],
+    cases: list[Case],
+    repetitions: int,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Time the link, and in every case every model in turn; in one of two ranks."""
-    link = wire() | {"all_reduce": {size: all_reduce(size, dtype) for size in (SMALL, LARGE)}}
+    """Time the link, and in every case every model in turn and its parts; in one of two ranks.
+
+    `config` is the `rank_config` of the original.
+    """
+    link = wire()
     models = loaded(paths, dtype)
     found = []
     for case in cases:
@@ -101,7 +108,17 @@ def measure(
             asdict(Timing(seconds, model.collectives(case)))
             for seconds, model in zip(taken, models.values(), strict=True)
         )
-        found.append(dict(zip(models, timings, strict=True)))
+        layers = partial(layer_times, config, Path("share"), [1], case, "cpu", dtype)
+        found.append(
+            {
+                "models": dict(zip(models, timings, strict=True)),
+                "all_reduce": {size: all_reduce(size, dtype) for size in (SMALL, LARGE)},
+                "layers": {
+                    name: asdict(layers(staggered=True, fused=fused))
+                    for name, fused in (("as they are", False), ("fused", True))
+                },
+            }
+        )
     return link, found
 
 
@@ -175,10 +192,10 @@ def results(
     dtype = getattr(torch, rows["setup"]["dtype"])
     found = {}
     for shape, case in itertools.product(shapes, cases):
-        bare = rows[shape.text]["all_reduce"]
-        link = as_link(shape.text, {int(size): seconds for size, seconds in bare.items()})
+        row = rows[f"{shape.text}, {said(case)}"]
+        link = as_link(shape.text, {int(size): each for size, each in row["all_reduce"].items()})
         models = {}
-        for name, timing in rows[f"{shape.text}, {said(case)}"].items():
+        for name, timing in row["models"].items():
             plain, _, fused = name.partition(", ")
             plan = td.Plan.from_dict(rows["setup"]["plans"][plain])
             sent, own = timing["collectives"], expected(plan, source.config, case, dtype)
@@ -187,7 +204,7 @@ def results(
                     f"{name}, {said(case)}: {sent['calls']} of {sent['bytes']} bytes were sent; the"
                     f" plan says {own[0]} of {own[1]}."
                 )
-            layers = rows[f"layers, {said(case)}"]["fused" if fused else "as they are"]
+            layers = row["layers"]["fused" if fused else "as they are"]
             layers = layers | {"layers": {1: layers["layers"]["1"]}}
             costs = costs_of(LayerTimes(**layers), link, source.config, case, dtype, RANKS)
             models[name] = {
@@ -199,7 +216,7 @@ def results(
                 "share": sent["share"],
             }
             base = f"original, {fused}" if fused else "original"
-            against = rows[f"{shape.text}, {said(case)}"][base]["seconds"]
+            against = row["models"][base]["seconds"]
             ratios = [a / b for a, b in zip(against, timing["seconds"], strict=True)]
             models[name] |= {
                 "speedup": models[base]["seconds"] / models[name]["seconds"],
@@ -243,6 +260,7 @@ def run(arguments: Any) -> None:
     found = plans(source.num_layers, [int(word) for word in arguments.all_reduces.split(",")])
     with shaped(shapes[0]):  # to know at once whether there can be namespaces
         pass
+    config = rank_config(unpaired_config(source.config, RANKS), RANKS)
     rows = Rows(arguments.json)
     rows["setup"] = {
         "machine": machine(),
@@ -260,19 +278,11 @@ def run(arguments: Any) -> None:
             if missing:
                 with shaped(shape) as namespaces:
                     measured = partial(run_ranks, RANKS, measure, first=partial(enter, namespaces))
-                    link, timings = measured(paths, missing, arguments.repetitions, dtype)
+                    link, timings = measured(paths, config, missing, arguments.repetitions, dtype)
                 for case, timing in zip(missing, timings, strict=True):
                     rows[f"{shape.text}, {said(case)}"] = timing
                 rows[shape.text] = link
                 rows.show(shape.text)
-    config = rank_config(unpaired_config(source.config, RANKS), RANKS)
-    for case in cases:
-        if f"layers, {said(case)}" not in rows:
-            timed = partial(layer_times, config, source.path, [1], case, "cpu", dtype)
-            rows[f"layers, {said(case)}"] = {
-                name: asdict(timed(staggered=True, fused=fused))
-                for name, fused in (("as they are", False), ("fused", True))
-            }
     rows["results"] = results(json.loads(json.dumps(rows)), shapes, cases, source)
     for title, models in rows["results"].items():
         show(title, models)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from truedepth import Plan
-from truedepth.plan.choose import cheapest_plans, plan_of_segments
+from truedepth.plan.choose import cheapest_plans, fastest_plans, plan_of_segments
 from truedepth.plan.stages import group_segment, stage_of
 
 
@@ -89,3 +89,22 @@ def test_a_plan_of_segments():
     assert plan_of_segments(6, segments) == expected
     merged = [each for each in expected.segments if len(places(each)) > 1]
     assert merged == segments
+
+
+def test_the_fastest_plans_are_those_that_nothing_beats():
+    """Against all plans of few segments: none is faster at no more cost, and each end is there."""
+    stage, pair = (stage_of(["F0", "A1"]),), group_segment([1, 2])
+    block = (stage_of(["A0", "F0"]),)
+    costs = {stage: 1.0, pair: 4.0, block: 5.0}
+    saves = {stage: 2.0, pair: 6.0, block: 2.0}
+
+    def seconds(plan):
+        return 20.0 - sum(saves.get(each, 0.0) for each in plan.segments)
+
+    found = fastest_plans(4, costs, seconds)
+    assert [seconds(plan) for plan in found] == [12.0, 14.0, 18.0]
+    assert found == [
+        plan_of_segments(4, [block, pair]),
+        plan_of_segments(4, [pair]),
+        plan_of_segments(4, [stage]),
+    ]

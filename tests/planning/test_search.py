@@ -410,3 +410,23 @@ def test_convert_says_where_there_is_nothing_to_calibrate(run, make_model, prose
     notes = [line for line in err.splitlines() if line.startswith("truedepth: note: ")]
     assert "nothing of the plan can be calibrated" in notes[-1]
     assert "calibrated" not in shown
+
+
+def test_the_fastest_plan_within_a_loss(trained, calibration):
+    """A pair saves much, a staggered stage little, a block nothing: it is not considered."""
+    saves = {"pairs": 5.0, "staggered": 1.0, "blocks": 0.0, "runs": 2.0}
+
+    def seconds(plan):
+        return 100.0 - sum(saves[form_of(each)] for each in plan.segments if each[0][1:])
+
+    limit = 0.3
+    found = td.search(
+        trained, max_loss=limit, calibrate=False, calibration=calibration, seconds=seconds
+    )
+    assert {form_of(score.segment) for score in found.scores} == {"pairs", "staggered", "runs"}
+    assert found.loss.excess <= limit
+    assert found.check.excess <= limit
+    fewest = td.search(trained, max_loss=limit, calibrate=False, calibration=calibration)
+    assert seconds(found.plan) <= seconds(fewest.plan)
+    with pytest.raises(td.TruedepthError, match="No merge saves time there"):
+        td.search(trained, max_loss=limit, calibration=calibration, seconds=lambda plan: 1.0)

@@ -23,6 +23,7 @@ from truedepth.planning.options import SEARCH_CALIBRATION, Merges
 PYTHON_ONLY = ("check", "batch_size")
 RENAMED = {"dtype": "compute_dtype"}  # of `convert`, whose --dtype is that of the written weights
 
+DEVICE = "device"  # what --for takes instead of a link
 PLAN, CALIBRATION = Panel("The plan"), "Calibration"
 
 MaxLoss = Annotated[
@@ -37,7 +38,17 @@ Tp = Annotated[
     int | None,
     PLAN,
     Bounds(2, MAX_RANKS),
-    typer.Option(metavar="N", help="Number of tensor-parallel ranks, with --local."),
+    typer.Option(metavar="N", help="Number of tensor-parallel ranks, with --local or --for."),
+]
+For = Annotated[
+    str | None,
+    PLAN,
+    typer.Option(
+        "--for",
+        metavar="LINK",
+        help="Find the plan within --max-loss that is predicted to decode fastest over this link"
+        " between --tp N ranks, whose names predict --help lists, or, as device, on one device.",
+    ),
 ]
 Local = Annotated[
     bool,
@@ -65,6 +76,7 @@ def plan(
     merges: MergeOptions,
     tp: Tp = None,
     local: Local = False,
+    where: For = None,
     pad_heads: Annotated[int, PLAN, typer.Option(metavar="N")],
     calibrate: Annotated[bool, Panel(CALIBRATION)],
     frontier: Annotated[bool, PLAN],
@@ -90,7 +102,8 @@ def plan(
         raise TruedepthError(
             "Say how far to go with one of --max-loss, --all-reduces, --depth, --pairs."
         )
-    ranks = local_ranks(tp, local)
+    ranks = local_ranks(None if where and not local else tp, local)
+    check_for(where, tp, max_loss)
     if plot is not None:
         check_plot(plot)
     limit = parse_loss(max_loss) if max_loss is not None else None
@@ -98,9 +111,16 @@ def plan(
 
     from truedepth.planning.search import search
     from truedepth.report.search import print_search
+    from truedepth.speed.links import parse_link
+    from truedepth.speed.prediction import seconds_of_plans
 
+    source = trusted(model, allow_pickle, trust_remote_code)
+    seconds = None
+    if where is not None:
+        link = None if where == DEVICE else parse_link(where)
+        seconds = seconds_of_plans(source, merges.over().max_group, ranks=tp or 1, link=link)
     found = search(
-        trusted(model, allow_pickle, trust_remote_code),
+        source,
         pairs=pairs,
         depth=depth,
         all_reduces=all_reduces,
@@ -111,12 +131,19 @@ def plan(
         frontier=frontier,
         budget=budget,
         pad_heads=pad_heads,
+        seconds=seconds,
     )
     found.plan.to_yaml(out)
     write_json(json_path, found.to_dict())
     if plot is not None:
         plot_frontier(found, plot)
     print_search(found, out)
+    if seconds is not None:
+        before, after = seconds(found.plan.unpaired), seconds(found.plan)
+        print(
+            f"\nPredicted time per token for {where}: {before * 1e3:.3f} -> {after * 1e3:.3f} ms"
+            f" ({before / after:.2f})."
+        )
 
 
 @command("truedepth.conversion.convert", "truedepth.planning.search.search")
@@ -276,6 +303,22 @@ def convert(
     )
     write_json(json_path, done.to_dict() | {"search": found.to_dict() if found else None})
     print_conversion(done, found)
+
+
+def check_for(where: str | None, tp: int | None, max_loss: str | None) -> None:
+    """Refuse --for without what it needs.
+
+    Raises:
+        TruedepthError: Something is missing or too much.
+    """
+    if where is None:
+        return
+    if max_loss is None:
+        raise TruedepthError("--for goes with --max-loss: it finds the fastest plan within a loss.")
+    if (where == DEVICE) != (tp is None):
+        raise TruedepthError(
+            "--for LINK goes with --tp N, the number of ranks; --for device goes without."
+        )
 
 
 def local_ranks(tp: int | None, local: bool) -> int | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import Segment, group_of, sublayers_of
 
 Costs = Mapping[Segment, float]
 """Costs of merged segments, groups and stages of several; one without a cost is not chosen."""
+
+PRICES = range(-12, 13)
+"""Powers of two of the prices of a second that `fastest_plans` tries."""
 
 Way = tuple[float, tuple[Segment, ...]]
 """The total cost and the merged segments of a way through the first sub-layers of a model."""
@@ -42,6 +46,37 @@ def cheapest_plans(num_layers: int, costs: Costs, count: int = 1) -> dict[int, l
         stages: [plan_of_segments(num_layers, segments) for _, segments in found]
         for stages, found in sorted(best[-1].items(), reverse=True)
     }
+
+
+def fastest_plans(num_layers: int, costs: Costs, seconds: Callable[[Plan], float]) -> list[Plan]:
+    """Plans than which none of these segments that is found is both faster and cheaper.
+
+    Found are those that cost least when every second is worth a price, at many prices and every
+    number of stages.
+
+    Args:
+        num_layers: Number of decoder layers of the original.
+        costs: As for `cheapest_plans`.
+        seconds: What a plan takes; what segments save nearly adds up.
+
+    Returns:
+        The plans, the fastest first. All are faster than the original.
+    """
+    original = seconds(Plan(num_layers))
+    saved = {each: original - seconds(plan_of_segments(num_layers, [each])) for each in costs}
+    scale = sum(map(abs, costs.values())) / (sum(map(abs, saved.values())) or 1.0)
+    found: dict[Plan, float] = {}
+    for price in (scale * 2.0**power for power in PRICES):
+        priced = {each: cost - price * saved[each] for each, cost in costs.items()}
+        for plans in cheapest_plans(num_layers, priced).values():
+            found |= {plan: sum(costs.get(each, 0.0) for each in plan.segments) for plan in plans}
+    best: list[Plan] = []
+    least = math.inf
+    for plan in sorted(found, key=lambda plan: (seconds(plan), found[plan])):
+        if found[plan] < least and seconds(plan) < original:
+            best.append(plan)
+            least = found[plan]
+    return best
 
 
 def plan_of_segments(num_layers: int, segments: Iterable[Segment]) -> Plan:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from truedepth.errors import TruedepthError
-from truedepth.plan.choose import Costs, cheapest_plans
+from truedepth.plan.choose import Costs, cheapest_plans, plan_of_segments
+from truedepth.plan.plan import Plan
 from truedepth.plan.stages import (
     FFN,
     LocalStage,
@@ -38,12 +39,18 @@ def form_of(segment: Segment) -> str:
     return STAGGERED if segment[0][0].kind == FFN else BLOCKS
 
 
-def segments_to_merge(layout: Layout, merges: Merges) -> list[Segment]:
+def segments_to_merge(
+    layout: Layout, merges: Merges, seconds: Callable[[Plan], float] | None = None
+) -> list[Segment]:
     """Every merged segment that a search may choose, in the order of their first sub-layers.
 
     Args:
         layout: Of the original as it is.
         merges: Which of all that the family allows.
+        seconds: What a plan takes; merges that alone save no time are left out.
+
+    Raises:
+        TruedepthError: None saves time.
     """
     num_layers = layout.source.num_layers
     found = list(_groups(num_layers, merges.max_group))
@@ -57,6 +64,8 @@ def segments_to_merge(layout: Layout, merges: Merges) -> list[Segment]:
     found += [(stage,) for stage in stages]
     if (ranks := merges.local) is not None:
         found += [(LocalStage(each, ranks),) for each in stages if not layout.is_exact(each)]
+    if seconds is not None:
+        found = _faster(num_layers, found, seconds)
     return sorted(found, key=lambda segment: segment[0][0])
 
 
@@ -78,6 +87,16 @@ def _stages(num_layers: int, most: int) -> Iterator[Stage]:
     for size in range(2, most + 1):
         for first in range(2 * num_layers - size + 1):
             yield tuple(Sublayer.at(position) for position in range(first, first + size))
+
+
+def _faster(
+    num_layers: int, segments: list[Segment], seconds: Callable[[Plan], float]
+) -> list[Segment]:
+    original = seconds(Plan(num_layers))
+    found = [each for each in segments if seconds(plan_of_segments(num_layers, [each])) < original]
+    if not found:
+        raise TruedepthError("No merge saves time there, so no plan is faster than the original.")
+    return found
 
 
 def promising(num_layers: int, raw: Costs) -> list[Segment]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from truedepth.calibration.options import IN_FLOAT32, Calibration
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, checked
-from truedepth.plan.choose import Costs, cheapest_plans
+from truedepth.plan.choose import Costs, cheapest_plans, fastest_plans
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import Segment, written
 from truedepth.planning.budget import Budget, OutOfTimeError
@@ -125,6 +125,7 @@ def search(
     frontier: bool = False,
     budget: Annotated[float | None, Bounds(0)] = None,
     pad_heads: Annotated[int, Bounds(1)] = 1,
+    seconds: Callable[[Plan], float] | None = None,
 ) -> Search:
     """Find the plan of least loss at a number of stages, or the one of fewest within a loss.
 
@@ -143,6 +144,8 @@ def search(
         budget: Minutes after which the search takes the best plan so far. Default: no limit.
         pad_heads: Add heads of zeros until the head counts divide by this number of ranks; local
             stages need that.
+        seconds: What a plan takes; with `max_loss`, find the plan that takes least instead of the
+            one of fewest stages. Merges that alone save no time are left out.
 
     Raises:
         TruedepthError: The goal is out of reach, or text or options do not fit the model.
@@ -157,14 +160,14 @@ def search(
     if pairs is not None:
         merges = replace(merges, form=PAIRS)
     check_local(source, merges.local)
-    segments = segments_to_merge(original, merges)
+    segments = segments_to_merge(original, merges, seconds)
     wanted = _stages_wanted(source.num_layers, pairs, depth, all_reduces)
     _check_reach(source, segments, wanted)
     refitted = [each for each in segments if original.is_merged(each)] if calibrate else []
     calibrate = bool(refitted)
     clock = Budget(budget)
     scorer = Scorer(original, calibration or SEARCH_CALIBRATION, segments, refitted)
-    searcher = _Searcher(scorer, source.num_layers, calibrate, clock)
+    searcher = _Searcher(scorer, source.num_layers, calibrate, clock, seconds)
     searcher.score()
     if wanted is not None:
         chosen = searcher.best_of(wanted)
@@ -216,13 +219,24 @@ def _finite(losses: Costs) -> dict[Segment, float]:
 class _Searcher:
     """The scores and losses measured so far."""
 
-    def __init__(self, scorer: Scorer, num_layers: int, calibrate: bool, budget: Budget) -> None:
-        self._scorer, self._num_layers = scorer, num_layers
+    def __init__(
+        self,
+        scorer: Scorer,
+        num_layers: int,
+        calibrate: bool,
+        budget: Budget,
+        seconds: Callable[[Plan], float] | None,
+    ) -> None:
+        self._scorer, self._num_layers, self._seconds = scorer, num_layers, seconds
         self._calibrate, self._budget = calibrate, budget
         self._scores: dict[Segment, Score] = {}
         self._losses: dict[Plan, tuple[Loss, Loss]] = {}
         self.plans: dict[int, list[Plan]] = {}
         """By number of stages; the plan of least predicted loss first."""
+
+        self._wanted: list[list[Plan]] = []
+        """The plans to try within a loss, the most wanted first: of the fewest stages, or fastest.
+        """
 
         self._by_form: dict[str, dict[int, list[Plan]]] = {}
         """Likewise, of one form alone."""
@@ -249,6 +263,10 @@ class _Searcher:
         del self.plans[2 * self._num_layers]
         if not self.plans:
             raise TruedepthError(f"No merge gives outputs that are finite. {IN_FLOAT32}", 1)
+        self._wanted = [self.plans[stages] for stages in sorted(self.plans)]
+        if self._seconds is not None:
+            fastest = fastest_plans(self._num_layers, costs, self._seconds)
+            self._wanted = [[plan] for plan in fastest]
         raw = _finite({segment: score.raw.kl for segment, score in self._scores.items()})
         for form in FORMS:
             own = {segment: kl for segment, kl in raw.items() if form_of(segment) == form}
@@ -294,15 +312,14 @@ class _Searcher:
         return min(measured, key=lambda plan: self._losses[plan][0].kl)
 
     def within(self, limit: float) -> Plan:
-        """The plan of fewest stages whose loss plus one standard error is within a limit."""
+        """The most wanted plan whose loss plus one standard error is within a limit."""
         with contextlib.suppress(OutOfTimeError):
-            fewest = self._narrow(limit)
-            for stages in sorted(stages for stages in self.plans if stages >= fewest):
-                self.measure(self.plans[stages][0])
-                if self._held_out(limit, stages):
+            for alike in self._wanted[self._narrow(limit) :]:
+                self.measure(alike[0])
+                if self._held_out(limit, alike):
                     break
-        for stages in sorted(self.plans):
-            if plans := self._held_out(limit, stages):
+        for alike in self._wanted:
+            if plans := self._held_out(limit, alike):
                 return min(plans, key=lambda plan: self._losses[plan][0].kl)
         if self._budget.spent:
             raise self._budget.too_small()
@@ -314,36 +331,35 @@ class _Searcher:
         )
 
     def _fits(self, plan: Plan, limit: float) -> bool:
-        loss = self._losses[plan][0]
-        return loss.excess + (loss.stderr or 0.0) <= limit
+        loss = self._losses[plan][0] if plan in self._losses else None
+        return loss is not None and loss.excess + (loss.stderr or 0.0) <= limit
 
-    def _held_out(self, limit: float, stages: int) -> list[Plan]:
-        """Plans of so many stages that fit, on held-out text too; that can only rule plans out."""
+    def _held_out(self, limit: float, plans: Sequence[Plan]) -> list[Plan]:
+        """The plans that fit, on held-out text too; that can only rule plans out."""
         return [
             plan
-            for plan, (_, check) in self._losses.items()
-            if plan.all_reduces == stages and self._fits(plan, limit) and check.excess <= limit
+            for plan in plans
+            if self._fits(plan, limit) and self._losses[plan][1].excess <= limit
         ]
 
     def _narrow(self, limit: float) -> int:
-        """The fewest stages of a plan that fits, or the original's.
+        """Where the most wanted plan that fits is among those that are wanted, or their end.
 
         Bisects from where the predictions point to, corrected by what was measured.
         """
-        numbers = sorted(self.plans)
-        fitting, failing, scale = 2 * self._num_layers, numbers[0] - 1, 1.0
-        while between := [number for number in numbers if failing < number < fitting]:
-            promising = [n for n in between if scale * self.predicted(self.plans[n][0]) <= limit]
-            stages = min(promising, default=between[-1])
-            first, *others = self.plans[stages]
+        fitting, failing, scale = len(self._wanted), -1, 1.0
+        while between := range(failing + 1, fitting):
+            sums = {at: scale * self.predicted(self._wanted[at][0]) for at in between}
+            tried = min((at for at in between if sums[at] <= limit), default=between[-1])
+            first, *others = self._wanted[tried]
             excess = self.measure(first).excess
             if not self._fits(first, limit) and excess <= NEAR * limit:
                 for plan in others:
                     self.measure(plan)
-            if any(self._fits(plan, limit) for plan in self._losses if plan.all_reduces == stages):
-                fitting = stages
+            if any(self._fits(plan, limit) for plan in self._wanted[tried]):
+                fitting = tried
             else:
-                failing = stages
+                failing = tried
             if (predicted := self.predicted(first)) > 0 and excess > 0:
                 scale = excess / predicted
         return fitting

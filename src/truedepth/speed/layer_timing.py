@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 from truedepth.families.family import KEY_VALUE, QUERY, head_dim
 from truedepth.families.lookup import CONVERTED, original_family, unconverted
 from truedepth.plan.plan import Plan
+from truedepth.plan.stages import written
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.runtime.fusing import fuse
 from truedepth.speed.ranks import run_ranks
@@ -183,7 +184,7 @@ def planned(config: Mapping[str, Any], where: Path, plan: Plan) -> dict[str, Any
     if plan.merged:
         family = original_family(config, str(where))
         form = family.layer_form(transformers_config(config, where))
-        entries["stages"] = [list(map(str, stage)) for stage in plan.merged]
+        entries["stages"] = [written(stage) for stage in plan.merged]
         entries["sublayers"] = form | {"writes": family.parts_of_sums}
     return entries
 
@@ -227,7 +228,7 @@ def _measure(
     each = longer(full, half) / (full.layers - half.layers)
     rest = max(0.0, median(taken[half]) - half.layers * each)
     sent = timed[full].collectives(case)
-    all_reduce = sent.seconds / sum(sent.calls.values()) if sent else 0.0
+    all_reduce = sent.seconds / sum(sent.calls.values()) if sent and sent.calls else 0.0
     weights: Any = next(models[full].parameters())
     bandwidth = _bandwidth(matrix, weights.shape[-1], case.rows, device, weights.dtype)
     return LayerTimes(

@@ -7,8 +7,9 @@ measured and the all-reduces of a known link are added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, OneOf, checked
 from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import staggered_stages, whole_layer
+from truedepth.plan.stages import ranks_of, staggered_stages, whole_layer
 from truedepth.progress import working
 from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.sources.opening import open_source
@@ -70,7 +71,8 @@ class Costs:
 
     def of(self, plan: Plan) -> Pass:
         """The time of one pass under a plan, as engines run it."""
-        shared = sum(len(stage) - 1 for stage in plan.merged)
+        # A local stage saves all-reduces alone.
+        shared = sum(len(stage) - 1 for stage in plan.merged if ranks_of(stage) is None)
         layers = sum(self.measured.layers[width] for width in plan.widths)
         layers += shared * self.measured.shared
         products = min(layers, plan.num_layers * self.measured.weights)
@@ -171,22 +173,8 @@ def predict(
     plan = _plan(source, plan, depth, all_reduces)
     run = _executed(source, plan)
     dtype = dtype or _default_dtype(source, where)
-    config = unpaired_config(source.config, ranks)
-    if link is not None:
-        config = rank_config(config, ranks)
     case = Case(Task(task), length, batch)
-    with working("Timing layers"):
-        measured = layer_times(
-            config,
-            source.path,
-            sorted({1, *run.widths}),
-            case,
-            str(where),
-            dtype,
-            ranks if link is None else 1,
-            staggered=bool(run.merged),
-            fused=fuse,
-        )
+    measured = _times(source, run.widths, bool(run.merged), case, where, dtype, ranks, link, fuse)
     costs = costs_of(measured, link, source.config, case, dtype, ranks)
     return Prediction(
         model=source.name,
@@ -205,6 +193,71 @@ def predict(
         before=costs.of(plan.unpaired),
         after=costs.of(run),
     )
+
+
+def seconds_of_plans(
+    source: Source,
+    max_group: int = 2,
+    *,
+    ranks: int = 1,
+    link: Link | None = None,
+    device: str | None = None,
+) -> Callable[[Plan], float]:
+    """A function of plans, the seconds that they are predicted to take per token.
+
+    Layers are timed here, once, with their stages fused where the family allows it.
+
+    Args:
+        source: An original.
+        max_group: The most layers in a group of a plan.
+        ranks: Tensor-parallel size.
+        link: Link between the ranks; None for one rank.
+        device: As in `predict`.
+
+    Raises:
+        TruedepthError: The device does not exist, or the family is not supported.
+    """
+    where = device_of(device)
+    dtype, case = _default_dtype(source, where), Case(Task.decode, 128)
+    folds = not source.family.side_by_side_only
+    widths = range(1, max_group + 1) if folds else [1]
+    measured = _times(source, widths, True, case, where, dtype, ranks, link, folds)
+    costs = costs_of(measured, link, source.config, case, dtype, ranks)
+
+    @cache
+    def seconds(plan: Plan) -> float:
+        return costs.of(_executed(source, plan)).total
+
+    return seconds
+
+
+def _times(
+    source: Source,
+    widths: Iterable[int],
+    staggered: bool,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: int,
+    link: Link | None,
+    fused: bool,
+) -> LayerTimes:
+    """Times of layers: sharded over ranks of this machine, or with a link of one rank's share."""
+    config = unpaired_config(source.config, ranks)
+    if link is not None:
+        config = rank_config(config, ranks)
+    with working("Timing layers"):
+        return layer_times(
+            config,
+            source.path,
+            sorted({1, *widths}),
+            case,
+            str(device),
+            dtype,
+            ranks if link is None else 1,
+            staggered=staggered,
+            fused=fused,
+        )
 
 
 def message_bytes(config: Mapping[str, Any], case: Case, dtype: torch.dtype) -> int:

@@ -4,13 +4,15 @@
 
 The descriptors are open devices, inherited. Imports nothing but the standard library, so that it
 starts at once and stays small. Runs ahead of other processes where it may, because a packet that
-waits for the processor is late.
+waits for the processor is late. Ends with the process that started it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
+import signal
 import sys
 import time
 from collections import deque
@@ -18,6 +20,9 @@ from contextlib import suppress
 
 LONGEST = 1 << 16
 """Bytes of the longest packet."""
+
+PR_SET_PDEATHSIG = 1
+"""Linux' number of what makes a process end with its parent."""
 
 
 def relay(one: int, other: int, delay: float) -> None:
@@ -36,6 +41,7 @@ def relay(one: int, other: int, delay: float) -> None:
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with suppress(OSError):  # also wakes it in time: timers of such processes have no slack
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     relay(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

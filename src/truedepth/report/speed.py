@@ -72,6 +72,7 @@ def print_prediction(found: Prediction) -> None:
     link = "measured" if found.link is None else f"over {found.link.name} ({found.link.source})"
     prefill = found.task == Task.prefill
     tokens = f"{found.length:,} tokens"
+    read = f"a large matrix is read at {found.measured.bandwidth / 1e9:.1f} GB/s"
     print_rows(
         [
             ("model", found.model),
@@ -80,9 +81,7 @@ def print_prediction(found: Prediction) -> None:
             (
                 "measured on",
                 f"{found.device}, {found.dtype}, batch {found.batch},"
-                f" {f'prompts of {tokens}' if prefill else f'{tokens} in the KV cache'}; a large"
-                f" matrix is {'multiplied' if prefill else 'read'} at"
-                f" {found.measured.bandwidth / 1e9:.1f} GB/s",
+                f" {f'prompts of {tokens}' if prefill else f'{tokens} in the KV cache; {read}'}",
             ),
             *([] if one else [("ranks", f"{found.ranks}; all-reduces {link}")]),
             *([] if one else [("all-reduce", f"{found.message:,} bytes")]),

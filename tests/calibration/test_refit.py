@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from family_models import Alone, options_of
+from family_models import Alone, options_of, share
 from tiny_models import random_ids
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.ridge import Regression
@@ -386,3 +386,68 @@ def test_the_original_stays_as_it_is(make_model, plan):
         (calibrator.refit if walk.layout.is_merged(segment) else walk.advance)(segment)
     for name, tensor in source.tensors.items():
         assert torch.equal(tensor.read(), before[name]), name
+
+
+LOCAL = td.Plan(6, stages=[{"sublayers": ["F1", "A2"], "local": 2}])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "phi3", "qwen3", "granite"])
+@torch.no_grad()
+def test_refits_of_a_local_stage_are_the_formulas(make_model, name, monkeypatch):
+    """A rank's rows are refitted for what it reads, x + p_r; what writes, for all ranks' shares."""
+    monkeypatch.setattr(Regression, "_choose", lambda *_: (1.0, 0.5, 0.03))
+    model = make_model(**MODELS[name])
+    (found,) = calibrated(model, LOCAL).values()
+    original, refitted = (
+        AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager") for _ in range(2)
+    )
+    alone = Alone(original, IDS)
+    x = alone.entered
+    for each in ("A0", "F0", "A1"):
+        x = x + alone.added(each, x)
+    behind_ffn = x + alone.added("F1", x)
+    wanted = behind_ffn + alone.added("A2", behind_ffn) - x
+
+    norm = copy.deepcopy(original.model.layers[2].input_layernorm).double()
+    states = [x + Alone(share(original, rank, 2), IDS).added("F1", x) for rank in range(2)]
+    fits = [
+        ridge(norm(state.double()), norm(behind_ffn.double()), torch.eye(64), 0.03, [64])
+        for state in states
+    ]
+    attention, ffn = refitted.model.layers[2].self_attn, refitted.model.layers[1].mlp
+    for map_, sizes in [
+        (getattr(attention, "qkv_proj", None), [64, 32, 32]),
+        *((getattr(attention, f"{each}_proj", None), None) for each in "qkv"),
+    ]:
+        if map_ is not None:
+            rows = [
+                rows.double() @ fit
+                for part in map_.weight.split(sizes or len(map_.weight))
+                for rows, fit in zip(part.chunk(2), fits, strict=True)
+            ]
+            map_.weight.copy_(torch.cat(rows))
+
+    features, alone = [], Alone(refitted, IDS)
+    for writer, read in (
+        (ffn.down_proj, [("F1", x)]),
+        (attention.o_proj, [("A2", s) for s in states]),
+    ):
+        given = []
+        hook = writer.register_forward_pre_hook(lambda _, args, given=given: given.append(args[0]))
+        for each in read:
+            alone.added(*each)
+        hook.remove()
+        shares = [each.chunk(2, -1)[rank] for rank, each in enumerate(given)]
+        features.append(torch.cat(shares, -1) if len(shares) > 1 else given[0])
+    wanted = wanted / getattr(original.config, "residual_multiplier", 1.0)
+    for writer in (ffn.down_proj, attention.o_proj):
+        wanted = wanted - (0.0 if writer.bias is None else writer.bias)
+    priors = [ffn.down_proj.weight, attention.o_proj.weight]
+    columns = [prior.shape[1] for prior in priors]
+    fitted = ridge(torch.cat(features, -1), wanted, torch.cat(priors, 1), 0.03, columns)
+    for prior, weight in zip(priors, fitted.split(columns, 1), strict=True):
+        prior.copy_(weight)
+
+    assert len(found.fits) == 2 + 1
+    for tensor, weight in found.weights.items():
+        torch.testing.assert_close(weight, refitted.get_parameter(tensor), atol=5e-4, rtol=1e-3)

@@ -16,6 +16,9 @@ corrects what earlier ones lost; that is worse where they lost much (docs/calibr
 A wide layer is two stages. What is missing behind its attentions is missing to x + Σ_i A_i, behind
 its FFNs to y; x, A_i and y (the input, the attentions and the output) are those sub-layers'.
 
+In a local stage, what a sub-layer reads differs from rank to rank. The rows of its maps belong to
+ranks, and each rank's rows are refitted for what that rank reads.
+
 Where norms follow attention and FFN, what a stage adds is not linear in what its maps write. There
 each map that writes is refitted alone, toward what the original's sub-layer gives to its norm.
 
@@ -31,6 +34,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +227,8 @@ class Calibrator:
             pairs = partial(self._pairs_by_rank, members[:count], seen)
             assert member.ranks is not None
             said = [f"of layer {member.index}, rank {rank}" for rank in range(member.ranks.count)]
+            if member.kind == "attention" and getattr(walk.stack.config, "kv_lora_rank", None):
+                said = [f"of layer {member.index}"]  # latents have no rows of a rank's own
             self._refit_reads(member, pairs, said, found)
         run = partial(self._written_by_ranks, members)
         if self._norms_follow:
@@ -293,12 +299,12 @@ class Calibrator:
         said: Sequence[str],
         found: Refit,
     ) -> None:
-        """The maps that read a norm: one map of their input for each of the pairs.
+        """The maps that read a norm: one map of their input for each share of their rows.
 
         Args:
             sublayer: Whose maps.
-            pairs: For some windows, what the maps read and what they should.
-            said: What the fits are called, as the end of a name.
+            pairs: For some windows, what each share of the rows reads and what it should.
+            said: What the fits are called, as the end of a name; a single one is of all pairs.
             found: Takes the weights and fits.
         """
         walk, stack = self.walk, self.walk.stack
@@ -307,7 +313,7 @@ class Calibrator:
             return
         sums = [Regression([width], width, stack.device) for _ in said]
         for windows, calls in walk.fitted:
-            for (x, z), regression in zip(pairs(windows, calls), sums, strict=True):
+            for (x, z), regression in zip(pairs(windows, calls), cycle(sums), strict=False):
                 regression.add(x, z, self._held[windows])
         fits = [regression.solve(torch.eye(width)) for regression in sums]
         sizes = stack.config.to_dict()

@@ -40,6 +40,19 @@ WORDS = {
     "more than the model's": ("--all-reduces 13", "merges leave 4 to 11 of the model's 12."),
     "odd for pairs": ("--all-reduces 9 --form pairs", "6 to 10 of the model's 12, in steps of 2."),
     "half for pairs": ("--depth 4.5 --form pairs", "9 all-reduces are out of reach"),
+    "local to how many": ("--staggered 1-3 --local", "--local goes with --tp N: local stages are"),
+    "ranks for nothing": ("--staggered 1-3 --tp 2", "--tp goes with --local: other stages are for"),
+    "local pairs": ("--pairs 1 --local --tp 2", "Pairs of layers have no local stages"),
+    "a local form": ("--depth 5 --form pairs --local --tp 2", "Pairs of layers have no local"),
+    "one rank": ("--staggered 1-3 --local --tp 1", "--tp must be from 2 to 1024, not 1."),
+    "ranks that do not divide the heads": (
+        "--staggered 1-3 --local --tp 3",
+        "has 4 heads and 2 KV heads, which are not divisible by 3; add --pad-heads 3.",
+    ),
+    "a search for such ranks": (
+        "--all-reduces 9 --local --tp 3",
+        "divisible by 3; add --pad-heads",
+    ),
     "no half": ("--depth 4.2", "An effective depth of 4.2 is not half a number of stages"),
     "too few tokens for a run": (
         "--depth 5 --tokens 600 --max-run 12 --window 32",
@@ -104,6 +117,41 @@ def test_a_staggered_span(run, make_model, tmp_path):
     assert td.Plan.from_dict(config["truedepth"]["plan"]) == td.Plan.staggered(
         6, 1, 4, model=config["truedepth"]["source"]
     )
+
+
+def test_local_stages(run, refused, make_model, prose, tmp_path):
+    """From a span, padded for ranks that do not divide the heads, and from a search."""
+    layers = ["convert", make_model(), tmp_path / "span", "--layers", "1-4"]
+    assert "--local goes with --max-loss" in refused(*layers, "--local", "--tp", 2)
+    code, out, err = run(
+        *("convert", make_model(), tmp_path / "span", "--staggered", "1-3"),
+        *("--local", "--tp", 4, "--pad-heads", 4),
+    )
+    assert code == 0, err
+    assert "[F1 | A2] [F2 | A3]" in out and "4, and no other number" in out
+    config = json.loads((tmp_path / "span" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (8, 4)
+    assert config["stages"][0] == {"sublayers": ["F1", "A2"], "local": 4}
+    card = (tmp_path / "span" / "README.md").read_text()
+    assert 'from_pretrained("THIS", trust_remote_code=True, simulate_ranks=True)' in card
+    assert "DistributedConfig(tp_size=4)" in card
+
+    search = ["--all-reduces", 8, "--local", "--tp", 2, "--text", prose, "--window", 32]
+    code, out, err = run(
+        *("plan", make_model(), "-o", tmp_path / "p.yaml", *search, "--tokens", 768),
+        *("--json", tmp_path / "p.json"),
+    )
+    assert code == 0, err
+    plan = td.Plan.from_yaml(tmp_path / "p.yaml")
+    assert (plan.ranks, plan.all_reduces) == (2, 8)
+    data = json.loads((tmp_path / "p.json").read_text())
+    assert td.Plan.from_dict(data["plan"]) == plan
+    assert {"sublayers": ["F1", "A2"], "local": 2} in [each["merged"][0] for each in data["scores"]]
+    code, out, err = run("info", tmp_path / "span", "--json", tmp_path / "i.json")
+    assert code == 0 and "4, and no other number" in out
+    assert json.loads((tmp_path / "i.json").read_text())["plan"]["stages"] == config["stages"]
+    code, out, err = run("bench", tmp_path / "span", "--tp", 2)
+    assert (code, out) == (2, "") and "local to 4 tensor-parallel ranks; give --tp 4." in err
 
 
 def test_a_plan_file_of_groups_and_stages_is_calibrated(run, make_model, prose, tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import truedepth as td
-from family_models import CASES, locally, options_of
+from family_models import CASES, WITHOUT_TRUEDEPTH, locally, options_of, repaired
 from tiny_models import byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
 from traced_models import MIXTURES, OTHERS, WHOLE, config_of, model_of
 
@@ -149,3 +154,49 @@ def test_two_ranks_of_architectures_that_are_traced(cases, tmp_path):
         byte_tokenizer().save_pretrained(tmp_path / "source")
         td.convert(tmp_path / "source", tmp_path / case, plan_of(case))
     check_over_two_ranks(tmp_path, cases)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_they_are_calibrated_and_healed(make_model, case, prose, tmp_path):
+    """With and without norms behind the sub-layers; healed as the ranks would compute."""
+    plan = td.Plan.staggered(6, 1, 4, ranks=2)
+    raw, calibrated, healed = repaired(make_model(**options_of(case)), plan, prose, tmp_path)
+    assert healed < calibrated < raw
+
+
+def test_mixtures_and_latent_attentions_are_calibrated(prose, tmp_path):
+    for case in ("mixtral", "deepseek_v3"):
+        model_of(case).save_pretrained(tmp_path / case)
+        byte_tokenizer().save_pretrained(tmp_path / case)
+        text = td.Calibration([prose], tokens=2048, window=32)
+        plan = td.Plan(6, stages=[{"sublayers": ["F2", "A3"], "local": 2}])
+        done = td.calibrate(tmp_path / case, tmp_path / f"{case}-out", plan, text)
+        (errors,) = done.calibration.held_out_errors.values()
+        assert len(errors) == {"mixtral": 2 + 1, "deepseek_v3": 1 + 1}[case], errors
+        assert all(each.after <= each.before for each in errors.values())
+
+
+def test_a_fresh_process_without_truedepth(make_model, tmp_path):
+    """It simulates the ranks if it is asked to, and else says who computes this model."""
+    torch.save(random_ids(), tmp_path / "ids")
+    td.convert(make_model(), tmp_path / "out", plan_of("llama"))
+    given = [str(tmp_path / "ids"), json.dumps({"llama": str(tmp_path / "out")})]
+    script = [sys.executable, "-c", WITHOUT_TRUEDEPTH, *given, str(tmp_path / "found")]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode and "so 2 ranks compute it, not 1; load it over 2" in done.stderr
+    script[2] = script[2].replace(
+        "trust_remote_code=True", "trust_remote_code=True, simulate_ranks=True"
+    )
+    subprocess.run(script, check=True)
+    expected = td.load(tmp_path / "out").model(random_ids()).logits
+    torch.testing.assert_close(torch.load(tmp_path / "found")["llama"], expected, **CLOSE)
+
+
+def test_another_number_of_ranks_is_refused(make_model, tmp_path):
+    td.convert(make_model(), tmp_path / "out", plan_of("llama"))
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    config.distributed_config = SimpleNamespace(tp_size=4)
+    for simulate in (None, True):
+        config.simulate_ranks = simulate
+        with pytest.raises(ValueError, match="local to 2 tensor-parallel ranks, so 2 .* not 4"):
+            AutoModelForCausalLM.from_config(config)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from truedepth.calibration.options import Calibration
+from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, OneOf, check_fields
 from truedepth.plan.stages import MAX_RANKS
 
@@ -19,7 +20,7 @@ class Merges:
     """What a search may merge.
 
     Raises:
-        TruedepthError: A value is out of bounds.
+        TruedepthError: A value is out of bounds, or stages are to be local in the form pairs.
     """
 
     form: Annotated[str, OneOf("auto", "pairs")] = "auto"
@@ -38,3 +39,5 @@ class Merges:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.form == "pairs" and self.local is not None:
+            raise TruedepthError("Pairs of layers have no local stages: leave --local or them out.")

@@ -20,7 +20,7 @@ def test_a_local_stage_is_not_the_stage_that_reads_one_state():
     assert list(local) == list(merged) and local.ranks == 2
     assert local != merged and merged != local and len({local, merged}) == 2
     assert local == LocalStage(merged, 2) != LocalStage(merged, 3)
-    assert PLAN != Plan(8, [[1, 2]], stages=[LOCAL["sublayers"], ["F5", "A6"]])
+    assert Plan(8, [[1, 2]], stages=[LOCAL["sublayers"], ["F5", "A6"]]) != PLAN
     assert (PLAN.ranks, Plan(8).ranks) == (2, None)
     for again in (copy.deepcopy(PLAN), pickle.loads(pickle.dumps(PLAN))):
         assert again == PLAN and again.ranks == 2

@@ -198,5 +198,5 @@ def test_another_number_of_ranks_is_refused(make_model, tmp_path):
     config.distributed_config = SimpleNamespace(tp_size=4)
     for simulate in (None, True):
         config.simulate_ranks = simulate
-        with pytest.raises(ValueError, match="local to 2 tensor-parallel ranks, so 2 .* not 4"):
+        with pytest.raises(ValueError, match=r"local to 2 tensor-parallel ranks, so 2 .* not 4"):
             AutoModelForCausalLM.from_config(config)

@@ -263,6 +263,17 @@ def test_errors(make_model):
         td.predict(make_model(), td.Plan(7))
 
 
+def test_local_stages_save_all_reduces_and_no_kernels(make_model, monkeypatch):
+    times = replace(TIMES, shared=-0.25)
+    monkeypatch.setattr(prediction, "layer_times", lambda *_, **__: times)
+    plans = [td.Plan.staggered(6, 1, 4, ranks=ranks) for ranks in (None, 2)]
+    merged, local = (td.predict(make_model(), plan, ranks=2, device="cpu") for plan in plans)
+    assert merged.after.all_reduces == local.after.all_reduces == 9 * 0.5
+    assert local.after.layers == local.before.layers == merged.after.layers + 3 * 0.25
+    with pytest.raises(td.TruedepthError, match=r"local to 2 tensor-parallel ranks; give --tp 2"):
+        td.predict(make_model(), plans[1], ranks=4, device="cpu")
+
+
 def test_so_many_all_reduces(make_model, monkeypatch):
     monkeypatch.setattr(prediction, "layer_times", lambda *_, **more: TIMES)
     found = td.predict(make_model(), all_reduces=9, device="cpu")

@@ -171,6 +171,11 @@ def predict(
     if link is None:
         check_accelerator(ranks, where)
     plan = _plan(source, plan, depth, all_reduces)
+    if plan.ranks not in (None, ranks):
+        raise TruedepthError(
+            f"The plan has stages that are local to {plan.ranks} tensor-parallel ranks; give --tp"
+            f" {plan.ranks}."
+        )
     run = _executed(source, plan)
     dtype = dtype or _default_dtype(source, where)
     case = Case(Task(task), length, batch)

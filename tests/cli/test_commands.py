@@ -17,6 +17,7 @@ from typer.main import get_command
 
 import truedepth as td
 from truedepth.cli import app as cli
+from truedepth.cli.app import _without_place
 from truedepth.cli.commands import Fields, Given, command
 from truedepth.evaluation.accuracy import FEWSHOT_SEED
 from truedepth.evaluation.perplexity import perplexity
@@ -205,3 +206,9 @@ def test_the_dtype_to_compute_in_goes_with_a_calibration(run, make_model, tmp_pa
     code, _, err = run(*words, "--compute-dtype", "float32")
     assert code == 2
     assert "--compute-dtype goes with --calibrate" in err
+
+
+def test_a_command_that_is_shown_names_no_place_of_a_machine():
+    words = ["study", "/models/tiny", "--text=/texts/a.txt", "-o", "out/study", "--seed", "1"]
+    shown = ["study", "tiny", "--text=a.txt", "-o", "out/study", "--seed", "1"]
+    assert list(map(_without_place, words)) == shown

@@ -136,9 +136,15 @@ def study(
         raise TruedepthError(
             f"Interrupted; {out} keeps what was measured, and the same command resumes.", 130
         ) from None
-    written = write_study(found, out, shlex.join(["truedepth", *sys.argv[1:]]))
+    written = write_study(found, out, shlex.join(["truedepth", *map(_without_place, sys.argv[1:])]))
     write_json(json_path, found.to_dict())
     print_study(found, written)
+
+
+def _without_place(word: str) -> str:
+    """A word of a command that is shown to others: of an absolute path, the name alone."""
+    option, equals, path = word.rpartition("=")
+    return option + equals + Path(path).name if Path(path).is_absolute() else word
 
 
 @app.command("eval")

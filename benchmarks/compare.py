@@ -2,13 +2,15 @@
 
     python benchmarks/compare.py --calibration FILE [--calibration FILE…] --text FILE [--text FILE…]
         --plans PATH [--plans PATH…] --pairs PATH --raw-pairs PATH [--task-dir DIR]
-        [--all-reduces 54,50,46,40,36,30] [--only METHOD]… --json PATH
+        [--local PATH]… [--all-reduces 54,50,46,40,36,30] [--only METHOD]… --json PATH
 
 The plans come from `truedepth plan MODEL --all-reduces 46 --json PATH`, and from the same command
 for other numbers of all-reduces; those of pairs from
 `truedepth plan MODEL --form pairs --depth 23 --frontier --json PATH`, and from the same command
-with `--no-calibrate`. Rows that are already in the JSON file are not measured again, so the same
-command resumes. Rivals choose and fit on windows of the text that this package calibrates on.
+with `--no-calibrate`. Rank-local plans come from `truedepth plan MODEL --all-reduces 46 --tp 3
+--local --json PATH` and others like it; their ranks are simulated. Rows that are already in the
+JSON file are not measured again, so the same command resumes. Rivals choose and fit on windows of
+the text that this package calibrates on.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from truedepth.runtime.loading import Loaded
 
 GREEDY_WINDOWS = 4  # SLEB and SPD run the model tens or hundreds of times
 MORE_TOKENS = 1 << 18
-RANKS = (2, 4)  # that SPD is simulated on
+RANKS = (2, 3, 4)  # that SPD is simulated on
 SHOWN = ("arc_easy acc", "hellaswag acc_norm", "piqa acc")  # small models guess the rest
 TASKS = ["arc_easy", "hellaswag", "piqa", "winogrande"]
 
@@ -94,6 +96,10 @@ class Comparison:
         self.dtype = fast_dtype(self.source, torch.device("cpu"))
         self.calibration = td.Calibration(text=arguments.calibration)
         self.raw_stages, self.stages = stages_of(arguments.plans)
+        self.raw_local: Plans = {}
+        self.local: Plans = {}
+        if arguments.local:
+            self.raw_local, self.local = stages_of(arguments.local)
         self.pairs, self.raw_pairs = pairs_of(arguments.pairs), pairs_of(arguments.raw_pairs)
         self.rows = Rows(arguments.json)
         self._ids: Tensor | None = None
@@ -213,6 +219,10 @@ class Comparison:
             found["staggered, late span"] = partial(self.converted, late, calibrated=False)
             refitted = partial(self.converted, late, calibrated=True)
             found["staggered, late span, calibrated"] = refitted
+        if plan := self.local.get(all_reduces):
+            raw, name = self.raw_local[all_reduces], f"local stages, plan, {plan.ranks} ranks"
+            found[name] = partial(self.converted, raw, calibrated=False)
+            found[f"{name}, calibrated"] = partial(self.converted, plan, calibrated=True)
         return found | {
             "stages, plan": partial(self.converted, self.raw_stages[all_reduces], calibrated=False),
             "stages, plan, calibrated": partial(
@@ -232,6 +242,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument(
         "--plans", type=Path, action="append", required=True, help="JSON of a search for stages"
+    )
+    parser.add_argument(
+        "--local", type=Path, action="append", default=[], help="JSON of a search for local stages"
     )
     parser.add_argument("--pairs", type=Path, required=True, help="JSON of a search for pairs")
     parser.add_argument(

@@ -262,8 +262,8 @@ class Calibrator:
         def output(member: LoadedSublayer, state: Tensor, calls: Calls) -> Tensor:
             if (writer := own.get((member.index, member.kind))) is None:
                 return member.output(state, calls)
-            *written, gave = writer.run(state, calls)
-            found.append(tuple(written))
+            reads, rest, gave = writer.run(state, calls)
+            found.append((reads, rest))
             return gave
 
         x = self.walk.batch(self.walk.converted_states, windows)
@@ -288,9 +288,9 @@ class Calibrator:
         """What each rank reads in the last of these members, with what it read in the original."""
         x = self.walk.batch(self.walk.converted_states, windows)
         *_, (last, state) = local_states(x, members, calls)
-        read = self._normalised(last, state)
         wanted = self.walk.batch(seen, windows)
-        return [(each, wanted) for each in read.chunk(last.ranks.count)]
+        read = torch.split(self._normalised(last, state), len(wanted))
+        return [(each, wanted) for each in read]
 
     def _refit_reads(
         self,

@@ -49,7 +49,7 @@ class Writer:
         """
         if not self.name:
             output = self.sublayer.output(x, calls)
-            return [], self._whole(output.float()), output
+            return [], self.sublayer.summed(output.float()), output
         module: Any = self.sublayer.layer.get_submodule(self.name)
         kept: list[tuple[Tensor, Tensor]] = []
         hook = module.register_forward_hook(
@@ -73,8 +73,3 @@ class Writer:
         scale = ((output - rest) * written).sum(-1, keepdim=True)
         scale = scale / written.square().sum(-1, keepdim=True).clamp_min(1e-30)
         return [features * scale], rest + bias * scale, gave
-
-    def _whole(self, output: Tensor) -> Tensor:
-        """The output, or the sum of all ranks' parts of it."""
-        ranks = self.sublayer.ranks
-        return output if ranks is None else ranks.summed(output)

@@ -82,7 +82,7 @@ class SimulatedRanks:
 
     def summed(self, part: Tensor) -> Tensor:
         """`[batch, …]`, the sum of all ranks' parts `[ranks * batch, …]`."""
-        return part.unflatten(0, (self.count, -1)).sum(0)
+        return part.view(self.count, -1, *part.shape[1:]).sum(0)
 
     def parts(
         self, module: Any, forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]

@@ -297,7 +297,7 @@ def merge_stages(
         several = any(sum(name in modules for name in names) > 1 for names in form.writes)
         if index not in merged and not several:  # experts and shared experts are summed apart
             continue
-        layer, places = layers[index], (2 * index, 2 * index + 1)
+        layer, places = layers[index], [2 * index, 2 * index + 1]
         mix_into(layer, Staged, form)
         layer.stages = [held[place] for place in places]
         for kind, stage in zip(KINDS, layer.stages, strict=True):

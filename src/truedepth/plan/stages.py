@@ -151,15 +151,16 @@ def stage_of(names: Iterable[object] | Mapping[str, Any]) -> Stage:
     Raises:
         TruedepthError: A name is not a sub-layer's, or the mapping has other keys.
     """
-    ranks = ranks_of(names)
     if isinstance(names, Mapping):
-        if names.keys() != {"sublayers", "local"} or not isinstance(names["sublayers"], list):
+        sublayers = names.get("sublayers")
+        if set(names) != {"sublayers", "local"} or not isinstance(sublayers, list):
             raise TruedepthError(
                 f"{reprlib.repr(names)} is not a stage; write a rank-local one as"
                 " {sublayers: [F14, A15], local: 2}."
             )
-        names, ranks = names["sublayers"], names["local"]
+        return LocalStage(stage_of(sublayers), names["local"])
     stage = tuple(name if isinstance(name, Sublayer) else Sublayer.parse(name) for name in names)
+    ranks = ranks_of(names)
     return stage if ranks is None else LocalStage(stage, ranks)
 
 

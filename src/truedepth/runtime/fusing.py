@@ -250,7 +250,8 @@ class FusedLayer:
         for part in self.parts:
             if not part.begins and so_far is None:
                 x, so_far = hidden_states.unbind(0)
-            added = part(x + so_far if part.is_local and not part.begins else x, *args, **call)
+            state = x + so_far if part.is_local and so_far is not None else x
+            added = part(state, *args, **call)
             so_far = added if so_far is None else so_far + added
             if part.ends:
                 if part.group is not None:

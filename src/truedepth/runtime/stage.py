@@ -13,6 +13,7 @@ have written themselves:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,6 +71,10 @@ class LoadedSublayer:
         normed = self.form.normed(self.layer, self.kind, x)
         return self.form.output(self.layer, self.kind, normed, **call)
 
+    def summed(self, output: Tensor) -> Tensor:
+        """Its output, in a local stage the sum of all ranks' parts: `[windows, length, hidden]`."""
+        return output if self.ranks is None else self.ranks.summed(output)
+
     @property
     def is_mixture(self) -> bool:
         """Whether its module has experts."""
@@ -119,10 +124,9 @@ def run_local_stage(x: Tensor, members: Sequence[LoadedSublayer], calls: Calls) 
         parts.append(member.output(state, calls))
         return parts[-1]
 
-    for member, _ in local_states(x, members, calls, output):
-        assert member.ranks is not None
+    deque(local_states(x, members, calls, output), maxlen=0)
     for member, part in zip(members, parts, strict=True):
-        x = x + member.added(member.ranks.summed(part.float()))
+        x = x + member.added(member.summed(part.float()))
     return x
 
 

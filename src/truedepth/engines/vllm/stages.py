@@ -66,7 +66,8 @@ class Part:
         if not self.norms:
             return x + so_far * multiplier
         pairs = zip(self.norms, so_far, strict=False)  # of the sub-layers that ran
-        return x + sum(norm(each) for norm, each in pairs) * self.ranks**-0.5
+        local: Tensor = sum(norm(each) for norm, each in pairs) * self.ranks**-0.5
+        return x + local
 
     def __call__(self, positions: Tensor, normed: Tensor, so_far: Tensor | None) -> Tensor:
         """The stage's sum, `[tokens, hidden]`, with what was summed so far.

@@ -124,6 +124,19 @@ class LayerWidthsModel:
             layers[group[-1]].members = tuple(layers[index] for index in group)
         self.post_init()  # type: ignore[attr-defined]
 
+    def _get_static_cache_init_shape(self) -> Any:
+        """KV heads of each layer, and head_dim; transformers before 5.20 takes layers for alike."""
+        shape = super()._get_static_cache_init_shape()  # type: ignore[misc]
+        config = self.config  # type: ignore[attr-defined]
+        if shape is None or isinstance(shape[0], list) or max(config.layer_widths) == 1:
+            return shape
+        ranks = getattr(self, "_tp_size", None) or 1
+        heads = [
+            (getattr(each, "num_key_value_heads", None) or each.num_attention_heads) // ranks
+            for each in config.per_layer_config
+        ]
+        return heads, shape[1]
+
 
 def text_config(config: Any) -> Any:
     """The config of the decoder in a model that takes other input too; of others, their own."""

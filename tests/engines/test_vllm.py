@@ -50,12 +50,12 @@ STAGGERED = td.Plan(6, stages=[["F0", "A1"], ["F1", "A2"], ["F2", "A3", "F3"], [
 QWEN2_WINDOWS = {
     "family": Qwen2Config,
     "use_sliding_window": True,
-    "sliding_window": 16,
+    "sliding_window": 32,
     "max_window_layers": 1,
 }
 """The attentions of the first stage of `STAGED` differ, so they cannot be joined."""
 
-GEMMA2 = {"family": Gemma2Config, "sliding_window": 16, "attn_logit_softcapping": None}
+GEMMA2 = {"family": Gemma2Config, "sliding_window": 32, "attn_logit_softcapping": None}
 """vLLM's attention on CPUs does not cap logits, of the original either."""
 
 EXPERTS = {
@@ -188,7 +188,7 @@ def test_stages_that_are_not_fused(staged, prompts, tmp_path, options):
     ("options", "ranks"),
     [
         ({"family": MistralConfig, "sliding_window": None}, 1),
-        ({"family": MistralConfig, "sliding_window": 16}, 1),
+        ({"family": MistralConfig, "sliding_window": 32}, 1),
         ({"family": Qwen2Config}, 2),
         (QWEN2_WINDOWS, 1),
         ({"family": Qwen3Config, "head_dim": 32}, 2),
@@ -212,7 +212,7 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
     [
         (GEMMA2, 1),
         (GEMMA2, 2),
-        ({"family": Gemma3TextConfig, "sliding_window": 16}, 2),
+        ({"family": Gemma3TextConfig, "sliding_window": 32}, 2),
         ({"family": Glm4Config}, 2),
         ({"family": MixtralConfig, **EXPERTS}, 1),
         ({"family": MixtralConfig, **EXPERTS}, 2),
@@ -221,7 +221,7 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
         ({"family": OlmoeConfig, **EXPERTS}, 2),
         ({"family": Olmo2Config}, 1),
         ({"family": Olmo2Config}, 2),
-        ({"family": Olmo3Config, "sliding_window": 16}, 2),
+        ({"family": Olmo3Config, "sliding_window": 32}, 2),
         ({"family": SeedOssConfig}, 2),
         ({"family": SmolLM3Config, "no_rope_layer_interval": 2}, 2),
         ({"family": Starcoder2Config}, 2),
@@ -285,7 +285,7 @@ def test_stages_of_one_whole_layer(make_model, prompts, tmp_path):
     check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=2)
 
 
-GEMMA3 = {"family": Gemma3TextConfig, "sliding_window": 16}
+GEMMA3 = {"family": Gemma3TextConfig, "sliding_window": 32}
 
 
 @pytest.mark.parametrize(
@@ -429,12 +429,21 @@ def test_heads_that_do_not_divide(make_model, prompts, tmp_path):
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
 
 
-def test_versions_that_were_not_tested(monkeypatch):
-    from truedepth.engines.vllm.plugin import check_version
+def test_versions(monkeypatch):
+    """What the version at hand has is all that a version that was not tested is asked for."""
+    from truedepth.engines.vllm import versions
 
-    monkeypatch.delenv("TRUEDEPTH_ANY_VLLM", raising=False)
-    check_version("0.32.0")
-    with pytest.raises(td.TruedepthError, match=r"This is vLLM 9\.1\.0, .* tested with 0\.32"):
-        check_version("9.1.0")
-    monkeypatch.setenv("TRUEDEPTH_ANY_VLLM", "1")
-    check_version("9.1.0")
+    assert versions.missing() == []
+    for version in ("0.29.0", "0.32.0", "0.32.9"):
+        assert versions.check_version(version) is None
+    with pytest.raises(td.TruedepthError, match=r"This is vLLM 0\.28\.0, .* needs 0\.29 or newer"):
+        versions.check_version("0.28.0")
+    for version in ("0.33.0", "1.0.0rc1", "0.32.1.dev7+gabc", "0.1.dev9"):
+        warned = versions.check_version(version)
+        assert f"tested with vLLM 0.29 to 0.32. This is {version}" in warned
+    more = {"vllm.config:VllmConfig": ("depth",), "vllm.width:narrow": (), "vllm.config:Wide": ()}
+    monkeypatch.setattr(versions, "RELIED_ON", versions.RELIED_ON | more)
+    gone = r"vllm\.config\.VllmConfig\(depth\), vllm\.width\.narrow, vllm\.config\.Wide\."
+    with pytest.raises(td.TruedepthError, match=rf"This is vLLM 9\.1\.0, .* lacks .*{gone}"):
+        versions.check_version("9.1.0")
+    assert versions.check_version("0.32.0") is None

@@ -3,6 +3,9 @@
 Only vLLM imports this module.
 """
 
+# The version is checked before anything is imported that another version may not have.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import copy
@@ -13,9 +16,16 @@ from unittest.mock import patch
 import torch
 import vllm
 from torch import Tensor, nn
+from vllm.logger import init_logger
+
+from truedepth.engines.vllm.versions import check_version, qwen3_layer
+
+logger = init_logger("vllm.truedepth")  # vLLM shows what is logged below its own name
+if _warning := check_version(vllm.__version__):
+    logger.warning(_warning)
+
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry, commandr, gemma, granite, qwen3
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
@@ -24,13 +34,9 @@ from vllm.model_executor.models.transformers.base import Base as TransformersBac
 from vllm.model_executor.models.utils import extract_layer_index
 
 from truedepth.engines.vllm.backend import reduce_once
-from truedepth.engines.vllm.plugin import check_version
 from truedepth.engines.vllm.stages import check_alone, fuse_stages, merge_stages
 from truedepth.families.registration import register_type
 from truedepth.modeling import PREFIX, WIDENED
-
-check_version(vllm.__version__)
-logger = init_logger("vllm.truedepth")  # vLLM shows what is logged below its own name
 
 
 def layer_config(whole: Any, prefix: str) -> Any:
@@ -53,6 +59,14 @@ def layer_config(whole: Any, prefix: str) -> Any:
     for name in WIDENED:
         setattr(own, name, getattr(whole, name) * width)
     return own
+
+
+def head_dim(config: Any) -> int:
+    """What a head has, however many heads a layer has."""
+    size: int = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return size
 
 
 class WideLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -208,6 +222,11 @@ def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:
             own = layer_config(config, prefix)
             super().__init__(own, *options, prefix=prefix, **more)
             attention = self.self_attn
+            if attention.head_dim != head_dim(config):
+                raise ValueError(
+                    f"vLLM {vllm.__version__} takes the heads of a wide {name} for vectors of"
+                    f" {attention.head_dim}, but they have {head_dim(config)}; use transformers"
+                )
             for norm, heads in (("q_norm", "num_heads"), ("k_norm", "num_kv_heads")):
                 held = getattr(attention, norm, None)
                 if own is not config and held is not None and held.weight.ndim == 1:
@@ -223,9 +242,7 @@ def _with_wide_layers(base: Any, holder: Any, name: str) -> Any:
     return Wide
 
 
-TruedepthQwen3ForCausalLM = _with_wide_layers(
-    qwen3.Qwen3ForCausalLM, qwen3.Qwen3Model, "decoder_layer_type"
-)
+TruedepthQwen3ForCausalLM = _with_wide_layers(qwen3.Qwen3ForCausalLM, *qwen3_layer(qwen3))
 TruedepthGraniteForCausalLM = _with_wide_layers(
     granite.GraniteForCausalLM, granite, "GraniteDecoderLayer"
 )

@@ -25,6 +25,10 @@ LLAMA_3_ROPE = {
 ALTERNATING = ["sliding_attention", "full_attention"] * 3
 TWO_OF_A_KIND = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 
+CAPPED = {"gemma2": "eager"}
+"""The attention of families that cap its logits. transformers 5.16 to 5.19 take one that does not
+unless told, of the original too."""
+
 # Every model has 6 layers; its groups are wide layers but for those of `side_by_side`.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"config": "LlamaConfig"},

@@ -73,6 +73,8 @@ WHOLE = {
 }
 """How many of the stages A0 F0 A1, F1, A2, F2 A3, F3, A4, F4 A5 F5 consist of what every rank has
 whole, such as an attention."""
+if not any("experts" in name for name in CONFIG_MAPPING["qwen2_moe"].base_model_tp_plan):
+    WHOLE["qwen2_moe"] = 2  # transformers 5.16 to 5.19 give every rank all experts
 
 
 def config_of(architecture: str) -> Any:

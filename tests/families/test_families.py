@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
 import truedepth as td
-from family_models import CASES, WITHOUT_TRUEDEPTH, options_of, repaired, side_by_side
+from family_models import CAPPED, CASES, WITHOUT_TRUEDEPTH, options_of, repaired, side_by_side
 from tiny_models import left_padded_logits, random_ids
 from truedepth.calibration.trajectories import layer_stack, walk_through
 from truedepth.cli.app import app
@@ -65,7 +65,7 @@ def test_groups_are_exact(converted, case):
         assert config["side_by_side"]
     else:
         assert config["layer_widths"] == [1, 2, 3] and "side_by_side" not in config
-    model = td.load(out).model
+    model = td.load(out, attn_implementation=CAPPED.get(case)).model
     with torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
 

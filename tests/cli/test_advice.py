@@ -25,6 +25,8 @@ COMMANDS = {
 BESIDE_COMMANDS = {  # options of other programs, and those that stand before a command
     "sources/wheel.py": {"--no-deps", "--quiet", "--disable-pip-version-check", "--dest"},
     "sources/gguf/source.py": {"--merge"},
+    "checkpoint/card.py": {"--tensor-parallel-size"},
+    "engines/vllm/stages.py": {"--tensor-parallel-size"},
     "cli/errors.py": {DEBUG},
     "cli/app.py": {"--version"},
 }

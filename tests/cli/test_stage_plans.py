@@ -47,11 +47,11 @@ WORDS = {
     "one rank": ("--staggered 1-3 --local --tp 1", "--tp must be from 2 to 1024, not 1."),
     "ranks that do not divide the heads": (
         "--staggered 1-3 --local --tp 3",
-        "has 4 heads and 2 KV heads, which are not divisible by 3; add --pad-heads 3.",
+        "has 4 heads and 2 KV heads, which are not divisible by 3; truedepth convert --pad-heads 3",
     ),
     "a search for such ranks": (
         "--all-reduces 9 --local --tp 3",
-        "divisible by 3; add --pad-heads",
+        "divisible by 3; truedepth convert --pad-heads",
     ),
     "no half": ("--depth 4.2", "An effective depth of 4.2 is not half a number of stages"),
     "too few tokens for a run": (

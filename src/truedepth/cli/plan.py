@@ -47,7 +47,7 @@ For = Annotated[
         "--for",
         metavar="LINK",
         help="Find the plan within --max-loss that is predicted to decode fastest over this link"
-        " between --tp N ranks, whose names predict --help lists, or, as device, on one device.",
+        " between --tp N ranks (pcie4 or another that predict takes), or, as device, on one.",
     ),
 ]
 Local = Annotated[

@@ -92,8 +92,8 @@ def check_local(source: Source, ranks: int | None) -> None:
         heads, kv_heads = (source.config.get(name) for name in (QUERY, KEY_VALUE))
         raise TruedepthError(
             f"Stages cannot be local to {ranks} ranks: {source.path} has {heads} heads and"
-            f" {kv_heads or heads} KV heads, which are not divisible by {ranks}; add"
-            f" --pad-heads {ranks}."
+            f" {kv_heads or heads} KV heads, which are not divisible by {ranks}; truedepth convert"
+            f" --pad-heads {ranks} adds heads of zeros, and so does truedepth plan."
         )
 
 

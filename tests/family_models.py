@@ -123,6 +123,10 @@ CASES: dict[str, dict[str, Any]] = {
         "config": "Olmo3Config",
         "sliding_window": 8,
         "layer_types": TWO_OF_A_KIND,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
         "side_by_side": True,
     },
     "arcee": {"config": "ArceeConfig", "hidden_act": "relu2"},

@@ -58,6 +58,15 @@ QWEN2_WINDOWS = {
 GEMMA2 = {"family": Gemma2Config, "sliding_window": 32, "attn_logit_softcapping": None}
 """vLLM's attention on CPUs does not cap logits, of the original either."""
 
+BY_TYPE = {
+    kind: {"rope_type": "default", "rope_theta": theta}
+    for kind, theta in (("sliding_attention", 1e4), ("full_attention", 1e6))
+}
+GEMMA3, OLMO3 = (
+    {"family": family, "sliding_window": 32, "rope_parameters": BY_TYPE}
+    for family in (Gemma3TextConfig, Olmo3Config)
+)
+
 EXPERTS = {
     "num_local_experts": 4,
     "num_experts": 4,
@@ -212,7 +221,7 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
     [
         (GEMMA2, 1),
         (GEMMA2, 2),
-        ({"family": Gemma3TextConfig, "sliding_window": 32}, 2),
+        (GEMMA3, 2),
         ({"family": Glm4Config}, 2),
         ({"family": MixtralConfig, **EXPERTS}, 1),
         ({"family": MixtralConfig, **EXPERTS}, 2),
@@ -221,7 +230,7 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
         ({"family": OlmoeConfig, **EXPERTS}, 2),
         ({"family": Olmo2Config}, 1),
         ({"family": Olmo2Config}, 2),
-        ({"family": Olmo3Config, "sliding_window": 32}, 2),
+        (OLMO3, 2),
         ({"family": SeedOssConfig}, 2),
         ({"family": SmolLM3Config, "no_rope_layer_interval": 2}, 2),
         ({"family": Starcoder2Config}, 2),
@@ -285,9 +294,6 @@ def test_stages_of_one_whole_layer(make_model, prompts, tmp_path):
     check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=2)
 
 
-GEMMA3 = {"family": Gemma3TextConfig, "sliding_window": 32}
-
-
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -304,15 +310,23 @@ def test_what_the_engine_does_with_its_own_classes(make_model, model, options, p
 @pytest.mark.parametrize(
     ("model", "plan", "words"),
     [
-        (PersimmonConfig, STAGGERED, r"vLLM 0\.\d+\.\d+ does not know PersimmonForCausalLM"),
-        (CohereConfig, WHOLE, r"do not run side by side, as those of the stage \[A2 F2 A3 F3\]"),
-        (Gemma3TextConfig, PLAN, "stages of sub-layers of Gemma3ForCausalLM, but not groups"),
+        (
+            {"family": PersimmonConfig},
+            STAGGERED,
+            r"vLLM 0\.\d+\.\d+ does not know PersimmonForCausalLM",
+        ),
+        (
+            {"family": CohereConfig},
+            WHOLE,
+            r"do not run side by side, as those of the stage \[A2 F2 A3 F3\]",
+        ),
+        (GEMMA3, PLAN, "stages of sub-layers of Gemma3ForCausalLM, but not groups"),
     ],
 )
 def test_what_stages_cannot_run_in_is_refused_by_name(
     make_model, model, plan, words, prompts, tmp_path
 ):
-    td.convert(make_model(**SHAPES, family=model), tmp_path / "out", plan)
+    td.convert(make_model(**SHAPES, **model), tmp_path / "out", plan)
     with pytest.raises(AssertionError, match=words):
         served(tmp_path / "out", prompts, tmp_path)
 

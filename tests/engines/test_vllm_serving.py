@@ -136,7 +136,7 @@ def test_streams_join_to_the_same_texts(client, loaded):
 
 
 def test_sixteen_at_once(client, loaded):
-    """Of lengths that make prompts and single tokens share passes."""
+    """Their lengths make prompts and single tokens share passes."""
     prompts = ["the cat " * (1 + 3 * i) + chr(ord("a") + i) for i in range(16)]
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda prompt: ask(client, prompt, 32).choices[0].text, prompts))
@@ -153,7 +153,7 @@ def test_a_stop_string_ends_the_text_before_it(client, loaded):
 
 
 def test_log_probabilities_are_those_of_the_formula(client, loaded, original):
-    """Of the original's own layers, as the stages read them; without this package's classes."""
+    """What the original's own layers give in these stages, without this package's classes."""
     plain = AutoModelForCausalLM.from_pretrained(original)
     prompt = ids_of(loaded, PROMPT)
     tokens, _ = continued(loaded, PROMPT, 24)

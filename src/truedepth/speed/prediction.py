@@ -142,7 +142,7 @@ def predict(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prediction:
-    """Predict the time of a token or a prompt, of a model as it is and under a plan.
+    """Predict how long a token or a prompt takes in a model as it is and under a plan.
 
     Args:
         model: What `open_source` takes; its weights are not read.

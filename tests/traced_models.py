@@ -62,6 +62,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cwm": {"bos_token_id": 1},
     "nemotron": {"num_key_value_heads": 2},
 }
+NOT_LOCAL = dict.fromkeys(("gpt_oss", "axk1"), "mlp cannot be in a stage that is local to 2 ranks")
+"""transformers shards no experts of the one, and the other norms the sum of its experts."""
+
 ARCHITECTURES = {name: own or {} for name, own in (MIXTURES | OTHERS).items()}
 
 

@@ -14,16 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import truedepth as td
 from family_models import CASES, WITHOUT_TRUEDEPTH, locally, options_of, repaired
 from tiny_models import byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
-from traced_models import MIXTURES, OTHERS, WHOLE, config_of, model_of
+from traced_models import MIXTURES, NOT_LOCAL, OTHERS, WHOLE, config_of, model_of
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 PARALLEL = ("cohere", "cohere, norms", "cohere2", "pythia")
 """Families whose attention and FFN read one state: there stages hold whole layers."""
 
 STAGES = [["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]]
-REFUSED = dict.fromkeys(("gpt_oss", "axk1"), "mlp cannot be in a stage that is local to 2 ranks")
-"""transformers shards no experts of the one, and the other norms the sum of its experts."""
-
 WHOLE_LAYERS = [["A0", "F0", "A1", "F1"], ["A3", "F3", "A4", "F4"]]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -68,7 +65,7 @@ def test_architectures_that_are_traced(case, tmp_path):
     original = model_of(case)
     original.save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
-    if why := REFUSED.get(case):
+    if why := NOT_LOCAL.get(case):
         with pytest.raises(td.TruedepthError, match=why):
             td.convert(tmp_path / "source", tmp_path / "out", plan_of(case))
         return
@@ -148,7 +145,7 @@ def test_two_ranks(make_model, tmp_path):
     ],
 )
 def test_two_ranks_of_architectures_that_are_traced(cases, tmp_path):
-    cases = [case for case in cases if config_of(case).base_model_tp_plan and case not in REFUSED]
+    cases = [case for case in cases if config_of(case).base_model_tp_plan and case not in NOT_LOCAL]
     for case in cases:
         model_of(case).save_pretrained(tmp_path / "source")
         byte_tokenizer().save_pretrained(tmp_path / "source")

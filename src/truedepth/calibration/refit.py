@@ -16,8 +16,9 @@ corrects what earlier ones lost; that is worse where they lost much (docs/calibr
 A wide layer is two stages. What is missing behind its attentions is missing to x + Σ_i A_i, behind
 its FFNs to y; x, A_i and y (the input, the attentions and the output) are those sub-layers'.
 
-In a local stage, what a sub-layer reads differs from rank to rank. The rows of its maps belong to
-ranks, and each rank's rows are refitted for what that rank reads.
+In a local stage, what a sub-layer reads differs from rank to rank. The columns of its FFNs go first
+to the ranks that need them most (`columns`). The rows of its maps belong to ranks, and each rank's
+rows are refitted for what that rank reads.
 
 Where norms follow attention and FFN, what a stage adds is not linear in what its maps write. There
 each map that writes is refitted alone, toward what the original's sub-layer gives to its norm.
@@ -29,7 +30,6 @@ the maps that are solved together, and a few hidden states per token.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -39,11 +39,12 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
+from truedepth.calibration.columns import arrange
 from truedepth.calibration.ridge import Fit, Regression
 from truedepth.calibration.trajectories import Walk
 from truedepth.calibration.writers import Writer
 from truedepth.families.family import SublayerNames
-from truedepth.plan.stages import KINDS, Segment, Sublayer, group_of, sublayers_of
+from truedepth.plan.stages import KINDS, LocalStage, Segment, Sublayer, group_of, sublayers_of
 from truedepth.runtime.calls import Calls
 from truedepth.runtime.stage import (
     LoadedSublayer,
@@ -141,9 +142,13 @@ class Calibrator:
         walk.separate()
         if walk.restarts:
             walk.restart()
-        found = Refit(walk.weights(segment), {})
-        stages = walk.loaded(segment, found.weights)
+        weights = walk.weights(segment)
+        stages = walk.loaded(segment, weights)
         passed = self._pass_originals(segment, [each for stage in stages for each in stage])
+        if isinstance(segment[0], LocalStage):
+            arrange(walk, segment[0], weights, passed.seen)
+            stages = walk.loaded(segment, weights)
+        found = Refit(weights, {})
         states, group = walk.converted_states, group_of(segment)
         for stage in stages:
             if stage[0].ranks is not None:
@@ -202,7 +207,7 @@ class Calibrator:
             windows: slice, own: LoadedSublayer, x: Tensor, output: Tensor, added: Tensor
         ) -> None:
             which = Sublayer(own.index, own.kind)
-            seen[which][windows] = self._normalised(becomes[which], x)
+            seen[which][windows] = becomes[which].normalised(x)
             if self._norms_follow:
                 gave[which][windows] = output.to(gave[which])
             if group and own.kind == "attention":
@@ -279,7 +284,7 @@ class Calibrator:
         calls: Calls,
     ) -> list[Pair]:
         """What a sub-layer reads, with what each member of its group read in the original."""
-        x = self._normalised(sublayer, self.walk.batch(inputs, windows))
+        x = sublayer.normalised(self.walk.batch(inputs, windows))
         return [(x, self.walk.batch(each, windows)) for each in seen]
 
     def _pairs_by_rank(
@@ -289,7 +294,7 @@ class Calibrator:
         x = self.walk.batch(self.walk.converted_states, windows)
         *_, (last, state) = local_states(x, members, calls)
         wanted = self.walk.batch(seen, windows)
-        read = torch.split(self._normalised(last, state), len(wanted))
+        read = torch.split(last.normalised(state), len(wanted))
         return [(each, wanted) for each in read]
 
     def _refit_reads(
@@ -381,11 +386,3 @@ class Calibrator:
 
     def _names(self, sublayer: LoadedSublayer) -> SublayerNames:
         return self._family.sublayers[KINDS.index(sublayer.kind)]
-
-    def _normalised(self, sublayer: LoadedSublayer, x: Tensor) -> Tensor:
-        """What the maps of a sub-layer read."""
-        norm = self._names(sublayer).norm
-        if norm is None:
-            return x
-        normed: Tensor = copy.deepcopy(sublayer.layer.get_submodule(norm)).float()(x)
-        return normed

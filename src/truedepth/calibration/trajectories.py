@@ -138,7 +138,8 @@ class Walk:
     def weights(self, segment: Segment) -> dict[str, Tensor]:
         """The weights of a segment's maps that are refitted, before they are, float32, by name.
 
-        Of a wide layer these are all of its tensors, by the names of its first member.
+        Of a wide layer these are all of its tensors, by the names of its first member; of a local
+        stage the biases of the maps that read too.
         """
         tensors: dict[int, dict[str, LazyTensor]] = defaultdict(dict)
         if group := group_of(segment):
@@ -146,6 +147,8 @@ class Walk:
         else:
             family = self.layout.source.family
             maps = {f"{name}.weight" for name in (*family.reads, *family.writes)}
+            if ranks_of(segment[0]) is not None:  # rows may change places
+                maps |= {f"{name}.bias" for name in family.reads}
             for each in sublayers_of(segment):
                 own = self.stack.sublayer_tensors(each)
                 tensors[each.layer] |= {name: own[name] for name in own if name in maps}

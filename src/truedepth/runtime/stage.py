@@ -13,6 +13,7 @@ have written themselves:
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,15 @@ class LoadedSublayer:
         x = x.to(next(self.layer.parameters()).dtype)
         normed = self.form.normed(self.layer, self.kind, x)
         return self.form.output(self.layer, self.kind, normed, **call)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What its module reads, behind its norm, from the state x; float32, of the same shape."""
+        names = getattr(self.form, self.kind)
+        if names[1] is None:
+            return x
+        norm = copy.deepcopy(self.layer.get_submodule(names[1]))
+        normed: Tensor = norm.float()(x)
+        return normed
 
     def summed(self, output: Tensor) -> Tensor:
         """Its output, in a local stage the sum of all ranks' parts: `[windows, length, hidden]`."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +123,3 @@ def torchrun(processes: int) -> list[str]:
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     return [*launcher, f"--nproc-per-node={processes}", f"--master-port={port}"]
-
-
-def found_over_two_ranks(script: str, where: Path, cases: Iterable[str], ids: Tensor) -> list[Any]:
-    """What each of two ranks saves as `found.RANK` when it runs a script on models in a directory.
-
-    Args:
-        script: Its arguments are the directory, which also holds `ids`, and the cases.
-        where: The directory.
-        cases: The names of the models.
-        ids: `[batch, length]` token ids.
-    """
-    torch.save(ids, where / "ids")
-    (where / "rank.py").write_text(script)
-    subprocess.run([*torchrun(2), str(where / "rank.py"), str(where), *cases], check=True)
-    return [torch.load(where / f"found.{rank}") for rank in (0, 1)]

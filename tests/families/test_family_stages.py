@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from family_models import CAPPED, CASES, options_of, repaired, staged
-from tiny_models import found_over_two_ranks, left_padded_logits, random_ids
+from over_ranks import found_over_two_ranks
+from tiny_models import left_padded_logits, random_ids
 from truedepth.plan.config import plan_of
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -66,30 +67,6 @@ def test_norms_behind_are_calibrated_and_healed(make_model, case, prose, tmp_pat
     assert healed < calibrated < raw
 
 
-RANK = """
-import sys, torch, truedepth
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from truedepth.speed.collectives import watched
-where, *cases = sys.argv[1:]
-ids, found = torch.load(f"{where}/ids"), {}
-for case in cases:
-    ranks = DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(f"{where}/{case}", distributed_config=ranks)
-    with torch.no_grad(), watched() as traffic:
-        logits = model(ids).logits
-    model(ids, labels=ids).loss.backward()
-    ffn = model.model.layers[2].mlp
-    gradient = getattr(ffn, "down_proj", None) or ffn.c_proj
-    gradient = gradient.weight.grad.full_tensor()
-    embedding = model.model.embed_tokens.weight
-    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
-    found[case] = logits, traffic.calls["all_reduce"] - shared, gradient
-torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
 CASES_OF_RANKS = [
     "llama",
     "qwen2",
@@ -108,13 +85,14 @@ def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
     ids = random_ids()
     for case in CASES_OF_RANKS:
         td.convert(make_model(**options_of(case)), tmp_path / case, FIRST_AND_LAST)
-    for found in found_over_two_ranks(RANK, tmp_path, CASES_OF_RANKS, ids):
-        for case, (logits, all_reduces, gradient) in found.items():
-            assert all_reduces == len(FIRST_AND_LAST.stages) == 7, case
+    for found in found_over_two_ranks(tmp_path, CASES_OF_RANKS, ids, "gradient"):
+        for case, own in found.items():
+            assert own["all_reduces"] == len(FIRST_AND_LAST.stages) == 7, case
             model = td.load(tmp_path / case).model
             output = model(ids, labels=ids)
             output.loss.backward()
-            torch.testing.assert_close(logits, output.logits, **CLOSE)
+            torch.testing.assert_close(own["logits"], output.logits, **CLOSE)
             expected = model.model.layers[2].mlp
             expected = getattr(expected, "down_proj", None) or expected.c_proj
-            torch.testing.assert_close(gradient, expected.weight.grad, atol=1e-5, rtol=1e-4)
+            expected = expected.weight.grad
+            torch.testing.assert_close(own["gradient"], expected, atol=1e-5, rtol=1e-4)

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import truedepth as td
 from family_models import CASES, WITHOUT_TRUEDEPTH, locally, options_of, repaired
-from tiny_models import byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
+from over_ranks import GREEDY, found_over_two_ranks
+from tiny_models import byte_tokenizer, left_padded_logits, random_ids
 from traced_models import MIXTURES, NOT_LOCAL, OTHERS, WHOLE, config_of, model_of
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -22,7 +23,6 @@ PARALLEL = ("cohere", "cohere, norms", "cohere2", "pythia")
 
 STAGES = [["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]]
 WHOLE_LAYERS = [["A0", "F0", "A1", "F1"], ["A3", "F3", "A4", "F4"]]
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def plan_of(case, ranks=2):
@@ -84,47 +84,22 @@ def test_more_ranks(make_model, ranks, tmp_path):
         torch.testing.assert_close(td.load(tmp_path / "out").model(ids).logits, expected, **CLOSE)
 
 
-RANK = """
-import sys, torch, truedepth
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from truedepth.runtime.fusing import fuse
-from truedepth.speed.collectives import watched
-where, *cases = sys.argv[1:]
-ids, found = torch.load(f"{where}/ids"), {}
-for case in cases:
-    ranks = DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(f"{where}/{case}", distributed_config=ranks)
-    with torch.no_grad():
-        logits = model(ids).logits
-        tokens = model.generate(ids, **GREEDY)
-        with watched() as traffic:
-            model(ids)
-        fused = fuse(model)(ids).logits if case in FUSED else logits
-    embedding = model.get_input_embeddings().weight
-    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
-    found[case] = logits, tokens, fused, traffic.calls["all_reduce"] - shared
-torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 def check_over_two_ranks(where, cases, fused=()):
     """Two processes give what one that simulates them does, in one all-reduce per stage."""
     ids = random_ids()
-    script = RANK.replace("GREEDY", repr(GREEDY)).replace("FUSED", repr(tuple(fused)))
-    for found in found_over_two_ranks(script, where, cases, ids):
-        for case, (logits, tokens, fused_logits, all_reduces) in found.items():
+    for found in found_over_two_ranks(where, cases, ids, "tokens", "fused"):
+        for case, own in found.items():
             model = td.load(where / case).model
             with torch.inference_mode():
                 expected = model(ids).logits
-                torch.testing.assert_close(logits, expected, **CLOSE, msg=lambda m, c=case: c + m)
-                torch.testing.assert_close(fused_logits, expected, **CLOSE)
-                assert torch.equal(tokens, model.generate(ids, **GREEDY)), case
+                for logits in (own["logits"], *([own["fused"][0]] if case in fused else [])):
+                    torch.testing.assert_close(
+                        logits, expected, **CLOSE, msg=lambda m, c=case: c + m
+                    )
+                assert torch.equal(own["tokens"], model.generate(ids, **GREEDY)), case
             # a sub-layer alone that every rank has whole needs none
             alone = WHOLE.get(case, 0) - (case == "afmoe")  # A0, F0 and A1 are not alone
-            assert all_reduces == len(plan_of(case).stages) - alone, case
+            assert own["all_reduces"] == len(plan_of(case).stages) - alone, case
 
 
 RANKED = ["llama", "qwen2", "granite", "starcoder2", "phi3", "glm4", "gemma2", "olmo2", "cohere"]

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from family_models import WITHOUT_TRUEDEPTH, options_of, repaired, staged
-from tiny_models import found_over_two_ranks, left_padded_logits, random_ids
+from over_ranks import found_over_two_ranks
+from tiny_models import left_padded_logits, random_ids
 from truedepth.inspection import inspect_model
 from truedepth.plan.config import plan_of
 
@@ -70,39 +71,18 @@ def test_a_layer_as_a_stage_loses_nothing(make_model, case, prose, tmp_path):
         td.heal(tmp_path / "out", tmp_path / "healed", teacher=source)
 
 
-RANK = """
-import sys, torch, truedepth
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from truedepth.speed.collectives import watched
-where, *cases = sys.argv[1:]
-ids, found = torch.load(f"{where}/ids"), {}
-for case in cases:
-    ranks = DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(f"{where}/{case}", distributed_config=ranks)
-    with torch.no_grad(), watched() as traffic:
-        logits = model(ids).logits
-    embedding = model.get_input_embeddings().weight
-    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
-    found[case] = logits, traffic.calls["all_reduce"] - shared
-torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
     ids, cases = random_ids(), ["cohere", "cohere2", "pythia"]
     for case in cases:
         td.convert(make_model(**options_of(case)), tmp_path / f"{case}-some", PLAN)
         td.convert(make_model(**options_of(case)), tmp_path / f"{case}-exact", EXACT)
     names = [f"{case}-{kind}" for case in cases for kind in ("some", "exact")]
-    for found in found_over_two_ranks(RANK, tmp_path, names, ids):
-        for name, (logits, all_reduces) in found.items():
-            assert all_reduces == (5 if name.endswith("some") else 6), name
+    for found in found_over_two_ranks(tmp_path, names, ids):
+        for name, own in found.items():
+            assert own["all_reduces"] == (5 if name.endswith("some") else 6), name
             case, plan = name.split("-")[0], PLAN if name.endswith("some") else EXACT
             _, expected = reference(make_model(**options_of(case)), ids, plan)
-            torch.testing.assert_close(logits, expected, **CLOSE)
+            torch.testing.assert_close(own["logits"], expected, **CLOSE)
 
 
 def test_a_fresh_process_without_truedepth(make_model, tmp_path):

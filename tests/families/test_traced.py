@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import truedepth as td
 from family_models import CASES, WITHOUT_TRUEDEPTH, options_of, repaired, staged
-from tiny_models import TINY, byte_tokenizer, found_over_two_ranks, left_padded_logits, random_ids
+from over_ranks import found_over_two_ranks
+from tiny_models import TINY, byte_tokenizer, left_padded_logits, random_ids
 from traced_models import ARCHITECTURES, MIXTURES, OTHERS, WHOLE, config_of, model_of
 from truedepth.families.lookup import all_families
 from truedepth.families.tracing.trace import traced_family
@@ -131,38 +132,19 @@ def test_a_fresh_process_without_truedepth(saved, tmp_path, names):
         torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-RANK = """
-import sys, torch, truedepth
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from truedepth.speed.collectives import watched
-where, *names = sys.argv[1:]
-ids, found = torch.load(f"{where}/ids"), {}
-for name in names:
-    ranks = DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(f"{where}/{name}", distributed_config=ranks)
-    with torch.no_grad(), watched() as traffic:
-        logits = model(ids).logits
-    embedding = model.get_input_embeddings().weight
-    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
-    found[name] = logits, traffic.calls["all_reduce"] - shared
-torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 @pytest.mark.parametrize("names", SOME)
 def test_a_stage_costs_one_all_reduce(saved, tmp_path, names):
     """At most: of what transformers gives every rank whole, a stage alone costs none."""
     names = [name for name in names if config_of(name).base_model_tp_plan]
     for name in names:
         td.convert(saved(name)[1], tmp_path / name, PLAN)
-    for found in found_over_two_ranks(RANK, tmp_path, names, random_ids()):
-        for name, (logits, all_reduces) in found.items():
+    for found in found_over_two_ranks(tmp_path, names, random_ids()):
+        for name, own in found.items():
             expected = expected_logits(saved(name)[0], random_ids())
-            torch.testing.assert_close(logits, expected, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
-            assert all_reduces == len(PLAN.stages) - WHOLE.get(name, 0), name
+            torch.testing.assert_close(
+                own["logits"], expected, **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
+            )
+            assert own["all_reduces"] == len(PLAN.stages) - WHOLE.get(name, 0), name
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe"])

@@ -11,7 +11,8 @@ from transformers import DynamicCache, StaticCache
 
 import truedepth as td
 from family_models import CASES, options_of
-from tiny_models import found_over_two_ranks, left_padded_logits, random_ids
+from over_ranks import found_over_two_ranks
+from tiny_models import left_padded_logits, random_ids
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 STAGES = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
@@ -146,31 +147,6 @@ def test_maps_that_are_no_longer_plain(model):
     assert isinstance(changed.model.layers[0].mlp.up_proj, nn.Linear)
 
 
-RANK = """
-import sys, torch, truedepth as td
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from truedepth.speed.collectives import watched
-where, *cases = sys.argv[1:]
-ids, found = torch.load(f"{where}/ids"), {}
-for case in cases:
-    ranks = DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(f"{where}/{case}", distributed_config=ranks)
-    embedding = model.model.embed_tokens.weight
-    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
-    try:
-        td.fuse(model)
-    except td.TruedepthError as error:
-        found[case] = str(error)
-        continue
-    with torch.inference_mode(), watched() as traffic:
-        logits = model(ids).logits
-    found[case] = logits, traffic.calls["all_reduce"] - shared
-torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
 OVER_RANKS = {"llama": STAGES, "qwen2": STAGES, "granite": STAGES, "starcoder2": STAGES}
 OVER_RANKS |= {"cohere": GROUP, "qwen3": GROUP, "phi3": STAGES}
 
@@ -179,9 +155,10 @@ def test_over_two_ranks(make_model, tmp_path):
     ids = random_ids()
     for case, plan in OVER_RANKS.items():
         td.convert(make_model(**options_of(case)), tmp_path / case, plan)
-    for found in found_over_two_ranks(RANK, tmp_path, OVER_RANKS, ids):
-        assert "packs several maps" in found.pop("phi3")
-        for case, (logits, all_reduces) in found.items():
+    for found in found_over_two_ranks(tmp_path, OVER_RANKS, ids, "fused"):
+        assert "packs several maps" in found.pop("phi3")["fused"]
+        for case, own in found.items():
+            logits, all_reduces = own["fused"]
             stages = len(OVER_RANKS[case].stages) // (2 if case == "cohere" else 1)
             assert all_reduces == stages, case
             with torch.inference_mode():

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 import truedepth as td
 from family_models import repaired, staged
 from outer_models import MORE, OTHERS, PICTURES, auto_of, config_of, model_of, picture_inputs
-from tiny_models import byte_tokenizer, found_over_two_ranks, random_ids
+from over_ranks import found_over_two_ranks
+from tiny_models import byte_tokenizer, random_ids
 from truedepth.inspection import inspect_model
 
 PLAN = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
@@ -102,36 +103,15 @@ def test_a_fresh_process_without_truedepth(saved, tmp_path):
         torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-RANK = """
-import sys, torch, transformers, truedepth
-from transformers.distributed import DistributedConfig
-from truedepth.speed.collectives import watched
-where, *names = sys.argv[1:]
-ids, found = torch.load(f"{where}/ids"), {}
-for name in names:
-    ranks = DistributedConfig(tp_size=2)
-    auto = transformers.AutoModelForImageTextToText
-    model = auto.from_pretrained(f"{where}/{name}", distributed_config=ranks)
-    with torch.no_grad(), watched() as traffic:
-        logits = model(input_ids=ids).logits
-    embedding = model.get_input_embeddings().weight
-    shared = getattr(embedding, "to_local", lambda: embedding)().shape != embedding.shape
-    found[name] = logits, traffic.calls["all_reduce"] - shared
-torch.save(found, f"{where}/found.{torch.distributed.get_rank()}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_a_stage_costs_one_all_reduce(saved, tmp_path):
     names = ["llava", "gemma3"]
     for name in names:
         td.convert(saved(name)[1], tmp_path / name, PLAN)
-    for found in found_over_two_ranks(RANK, tmp_path, names, random_ids()):
-        for name, (logits, all_reduces) in found.items():
+    for found in found_over_two_ranks(tmp_path, names, random_ids()):
+        for name, own in found.items():
             expected = staged(saved(name)[0], random_ids(), STAGES)
-            torch.testing.assert_close(logits, expected, **CLOSE)
-            assert all_reduces == len(PLAN.stages), name
+            torch.testing.assert_close(own["logits"], expected, **CLOSE)
+            assert own["all_reduces"] == len(PLAN.stages), name
 
 
 def test_stages_inside_are_fused(saved, tmp_path):

@@ -12,6 +12,7 @@ import truedepth as td
 from family_models import CASES, options_of
 from tiny_models import TINY, byte_tokenizer, random_ids, random_model
 from traced_models import MIXTURES, NOT_LOCAL, OTHERS, model_of
+from truedepth.calibration.columns import Moments
 from truedepth.calibration.refit import Calibrator
 from truedepth.calibration.ridge import Regression
 from truedepth.calibration.trajectories import Walk
@@ -117,3 +118,26 @@ def test_columns_find_the_heads_that_are_their_own(stage, tmp_path, monkeypatch)
     found = arranged(tmp_path, [stage], monkeypatch)["model.layers.1.mlp.down_proj.weight"]
     first, second = found.chunk(2, 1)
     assert first[32:].count_nonzero() == second[:32].count_nonzero() == 0
+
+
+def test_heads_and_columns_of_zeros_want_nothing(tmp_path, monkeypatch):
+    """As --pad-heads adds them: the rank of such heads gets the columns that matter least."""
+    model = random_model(AutoConfig.for_model("llama", **TINY))
+    attention, mlp = model.model.layers[2].self_attn, model.model.layers[1].mlp
+    with torch.no_grad():
+        for map_ in (attention.q_proj, attention.k_proj, attention.v_proj):
+            map_.weight.chunk(2)[1].zero_()
+        for rows in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T):
+            rows[::2] = 0
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = arranged(tmp_path, [["A1", "F1", "A2"]], monkeypatch)
+    first, second = found["model.layers.1.mlp.down_proj.weight"].chunk(2, 1)
+    assert first.isfinite().all() and second.count_nonzero() == 0
+
+
+def test_sums_that_are_not_finite_are_refused():
+    moments = Moments()
+    moments.add(torch.ones(2, 5, 3), torch.full((2, 5, 4), torch.inf))
+    with pytest.raises(td.TruedepthError, match="not finite"):
+        moments.beside  # noqa: B018

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from truedepth.calibration.ridge import check_finite
 from truedepth.calibration.shares import Missed
 from truedepth.calibration.trajectories import Walk
 from truedepth.plan.stages import ATTENTION, FFN, LocalStage, Sublayer
@@ -28,6 +29,7 @@ from truedepth.runtime.stage import LoadedSublayer, local_states
 from truedepth.widening.widen import packed_sizes
 
 RIDGE = 1e-3  # the penalty of a linear map of the state, times the mean of its diagonal
+TINY = 1e-30  # instead of 0, to divide by
 
 
 def arrange(
@@ -102,14 +104,11 @@ class _Heads:
 
 
 class Moments:
-    """Sums over tokens: how something varies, and how it varies beside what is known.
-
-    Covariances are sums, float64, on the CPU.
-    """
+    """Sums over tokens: how something varies, and how it varies beside what is known."""
 
     def __init__(self) -> None:
         """Begin with no tokens."""
-        self._sums: tuple[Tensor, ...] = ()
+        self._known = self._cross = self._own = torch.zeros(())
 
     def add(self, known: Tensor, wanted: Tensor) -> None:
         """Add tokens.
@@ -120,19 +119,30 @@ class Moments:
         """
         x, z = known.flatten(0, -2), wanted.flatten(0, -2)
         x = torch.cat([x, torch.ones_like(z[:, :1])], -1)
-        new = (x.T @ x, x.T @ z, z.T @ z)
-        sums = self._sums or tuple(map(torch.zeros_like, new))
-        self._sums = tuple(before + more for before, more in zip(sums, new, strict=True))
+        if not self._own.ndim:
+            self._known, self._cross, self._own = (
+                left.new_zeros(left.shape[1], right.shape[1])
+                for left, right in ((x, x), (x, z), (z, z))
+            )
+        self._known.addmm_(x.T, x)
+        self._cross.addmm_(x.T, z)
+        self._own.addmm_(z.T, z)
 
     @property
     def beside(self) -> Tensor:
-        """The covariance of what no linear map of the known tells, `[outputs, outputs]`."""
-        known, cross, own = (each.double().cpu() for each in self._sums)
+        """The covariance of what no linear map of the known tells, times the number of tokens.
+
+        `[outputs, outputs]` float32, on the CPU.
+
+        Raises:
+            TruedepthError: It is not finite.
+        """
+        check_finite(self._known, self._cross, self._own)
+        known, cross = self._known.double().cpu(), self._cross.double().cpu()
         inputs = known.diagonal()[:-1]
-        if len(inputs):
-            inputs += RIDGE * inputs.mean()
+        inputs += RIDGE * inputs.sum().clamp_min(TINY) / max(1, len(inputs))
         told = torch.linalg.solve(known, cross)
-        return own.addmm_(cross.T, told, alpha=-1)
+        return self._own.cpu().addmm(cross.T.float(), told.float(), alpha=-1)
 
 
 def _columns(walk: Walk, ffn: Sublayer, weights: Mapping[str, Tensor]) -> _Columns | None:
@@ -221,7 +231,7 @@ def _features(
         first = state = walk.batch(walk.converted_states, windows)
         features: dict[Sublayer, Tensor] = {}
         for members in stages:
-            scale = state.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+            scale = state.square().mean(-1, keepdim=True).clamp_min(TINY).rsqrt()
             if family.attention.norm is None:
                 scale = torch.ones_like(scale)
             added = torch.zeros_like(state)
@@ -281,11 +291,12 @@ def _missed_by_columns(
         everything.add(wanted[..., :0], wanted)
         for moments, read in zip(lacking, last.normalised(state).chunk(count), strict=True):
             moments.add(read, wanted)
+    whole, parts = everything.beside, [moments.beside for moments in lacking]
     for rows in columns.reads:
-        own = _variances(rows, everything.beside)
-        missed += torch.stack([_variances(rows, each.beside) / own for each in lacking], 1)
+        own = _variances(rows, whole)
+        missed += torch.stack([_variances(rows, part) / own for part in parts], 1)
     weight = squares * columns.writes.double().square().sum(0)
-    return missed / len(columns.reads) * (weight / weight.sum())[:, None]
+    return missed / len(columns.reads) * (weight / weight.sum().clamp_min(TINY))[:, None]
 
 
 def _written_for(columns: _Columns, heads: _Heads, ranks: int) -> list[Tensor]:
@@ -298,10 +309,10 @@ def _written_for(columns: _Columns, heads: _Heads, ranks: int) -> list[Tensor]:
     for rows in heads.reads:
         for own, each in zip(rows.double().chunk(ranks), found, strict=True):
             total = _variances(own, heads.covariance).sum() * len(heads.reads) * ranks
-            each.append(own @ written / total.sqrt())
+            each.append((own @ written / total.sqrt()).float())
     return list(map(torch.cat, found))
 
 
 def _variances(rows: Tensor, covariance: Tensor) -> Tensor:
-    """The variance of `W x` for each row of W, from the covariance of x."""
-    return ((rows.double() @ covariance) * rows.double()).sum(1)
+    """The variance of `W x` for each row of W, from the covariance of x; more than 0."""
+    return ((rows.double() @ covariance.double()) * rows.double()).sum(1).clamp_min(TINY)

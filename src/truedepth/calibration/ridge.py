@@ -87,10 +87,7 @@ class Regression:
             TruedepthError: The sums are not finite or not positive definite.
         """
         prior = prior.to(self._gram)
-        if not self._gram.isfinite().all() or not self._cross.isfinite().all():
-            raise TruedepthError(
-                f"The activations on the calibration text are not finite. {IN_FLOAT32}", 1
-            )
+        check_finite(self._gram, self._cross)
         before = after = float("nan")
         penalty = lambdas[0]
         if self._held:
@@ -138,3 +135,15 @@ class Regression:
             for start in range(0, len(x), BLOCK_ROWS):
                 rows = slice(start, start + BLOCK_ROWS)
                 yield x[rows].float(), z[rows].float()
+
+
+def check_finite(*sums: Tensor) -> None:
+    """Refuse sums over tokens that are not finite.
+
+    Raises:
+        TruedepthError: One is not.
+    """
+    if not all(each.isfinite().all() for each in sums):
+        raise TruedepthError(
+            f"The activations on the calibration text are not finite. {IN_FLOAT32}", 1
+        )

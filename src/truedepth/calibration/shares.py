@@ -40,7 +40,7 @@ class Missed:
         lacking = torch.zeros(len(found), dtype=torch.float64)
         for writes, covariance in self.heads:
             missing = writes[rank] * (found != rank)
-            lacking += (writes[rank] * (missing @ covariance)).sum(0)
+            lacking += (writes[rank] * (missing @ covariance)).sum(0, dtype=torch.float64)
         return lacking
 
     def _between(self, rank: int, some: Tensor, others: Tensor) -> Tensor:

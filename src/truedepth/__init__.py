@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from truedepth.depth_study.run import study
     from truedepth.engines.gguf.export import export
     from truedepth.evaluation.accuracy import task_scores
+    from truedepth.evaluation.generation import generation
     from truedepth.evaluation.perplexity import perplexity
+    from truedepth.evaluation.probes import probe
     from truedepth.healing.options import Healing
     from truedepth.healing.run import heal
     from truedepth.planning.options import Merges
@@ -49,11 +51,13 @@ __all__ = [
     "convert",
     "export",
     "fuse",
+    "generation",
     "heal",
     "load",
     "open_source",
     "perplexity",
     "predict",
+    "probe",
     "search",
     "study",
     "task_scores",
@@ -70,11 +74,13 @@ _LAZY = {
     "convert": "truedepth.conversion",
     "export": "truedepth.engines.gguf.export",
     "fuse": "truedepth.runtime.fusing",
+    "generation": "truedepth.evaluation.generation",
     "heal": "truedepth.healing.run",
     "load": "truedepth.runtime.loading",
     "open_source": "truedepth.sources.opening",
     "perplexity": "truedepth.evaluation.perplexity",
     "predict": "truedepth.speed.prediction",
+    "probe": "truedepth.evaluation.probes",
     "search": "truedepth.planning.search",
     "study": "truedepth.depth_study.run",
     "task_scores": "truedepth.evaluation.accuracy",

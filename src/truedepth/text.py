@@ -49,6 +49,28 @@ def read_text(path: str | Path) -> str:
     return "\n\n".join(documents(path))
 
 
+def read_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers.
+
+    Args:
+        path: The file.
+        what: What it is called in errors, such as `the task file`.
+
+    Raises:
+        TruedepthError: It cannot be read, or a line is no UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise TruedepthError(f"Cannot read {what} {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        number = undecodable_line(path)
+        raise TruedepthError(
+            f"{path}, line {number}: not UTF-8 text; save the file as UTF-8."
+        ) from error
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
 def documents(path: str | Path) -> Iterator[str]:
     """The whole of a `.txt` file, or the text of each `{"text": …}` line of a `.jsonl` file.
 

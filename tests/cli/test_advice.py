@@ -38,8 +38,7 @@ SAID_BY = {
     "conversion.py": "convert demo",
     "depth_study": "study",
     "engines/gguf/export.py": "export",
-    "evaluation/accuracy.py": "eval",
-    "evaluation/local_tasks.py": "eval",
+    "evaluation": "eval",
     "evaluation/perplexity.py": "eval demo",
     "files/atomic.py": "convert heal export demo",
     "files/resumable.py": "heal",  # a calibration begins again instead of refusing
@@ -48,7 +47,7 @@ SAID_BY = {
     "report/healing.py": "heal",
     "report/plots.py": "plan bench",
     "runtime/generation.py": "generate demo",
-    "runtime/prompt.py": "generate",  # demo's model is known, and so is its chat template
+    "runtime/prompt.py": "generate eval",  # demo's model is known, and so is its chat template
     "speed": "bench",
     "speed/prediction.py": "predict",
     "speed/ranks.py": "bench predict",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import shlex
 import sys
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from truedepth.cli import evaluate as cli_evaluate
 from truedepth.cli import heal as cli_heal
 from truedepth.cli import plan as cli_plan
 from truedepth.cli import speed as cli_speed
@@ -27,12 +27,12 @@ from truedepth.cli.options import (
     UnusedDevice,
     UnusedSeed,
     Weights,
+    prepare,
     trusted,
     write_json,
 )
 from truedepth.engines.gguf.types import MatrixType
 from truedepth.errors import TruedepthError
-from truedepth.options import Bounds
 from truedepth.version import __version__
 
 app = typer.Typer(
@@ -117,7 +117,7 @@ def study(
     from truedepth.report.study import print_study
     from truedepth.report.study_report import write_study
 
-    _prepare(seed)
+    prepare(seed)
     try:
         found = study(
             trusted(model, allow_pickle, trust_remote_code),
@@ -147,94 +147,7 @@ def _without_place(word: str) -> str:
     return option + equals + Path(path).name if Path(path).is_absolute() else word
 
 
-@app.command("eval")
-@command("truedepth.evaluation.perplexity.perplexity", "truedepth.evaluation.accuracy.task_scores")
-def evaluate(
-    model: Model,
-    *,
-    against: Annotated[
-        str | None, typer.Option(help="The original, measured on the same tokens or items.")
-    ] = None,
-    text: Path | None,
-    window: int | None,
-    windows: Annotated[
-        int,
-        Bounds(0),
-        typer.Option(help="Number of windows, from the beginning of the text; 0: all."),
-    ] = 64,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Benchmarks instead of text, separated by commas: piqa,arc_easy,…"),
-    ] = None,
-    task_dir: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the tasks' JSONL files.", show_default="from the hub"),
-    ] = None,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: Annotated[
-        str, typer.Option(help="Windows or items per forward pass: a number or auto.")
-    ] = "auto",
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    json_path: JsonPath = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Random seed for choosing examples; the default is lm-evaluation-harness's."
-        ),
-    ] = 1234,
-    device: Device = None,
-    dtype: Weights = DType.auto,
-) -> None:
-    """Measure perplexity or benchmark accuracy; --against adds the distance from the original."""
-    from truedepth.report.evaluation import perplexity_rows, print_scores
-    from truedepth.report.tables import print_rows
-
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
-        raise TruedepthError(f"--batch-size must be a number or auto, not {batch_size!r}.")
-    if tasks is None and (task_dir or num_fewshot is not None or limit is not None):
-        raise TruedepthError("--task-dir, --num-fewshot and --limit go with --tasks.")
-    if tasks is not None and text is not None:
-        raise TruedepthError("--tasks and --text are two measurements; run eval twice.")
-    _prepare(seed)
-    measured, original = (
-        trusted(each, allow_pickle, trust_remote_code) if each is not None else None
-        for each in (model, against)
-    )
-    assert measured is not None
-    if tasks is not None:
-        from truedepth.evaluation.accuracy import task_scores
-
-        found = task_scores(
-            measured,
-            [name.strip() for name in tasks.split(",") if name.strip()],
-            against=original,
-            task_dir=task_dir,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=int(batch_size) if batch_size != "auto" else "auto",
-            device=device,
-            dtype=dtype.torch(),
-            seed=seed,
-        )
-        write_json(json_path, found.to_dict())
-        print_scores(found)
-        return
-    from truedepth.evaluation.perplexity import perplexity
-
-    losses = perplexity(
-        measured,
-        against=original,
-        text=text,
-        window=window,
-        windows=windows or None,
-        batch_size=4 if batch_size == "auto" else int(batch_size),
-        device=device,
-        dtype=dtype.torch(),
-    )
-    write_json(json_path, losses.to_dict())
-    print_rows(perplexity_rows(losses))
+app.command("eval")(cli_evaluate.evaluate)
 
 
 @app.command()
@@ -315,7 +228,7 @@ def generate(
     from truedepth.runtime.generation import DRAFT_TOKENS, answer
     from truedepth.runtime.loading import load
 
-    _prepare(seed)
+    prepare(seed)
     loaded, original = (
         load(trusted(each, allow_pickle, trust_remote_code), device=device, dtype=dtype.torch())
         if each is not None
@@ -362,21 +275,10 @@ def demo(
     from truedepth.demo import run_demo
     from truedepth.report.demo import print_demo
 
-    _prepare(seed)
+    prepare(seed)
     result = run_demo(out, force=force, device=device, dtype=dtype.torch())
     write_json(json_path, result.to_dict())
     print_demo(result)
-
-
-def _prepare(seed: int) -> None:
-    """Set the random state, and keep other libraries' progress bars out of log files."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    torch.manual_seed(seed)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +57,17 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
     """Write the result to the file that --json names, if it names one."""
     if path is not None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare(seed: int) -> None:
+    """Set the random state, and keep other libraries' progress bars out of log files."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    torch.manual_seed(seed)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 Model = Annotated[

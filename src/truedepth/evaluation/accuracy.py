@@ -14,6 +14,7 @@ import transformers
 from truedepth.errors import TruedepthError, reason_of
 from truedepth.evaluation.harness import as_the_harness_needs, harness_model
 from truedepth.evaluation.local_tasks import local_tasks
+from truedepth.evaluation.scores import Scores, TaskScore, mean, task_score
 from truedepth.files.descriptors import quiet
 from truedepth.options import Bounds, checked
 from truedepth.progress import note
@@ -27,43 +28,8 @@ CPU_BATCH_SIZE = 8
 FEWSHOT_SEED = 1234
 """The harness's default, so that scores are comparable with published ones."""
 
-Scores = dict[tuple[str, int], float]
-"""Scores of single items, by subtask and item number."""
-
 Results = dict[tuple[str, str], Scores]
 """Item scores by task and metric."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A model's score on one task by one metric, and its difference from the original's score."""
-
-    task: str
-    metric: str
-    items: int
-    value: float
-    """Mean over the items."""
-
-    stderr: float | None
-    """Standard error of the mean; None for a single item."""
-
-    against: float | None = None
-    """The original's score on the same items; None without an original."""
-
-    difference: float | None = None
-    """`value - against`."""
-
-    difference_stderr: float | None = None
-    """Standard error of the difference, paired over items: both models answer the same ones."""
-
-    @property
-    def kept(self) -> float | None:
-        """Share of the original's score that the model keeps: `value / against`."""
-        return self.value / self.against if self.against else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The score as JSON-compatible data."""
-        return asdict(self) | {"kept": self.kept}
 
 
 @dataclass(frozen=True)
@@ -156,7 +122,7 @@ def task_scores(
         model=names[0],
         against=names[1] if len(names) > 1 else None,
         scores=[
-            _compare(task, metric, scores, theirs.get((task, metric)))
+            task_score(task, metric, scores, theirs.get((task, metric)))
             for (task, metric), scores in results[0].items()
         ],
         num_fewshot=num_fewshot,
@@ -267,7 +233,7 @@ def _item_scores(results: Mapping[str, Any], task: str) -> dict[str, dict[int, f
     for (metric, kind), scores in by_metric.items():
         figure = results["results"][task].get(f"{metric},{kind}")
         if isinstance(figure, int | float) and math.isclose(
-            figure, _mean(list(scores.values())), abs_tol=1e-9
+            figure, mean(list(scores.values())), abs_tol=1e-9
         ):
             found[metric if kind == "none" else f"{metric}, {kind}"] = scores
     return found
@@ -280,30 +246,3 @@ def _leaves(names: Sequence[str], subtasks: Mapping[str, Sequence[str]]) -> Iter
             yield from _leaves(subtasks[name], subtasks)
         else:
             yield name
-
-
-def _compare(task: str, metric: str, ours: Scores, theirs: Scores | None) -> TaskScore:
-    values = list(ours.values())
-    plain = TaskScore(task, metric, len(values), _mean(values), _stderr(values))
-    if theirs is None:
-        return plain
-    differences = [value - theirs[item] for item, value in ours.items()]
-    return TaskScore(
-        **asdict(plain)
-        | {
-            "against": _mean([theirs[item] for item in ours]),
-            "difference": _mean(differences),
-            "difference_stderr": _stderr(differences),
-        }
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = _mean(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from truedepth.errors import TruedepthError
-from truedepth.text import check_characters, undecodable_line
+from truedepth.text import check_characters, read_lines
 
 Item = dict[str, Any]
 
@@ -105,19 +105,9 @@ def _dataset(splits: dict[str, list[Item]]) -> Callable[..., Any]:
 
 
 def _read(path: Path, keys: Sequence[str], exactly: int | None) -> list[Item]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise TruedepthError(f"Cannot read the task file {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        number = undecodable_line(path)
-        raise TruedepthError(
-            f"{path}, line {number}: not UTF-8 text; save the file as UTF-8."
-        ) from error
     items = [
         _item(line, path, number, keys, exactly)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+        for number, line in read_lines(path, "the task file")
     ]
     if not items:
         raise TruedepthError(f"{path} contains no items; write one JSON object per line.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from truedepth.evaluation.accuracy import Accuracy
+from truedepth.evaluation.generation import Generation
 from truedepth.evaluation.perplexity import Perplexity
+from truedepth.evaluation.probes import Probes
 from truedepth.report.tables import console, print_rows
 
 
@@ -30,6 +32,75 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
         ("top-1 agreement", f"{measured.top1_agreement:.1%}"),
     ]
     return rows
+
+
+def print_losses(measured: Perplexity) -> None:
+    """Print losses on text."""
+    print_rows(perplexity_rows(measured))
+
+
+def print_generation(found: Generation) -> None:
+    """Print what a model writes, beside what its original writes."""
+    rows = [
+        ("model", found.model),
+        *([("original", found.against)] if found.against else []),
+        ("prompts", f"{found.answers} of {found.prompts}"),
+        ("answers", f"of at most {found.max_new_tokens} tokens, always the most likely one"),
+        ("dtype", found.dtype),
+    ]
+    if found.agreement is not None:
+        spread = "" if found.agreement_stderr is None else f" ± {found.agreement_stderr:.1%}"
+        rows += [
+            ("agreement", f"{found.agreement:.1%}{spread} of the original's tokens"),
+            ("first difference", f"behind {found.followed:.1f} tokens on average"),
+            ("identical answers", f"{found.identical:.1%}"),
+        ]
+    print_rows(rows)
+    console().print()
+    written = {"original": found.original, "model": found.written}
+    print_rows(
+        [
+            (name, f"{each.length:.1f}", f"{each.ended:.1%}", f"{each.loops:.1%}")
+            for name, each in written.items()
+            if each is not None
+        ],
+        header=("answers of", "tokens", "ended by themselves", "ending in a loop"),
+        words=(0,),
+    )
+
+
+def print_probes(found: Probes) -> None:
+    """Print scores on probes."""
+    print_rows(
+        [
+            ("model", found.model),
+            *([("original", found.against)] if found.against else []),
+            ("seed", str(found.seed)),
+            ("dtype", found.dtype),
+        ]
+    )
+    console().print()
+    if found.against is None:
+        print_rows(
+            [(s.task, str(s.items), _score_text(s.value, s.stderr)) for s in found.scores],
+            header=("probe", "items", "right"),
+            words=(0,),
+        )
+        return
+    print_rows(
+        [
+            (
+                score.task,
+                str(score.items),
+                f"{score.against:.1%}",
+                f"{score.value:.1%}",
+                _score_text(score.difference or 0.0, score.difference_stderr, sign="+"),
+            )
+            for score in found.scores
+        ],
+        header=("probe", "items", "original", "model", "difference"),
+        words=(0,),
+    )
 
 
 def print_scores(found: Accuracy) -> None:

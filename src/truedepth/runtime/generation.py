@@ -255,6 +255,59 @@ def _counted(model: nn.Module) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
+def greedy(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 8
+) -> list[list[int]]:
+    """The most likely continuations of prompts, a batch at a time.
+
+    Of the model's generation config only the end tokens are read.
+
+    Args:
+        loaded: The model.
+        prompts: Token ids.
+        max_new_tokens: Largest length of a continuation.
+        batch_size: Prompts per batch; they are padded on the left.
+
+    Returns:
+        Token ids; the last one is an end token where the model ended its text.
+
+    Raises:
+        TruedepthError: Generation fails.
+    """
+    model = loaded.model
+    ends = end_tokens(model.generation_config)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+    )
+    found: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    with (
+        progress_bar("Answering", len(prompts)) as advance,
+        _errors(loaded.source, {}),
+        replaced(model, GenerationConfig()),
+    ):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = max(len(prompts[number]) for number in batch)
+            rows = [[0] * (longest - len(prompts[n])) + list(prompts[n]) for n in batch]
+            mask = [[0] * (longest - len(prompts[n])) + [1] * len(prompts[n]) for n in batch]
+            output = model.generate(
+                torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                logits_processor=LogitsProcessorList([_Numbers(loaded.source)]),
+                generation_config=config,
+            )
+            for number, written in zip(batch, output[:, longest:].tolist(), strict=True):
+                ended = (at + 1 for at, token in enumerate(written) if token in ends)
+                found[number] = written[: next(ended, len(written))]
+            advance(len(batch))
+    return found
+
+
+@torch.inference_mode()
 def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor:
     """Sample text from the model without a prompt; it resembles the text it was trained on.
 

@@ -63,19 +63,19 @@ class _Columns:
     """An FFN as columns."""
 
     name: str
-    """Of the map that writes, within the layer."""
+    """The name of the map that writes, within the layer."""
 
     reads: list[Tensor]
     """The maps that read, each `[columns, hidden]`."""
 
     biases: list[Tensor]
-    """Theirs, each `[columns]`."""
+    """The biases of these maps, each `[columns]`."""
 
     writes: Tensor
     """`[hidden, columns]`."""
 
     gain: Tensor
-    """Of the norm behind the FFN, or ones: `[hidden]`."""
+    """The gain of the norm behind the FFN, ones if there is none: `[hidden]`."""
 
     @property
     def count(self) -> int:
@@ -97,10 +97,10 @@ class _Heads:
     """The maps that read, each `[rows, hidden]`."""
 
     gain: Tensor
-    """Of the norm before them, or ones: `[hidden]`."""
+    """The gain of the norm before them, ones if there is none: `[hidden]`."""
 
     covariance: Tensor
-    """Of what they read, `[hidden, hidden]`."""
+    """The covariance of what they read, `[hidden, hidden]`."""
 
 
 class Moments:

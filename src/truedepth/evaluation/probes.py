@@ -10,8 +10,8 @@ greedily; the first line of what it writes, or its first sentence, is right or w
     needle                 one of three sentences in a long text
     two hops               two of six sentences in a long text, the second found by the first
 
-All but the last two show four examples first. Long texts are of so many tokens; those that leave
-no room for an answer within a model's positions are left out.
+The short tasks show four examples first. The length of a long text is given in tokens; lengths beyond
+a model's positions are left out.
 """
 
 from __future__ import annotations
@@ -170,13 +170,13 @@ def short_items(name: str, number: int, seed: int) -> list[Item]:
 
 
 def long_items(name: str, number: int, seed: int, length: int, source: Source) -> list[Item]:
-    """Items of a task whose prompts have at most so many tokens, and nearly as many.
+    """Items of a task in long texts, which are filled up to a number of tokens.
 
     Args:
         name: One of `LONG`.
         number: How many.
         seed: Of the numbers, words and sentences.
-        length: Tokens of a prompt.
+        length: Largest number of tokens of a prompt; fewer by one sentence at most.
         source: Whose tokenizer counts them.
     """
     return [

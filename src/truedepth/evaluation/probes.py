@@ -10,8 +10,8 @@ greedily; the first line of what it writes, or its first sentence, is right or w
     needle                 one of three sentences in a long text
     two hops               two of six sentences in a long text, the second found by the first
 
-The short tasks show four examples first. The length of a long text is given in tokens; lengths beyond
-a model's positions are left out.
+The short tasks show four examples first. The length of a long text is given in tokens; lengths
+beyond a model's positions are left out.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 import truedepth as td
 from truedepth.evaluation.generation import ends_in_loop, generation
-from truedepth.runtime.generation import greedy
+from truedepth.runtime.generation import continuations
 from truedepth.runtime.prompt import prompt_ids, read_prompts
 
 PROMPTS = ["the cat", "sat on the mat and", "then the hat", "the"]
@@ -44,7 +44,9 @@ def test_batches_are_answered_as_single_prompts(pair):
     for path in pair:
         loaded = td.load(path)
         ids = [prompt_ids(loaded.source, prompt) for prompt in PROMPTS]
-        assert greedy(loaded, ids, 20, batch_size=3) == [alone(loaded, each, 20) for each in ids]
+        assert continuations(loaded, ids, 20, batch_size=3) == [
+            alone(loaded, each, 20) for each in ids
+        ]
 
 
 def test_a_model_follows_itself(pair, prompts):

@@ -26,7 +26,13 @@ from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Objective, TextPart, Train
 from truedepth.healing.student import is_trained, original_beside, student_of
 from truedepth.healing.teacher import KeptPredictions, Original
-from truedepth.healing.text import packed, part_documents, training_text
+from truedepth.healing.text import (
+    document_tokens,
+    packed,
+    part_documents,
+    text_parts,
+    training_text,
+)
 from truedepth.report.healing import print_healing
 from truedepth.runtime.generation import answer
 from truedepth.widening.layout import Layout
@@ -268,7 +274,8 @@ def test_validation_measures_are_those_of_eval(make_model, converted, options, t
     )
     ours, theirs = td.load(converted).model, td.load(make_model()).model
     source = td.open_source(converted)
-    windows = list(packed(part_documents(options.text[0].name), source, 32))
+    documents = document_tokens(part_documents(options.text[0].name), source)
+    windows = list(packed(documents, source, 32))
     aside = torch.tensor(windows[4:12])  # after the four that are trained on
     assert done.record.validation.windows == len(aside)
     rows = []
@@ -398,9 +405,8 @@ def test_the_best_step_is_kept(make_model, converted, options, tmp_path):
     assert best["step"] < trained[-1]["step"] and best["kl"] < trained[-1]["kl"]
     assert done.record.validation.after == best
     source = td.open_source(converted)
-    text = training_text(
-        options.text, source, tmp_path / "text", length=32, windows=48, validation=8
-    )
+    parts = text_parts(options.text, source, 0)
+    text = training_text(parts, source, tmp_path / "text", length=32, windows=48, validation=8)
     aside = text.validation.long()
     ours, theirs = td.load(tmp_path / "out").model, td.load(make_model()).model
     with torch.no_grad():

@@ -12,7 +12,13 @@ import torch
 import truedepth as td
 from tiny_models import byte_tokenizer
 from truedepth.healing.options import TextPart
-from truedepth.healing.text import packed, part_documents, training_text
+from truedepth.healing.text import (
+    document_tokens,
+    packed,
+    part_documents,
+    text_parts,
+    training_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +34,21 @@ def documents(path, count, letter, words=40):
 
 def read(parts, source, directory, windows, validation, length=32):
     return training_text(
-        parts, source, directory, length=length, windows=windows, validation=validation
+        text_parts(parts, source, 0),
+        source,
+        directory,
+        length=length,
+        windows=windows,
+        validation=validation,
     )
 
 
+def windows_of(texts, source, length):
+    return list(packed(document_tokens(texts, source), source, length))
+
+
 def test_documents_are_joined_by_the_end_of_text(source):
-    windows = list(packed(["one two", "three"], source, 4))
+    windows = windows_of(["one two", "three"], source, 4)
     ids = [
         *source.tokenizer("one two", add_special_tokens=False)["input_ids"],
         source.tokenizer.eos_token_id,
@@ -47,7 +62,7 @@ def test_windows_set_aside_are_never_trained_on(source, tmp_path):
     part = documents(tmp_path / "a.jsonl", 60, "a")
     text = read([part], source, tmp_path / "kept", 40, 5)
     assert (text.trained.shape, text.validation.shape) == ((40, 32), (5, 32))
-    everything = list(packed(part_documents(part.name), source, 32))
+    everything = windows_of(part_documents(part.name), source, 32)
     aside = (7, 15, 23, 31, 39)
     assert text.validation.tolist() == [everything[i] for i in aside]
     assert text.trained.tolist() == [everything[i] for i in range(45) if i not in aside]

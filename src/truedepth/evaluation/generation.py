@@ -17,7 +17,7 @@ import torch
 from truedepth.errors import TruedepthError
 from truedepth.evaluation.scores import mean, stderr
 from truedepth.options import Bounds, checked
-from truedepth.runtime.generation import greedy
+from truedepth.runtime.generation import continuations
 from truedepth.runtime.generation_config import end_tokens
 from truedepth.runtime.loading import Loaded, load, opened, source_of
 from truedepth.runtime.prompt import BUILT_IN, prompt_ids, read_prompts
@@ -130,7 +130,7 @@ def generation(
                 f"{loaded.source.name} runs in llama.cpp, which answers one prompt at a time; give"
                 " the checkpoint that it was exported from."
             )
-        answers.append(greedy(loaded, ids, max_new_tokens, batch_size))
+        answers.append(continuations(loaded, ids, max_new_tokens, batch_size))
         found.append(_written(answers[-1], end_tokens(loaded.model.generation_config)))
         if len(answers) > 1:
             hits = [_agreed(loaded, *each) for each in zip(ids, answers[0], strict=True)]

@@ -31,7 +31,7 @@ from truedepth.errors import TruedepthError
 from truedepth.evaluation.scores import TaskScore, task_score
 from truedepth.options import Bounds, checked
 from truedepth.progress import note
-from truedepth.runtime.generation import greedy
+from truedepth.runtime.generation import continuations
 from truedepth.runtime.loading import Loaded, load, opened, source_of
 from truedepth.runtime.prompt import prompt_ids
 from truedepth.sources.source import Source
@@ -292,6 +292,6 @@ def _right(loaded: Loaded, items: Sequence[Item]) -> list[bool]:
     prompts = [prompt_ids(loaded.source, item.prompt, raw=True) for item in items]
     longest = max(len(loaded.tokenizer(item.answer)["input_ids"]) for item in items)
     batch = max(1, BATCH_TOKENS // max(map(len, prompts)))
-    written = greedy(loaded, prompts, longest + ROOM, batch)
+    written = continuations(loaded, prompts, longest + ROOM, batch)
     texts = (loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
     return [item.is_right(text) for item, text in zip(items, texts, strict=True)]

@@ -1,8 +1,9 @@
 """A student, and the loss that trains it toward its original.
 
-    loss = (1 - a) τ² KL(original ‖ student) + a NLL of the next token + b error of hidden states
+    loss = (1 - a) τ² D(original, student) + a NLL of the next token + b error of hidden states
 
-KL compares the predictions at temperature τ, in nats per token. The error compares the outputs h of
+D compares the predictions at temperature τ, in nats per token: KL(original ‖ student), unless the
+objective names another divergence. The error compares the outputs h of
 the wide layers, and of those with a sub-layer in a stage of several, with the original's h*:
 ‖h - h*‖² / ‖h*‖² per token, averaged over layers and tokens.
 The logits of all tokens are never in memory at once.
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from truedepth.evaluation.loss import FromOriginal, measures
 from truedepth.healing.options import Objective
+from truedepth.healing.rollouts import rolled_out
 from truedepth.healing.teacher import Outputs, Reference, Teacher, chunks, hidden_states
 from truedepth.runtime.output_head import OutputHead
 from truedepth.widening.layout import Layout
@@ -35,6 +37,7 @@ class Distillation(nn.Module):
         validation: Teacher,
         layout: Layout,
         objective: Objective,
+        seed: int = 0,
     ) -> None:
         """Join a student and its teachers.
 
@@ -44,9 +47,11 @@ class Distillation(nn.Module):
             validation: The teacher for the validation windows.
             layout: The student's layout; it says which layers' outputs should be alike.
             objective: The loss to minimise.
+            seed: Random seed of what the student writes itself.
         """
         super().__init__()
         self.student = student
+        self._seed = seed
         self._teacher, self._validation = teacher, validation
         self._objective = objective
         sharing = {each.layer for each in layout.shared_sublayers}
@@ -71,6 +76,9 @@ class Distillation(nn.Module):
         if measure:
             return self._measures(input_ids, number)
         objective = self._objective
+        if objective.on_policy > 0:
+            share, tokens = objective.on_policy, objective.rollout
+            input_ids = rolled_out(self.student, input_ids, number, tokens, share, self._seed)
         hidden = objective.hidden > 0
         states, outputs = hidden_states(self.student, input_ids, hidden)
         reference: Reference | None = None
@@ -102,7 +110,8 @@ class Distillation(nn.Module):
         loss: Tensor = logits.new_zeros(())
         if share < 1:
             assert reference is not None
-            loss = loss + (1 - share) * reference.kl(chunk, logits).sum()
+            divergence = reference.divergence(chunk, logits, self._objective.divergence)
+            loss = loss + (1 - share) * divergence.sum()
         if share > 0:
             loss = loss + share * cross_entropy(logits, targets, reduction="sum")
         return loss
@@ -115,9 +124,8 @@ class Distillation(nn.Module):
         rows = []
         for chunk in chunks(targets):
             logits, wanted = head(states[chunk]).float(), targets[chunk]
-            original = FromOriginal(
-                reference.nll(chunk, wanted), reference.kl(chunk, logits), reference.top1(chunk)
-            )
+            kl, top1 = reference.divergence(chunk, logits), reference.top1(chunk)
+            original = FromOriginal(reference.nll(chunk, wanted), kl, top1)
             rows.append(measures(logits.log_softmax(-1), wanted, original))
         return torch.cat(rows).view(len(ids), -1, 4).mean(1)
 

@@ -71,11 +71,21 @@ class Objective:
     """
 
     next_token: Annotated[float, Bounds(0, 1), TRAINED] = 0.0
-    """Weight a of the next-token loss; the KL divergence from the original has the weight 1 - a. 0
-    is pure distillation, 1 ordinary language-model training."""
+    """Weight a of the next-token loss; the divergence from the original has the weight 1 - a. 0 is
+    pure distillation, 1 ordinary language-model training."""
+
+    divergence: Annotated[float, Bounds(0, 1), TRAINED] = 0.0
+    """Which divergence β: 0 is KL(original ‖ student), 1 is KL(student ‖ original), and between
+    them is the generalised Jensen-Shannon divergence (arXiv 2306.13649)."""
+
+    on_policy: Annotated[float, Bounds(0, 1), TRAINED] = 0.0
+    """Share of the windows whose end the student writes itself, by sampling, as it is trained."""
+
+    rollout: Annotated[int, Bounds(1), TRAINED] = 128
+    """Number of tokens that the student writes at the end of such a window."""
 
     temperature: Annotated[float, Bounds(above=0), TRAINED] = 1.0
-    """Temperature τ of the KL divergence."""
+    """Temperature τ of the divergence."""
 
     hidden: Annotated[float, Bounds(0), TRAINED] = 0.0
     """Weight b of the error of the hidden states behind what runs together."""
@@ -113,6 +123,22 @@ class Healing:
     text: Annotated[Sequence[TextPart], TEXT] = (TextPart(DEFAULT_DATA),)
     """Text to train on: a `.txt` or `.jsonl` file, a directory of such files, or a dataset of the
     Hugging Face hub; NAME=2 gives it twice the weight. Default: RedPajama's sample from the hub."""
+
+    own_answers: Annotated[Sequence[TextPart], TEXT] = ()
+    """Prompts that the original answers, to train on what it says itself: a `.jsonl` file with a
+    `prompt`, or the `messages` of a chat, in every line; a `.txt` file with a prompt in every line;
+    or `text` for the first sentences of `--text`. NAME=2 gives the answers twice the weight."""
+
+    answer_temperature: Annotated[float, Bounds(0), TEXT] = 1.0
+    """Temperature at which answers are sampled; 0 takes the most likely token always, and answers
+    every prompt once."""
+
+    answer_tokens: Annotated[int, Bounds(1), TEXT] = 256
+    """Largest number of tokens in an answer."""
+
+    keep_answers: Annotated[Path | None, TEXT] = None
+    """Directory for the answers, to use them in other runs too. Default: they are kept until the
+    run is done."""
 
     tokens: Annotated[int, Bounds(1), TEXT] = 2_000_000
     """Number of tokens to train on, rounded down to whole steps; shorter text is read several
@@ -190,8 +216,12 @@ class Healing:
                 f"{self.tokens} tokens are less than one step of {self.batch_size} windows of"
                 f" {length}."
             )
-        if self.keep_predictions and self.objective.hidden:
-            raise TruedepthError("--hidden needs the original in memory; drop --keep-predictions.")
+        for name in ("hidden", "on_policy"):
+            if self.keep_predictions and getattr(self.objective, name):
+                raise TruedepthError(
+                    f"--{name.replace('_', '-')} needs the original in memory; drop"
+                    " --keep-predictions."
+                )
 
     @property
     def step_tokens(self) -> int:

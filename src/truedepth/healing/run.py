@@ -28,6 +28,7 @@ from truedepth.checkpoint.writing import write_checkpoint
 from truedepth.errors import TruedepthError
 from truedepth.files.atomic import atomic_directory, beside, check_apart, check_output
 from truedepth.files.resumable import unfinished
+from truedepth.healing.answers import Answering
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Train
 from truedepth.healing.student import (
@@ -38,7 +39,7 @@ from truedepth.healing.student import (
     student_of,
 )
 from truedepth.healing.teacher import KeptPredictions, Original, Teacher
-from truedepth.healing.text import TrainingText, training_text
+from truedepth.healing.text import TrainingText, text_parts, training_text
 from truedepth.healing.training import last_whole, passes_per_step, run_training
 from truedepth.plan.config import plan_of
 from truedepth.runtime.device import default_device, fast_dtype
@@ -198,7 +199,7 @@ class _Run:
         """The options that config.json records: those that reproduce the run."""
         fields = asdict(self.options)
         passing = ("text", "device", "tensorboard", "micro_batch_size", "eval_every", "validation")
-        for name in passing:
+        for name in (*passing, "own_answers", "keep_answers"):
             del fields[name]
         return {
             **fields,
@@ -213,6 +214,7 @@ class _Run:
             **self.recorded_options(),
             "version": __version__,
             "text": [[part.name, part.weight] for part in options.text],
+            "own_answers": [[part.name, part.weight] for part in options.own_answers],
             "micro_batch_size": options.micro_batch_size,
             "eval_every": options.eval_every,
             "validation": options.validation,
@@ -234,14 +236,15 @@ class _Run:
     def text(self) -> TrainingText:
         """The windows for training and validation, in files of the run's directory."""
         options = self.options
+        length = window_of(self.source, options.sequence_length)
+        answering = Answering(self.original, options, length, self.state.device, self.dtype)
         return training_text(
-            options.text,
+            [*text_parts(options.text, self.source, options.seed), *answering.parts(self.kept)],
             self.source,
             self.kept,
-            length=window_of(self.source, options.sequence_length),
+            length=length,
             windows=options.steps * options.batch_size,
             validation=options.validation,
-            seed=options.seed,
         )
 
     def student_with_teachers(self, text: TrainingText) -> tuple[Distillation, Any]:
@@ -265,7 +268,8 @@ class _Run:
         if options.gradient_checkpointing:
             older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
             getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
-        return Distillation(student, *teachers, self.layout, options.objective), lora
+        joined = Distillation(student, *teachers, self.layout, options.objective, options.seed)
+        return joined, lora
 
     def _kept_predictions(self, text: TrainingText) -> tuple[Teacher, Teacher]:
         """Teachers for training and validation; the original is in memory only in this method."""

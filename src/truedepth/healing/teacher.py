@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +24,8 @@ Outputs = tuple[Tensor, ...]
 class Reference(Protocol):
     """The original's predictions at all positions of some windows except the last of each."""
 
-    def kl(self, chunk: slice, logits: Tensor) -> Tensor:
-        """`[positions]` τ² KL(original ‖ student) in nats, from the student's logits there."""
+    def divergence(self, chunk: slice, logits: Tensor, form: float = 0.0) -> Tensor:
+        """`[positions]` τ² divergence from the student's logits there, in nats; see `_divergence`."""
 
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
         """`[positions]` NLL of the next tokens, `targets`, in nats at temperature 1."""
@@ -81,12 +82,10 @@ class _Whole:
             self._last = chunk, self._head(self._states[chunk]).float()
         return self._last[1]
 
-    def kl(self, chunk: slice, logits: Tensor) -> Tensor:
+    def divergence(self, chunk: slice, logits: Tensor, form: float = 0.0) -> Tensor:
         reference = _log_probabilities(self.logits(chunk), self._temperature)
         ours = _log_probabilities(logits, self._temperature)
-        share = reference.exp()
-        kl: Tensor = torch.linalg.vecdot(share, reference) - torch.linalg.vecdot(share, ours)
-        return self._temperature**2 * kl
+        return self._temperature**2 * _divergence(reference, ours, form)
 
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits(chunk), targets, reduction="none")
@@ -171,11 +170,10 @@ class _Likeliest:
         self._tokens, self._values, self._nll = tokens, values, nll
         self._temperature = temperature
 
-    def kl(self, chunk: slice, logits: Tensor) -> Tensor:
+    def divergence(self, chunk: slice, logits: Tensor, form: float = 0.0) -> Tensor:
         reference = _with_rest(self._values[chunk])
         ours = _log_probabilities(logits, self._temperature).gather(-1, self._tokens[chunk])
-        kl = (reference.exp() * (reference - _with_rest(ours))).sum(-1)
-        return self._temperature**2 * kl
+        return self._temperature**2 * _divergence(reference, _with_rest(ours), form)
 
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
         return self._nll[chunk]
@@ -186,6 +184,34 @@ class _Likeliest:
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _divergence(reference: Tensor, ours: Tensor, form: float) -> Tensor:
+    """A divergence of distributions P, the original's, and Q, the student's, in nats.
+
+    β = 0 is KL(P ‖ Q), β = 1 is KL(Q ‖ P), and between them it is the generalised Jensen-Shannon
+    divergence β KL(P ‖ M) + (1 - β) KL(Q ‖ M), M = β P + (1 - β) Q (arXiv 2306.13649, section 2).
+
+    Args:
+        reference: `[positions, tokens]` log P.
+        ours: `[positions, tokens]` log Q.
+        form: β.
+
+    Returns:
+        `[positions]`.
+    """
+    if form == 0:
+        return _kl(reference, ours)
+    if form == 1:
+        return _kl(ours, reference)
+    mean = torch.logaddexp(reference + math.log(form), ours + math.log1p(-form))
+    return form * _kl(reference, mean) + (1 - form) * _kl(ours, mean)
+
+
+def _kl(of: Tensor, beside: Tensor) -> Tensor:
+    share = of.exp()
+    kl: Tensor = torch.linalg.vecdot(share, of) - torch.linalg.vecdot(share, beside)
+    return kl
 
 
 def _with_rest(values: Tensor) -> Tensor:

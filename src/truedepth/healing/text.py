@@ -42,27 +42,45 @@ class TrainingText:
     """Number of training tokens by the title of the part."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of a mixture, to be read."""
+
+    title: str
+    weight: float
+    """Its share of the tokens, relative to the weights of the other parts."""
+
+    documents: Iterable[list[int]]
+    """The tokens of its documents, which are read only as far as they are needed."""
+
+
+def text_parts(parts: Sequence[TextPart], source: Source, seed: int) -> list[Part]:
+    """The parts of a mixture of texts, with a random seed for the order of a hub dataset."""
+    return [
+        Part(part.title, part.weight, document_tokens(part_documents(part.name, seed), source))
+        for part in parts
+    ]
+
+
 def training_text(
-    parts: Sequence[TextPart],
+    parts: Sequence[Part],
     source: Source,
     directory: Path,
     *,
     length: int,
     windows: int,
     validation: int,
-    seed: int = 0,
 ) -> TrainingText:
     """Read a mixture, or reuse the windows that the same call has already written.
 
     Args:
-        parts: The texts to mix.
+        parts: What to mix.
         source: The model. Documents are joined by its tokenizer's end-of-text token; if that puts a
             BOS token before every text, every window starts with it.
         directory: Directory for the windows, which are memory-mapped from there.
         length: Tokens per window.
         windows: Number of training windows; there are fewer if the text ends first.
         validation: Number of windows to set aside for validation.
-        seed: Random seed for the order of the documents of a hub dataset.
 
     Raises:
         TruedepthError: A part cannot be read, tokenized or embedded, or is empty, or the whole text
@@ -71,8 +89,9 @@ def training_text(
     index = directory / "tokens.json"
     if not index.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        windows_of = [packed(part_documents(part.name, seed), source, length) for part in parts]
-        counts = _write(windows_of, [part.weight for part in parts], directory, windows, validation)
+        windows_of = [packed(part.documents, source, length) for part in parts]
+        weights = [part.weight for part in parts]
+        counts = _write(windows_of, weights, directory, windows, validation)
         if not counts["held"] or not sum(counts["trained"]):
             count = counts["held"] + sum(counts["trained"])
             raise TruedepthError(
@@ -124,21 +143,32 @@ def _write(
     return {"trained": trained, "held": held}
 
 
-def packed(texts: Iterable[str], source: Source, length: int) -> Iterator[list[int]]:
+def document_tokens(texts: Iterable[str], source: Source) -> Iterator[list[int]]:
+    """The token ids of each document.
+
+    Raises:
+        TruedepthError: A document cannot be tokenized.
+    """
+    texts = iter(texts)
+    while some := list(islice(texts, TOKENIZED)):
+        yield from token_ids(source, some, "A document")
+
+
+def packed(documents: Iterable[list[int]], source: Source, length: int) -> Iterator[list[int]]:
     """Concatenated documents, cut into windows of token ids; an incomplete one is dropped.
 
     Raises:
-        TruedepthError: A document cannot be tokenized, or the model lacks a token's embedding.
+        TruedepthError: The model lacks a token's embedding.
     """
     tokenizer = source.tokenizer
     prefix = beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     body = length - len(prefix)
     left: list[int] = []
-    texts = iter(texts)
-    while some := list(islice(texts, TOKENIZED)):
-        for ids in token_ids(source, some, "A document"):
-            left += ids + end
+    documents = iter(documents)
+    while some := list(islice(documents, TOKENIZED)):
+        for ids in some:
+            left += ids if ids[-1:] == end else ids + end
         check_embedded(source, prefix + left)
         whole = len(left) // body * body
         for start in range(0, whole, body):

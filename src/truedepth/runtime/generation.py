@@ -255,10 +255,14 @@ def _counted(model: nn.Module) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def greedy(
-    loaded: Loaded, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 8
+def continuations(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    temperature: float = 0.0,
 ) -> list[list[int]]:
-    """The most likely continuations of prompts, a batch at a time.
+    """The model's continuations of prompts, a batch at a time.
 
     Of the model's generation config only the end tokens are read.
 
@@ -267,6 +271,8 @@ def greedy(
         prompts: Token ids.
         max_new_tokens: Largest length of a continuation.
         batch_size: Prompts per batch; they are padded on the left.
+        temperature: 0 takes the most likely token always; above 0, tokens are sampled from the
+            model's own distribution at that temperature, by torch's random state.
 
     Returns:
         Token ids; the last one is an end token where the model ended its text.
@@ -276,11 +282,13 @@ def greedy(
     """
     model = loaded.model
     ends = end_tokens(model.generation_config)
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=0,
+        **sampling,
     )
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))

@@ -1,0 +1,194 @@
+"""What the original itself answers to prompts, as text to train on.
+
+The original answers in batches, greedily or by sampling, and every batch is kept in a file at once,
+so a killed run goes on behind the last one, and other runs can use the answers too. Each line of
+the file holds a prompt and its answer, to be read, and the tokens of both, to be trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truedepth.errors import TruedepthError
+from truedepth.healing.options import Healing
+from truedepth.healing.text import Part, part_documents
+from truedepth.progress import note
+from truedepth.runtime.generation import continuations
+from truedepth.runtime.loading import Loaded, load
+from truedepth.runtime.prompt import Prompt, prompt_ids, read_prompts
+from truedepth.sources.source import Source
+from truedepth.text import positions_of
+
+FROM_TEXT = "text"
+"""Instead of a file of prompts: the first sentences of the text."""
+
+BATCH = 32  # prompts that are answered at once
+LONGEST_SENTENCE = 300  # characters of a first sentence
+
+
+@dataclass(frozen=True)
+class Answering:
+    """The original, which answers prompts."""
+
+    original: Source
+    options: Healing
+    length: int
+    """Largest number of tokens in a prompt and its answer together; longer answers are cut."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def parts(self, directory: Path) -> list[Part]:
+        """The parts of the training text that the original writes.
+
+        Args:
+            directory: Directory for the answers, unless the options name one.
+        """
+        directory = self.options.keep_answers or directory
+        found = []
+        for index, part in enumerate(self.options.own_answers, 1):
+            documents = self.documents(
+                partial(self._prompts, part.name), directory / f"answers-{index}.jsonl"
+            )
+            found.append(Part(f"answers to {part.title}", part.weight, documents))
+        return found
+
+    def _prompts(self, name: str) -> Iterable[Prompt]:
+        if name != FROM_TEXT:
+            return read_prompts(name)
+        texts = (part_documents(part.name, self.options.seed) for part in self.options.text)
+        return first_sentences(chain.from_iterable(texts))
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        return load(self.original, device=self.device, dtype=self.dtype)
+
+    def documents(self, prompts: Callable[[], Iterable[Prompt]], file: Path) -> Iterator[list[int]]:
+        """The tokens of prompts and their answers: what the file has, then as many as are read.
+
+        Args:
+            prompts: Reads the prompts. They are answered once by the most likely tokens, and again
+                and again by sampling.
+            file: Keeps the answers; made if it is not there.
+
+        Raises:
+            TruedepthError: The file holds other answers, no prompt leaves room for an answer, or
+                one cannot be used (see `prompt_ids`).
+        """
+        batches = self._batches(prompts)
+        for kept in self._kept(file):
+            _, batch = next(batches, (0, []))
+            if [each.get("prompt", each.get("messages")) for each in kept] != [p for p, _ in batch]:
+                raise TruedepthError(f"{file} holds answers to other prompts; name another file.")
+            yield from (each["ids"] for each in kept)
+        with file.open("a", encoding="utf-8") as lines:
+            for number, batch in batches:
+                written = self._answered(number, batch)
+                lines.write("".join(json.dumps(each) + "\n" for each in written))
+                lines.flush()
+                yield from (each["ids"] for each in written)
+
+    def _batches(
+        self, prompts: Callable[[], Iterable[Prompt]]
+    ) -> Iterator[tuple[int, list[tuple[Prompt, list[int]]]]]:
+        """Prompts with their tokens, in numbered batches; those that fill a window are left out."""
+        found = self._with_tokens(prompts)
+        number = 0
+        while batch := list(islice(found, BATCH)):
+            yield number, batch
+            number += 1
+
+    def _with_tokens(
+        self, prompts: Callable[[], Iterable[Prompt]]
+    ) -> Iterator[tuple[Prompt, list[int]]]:
+        while True:
+            fitting, too_long = 0, 0
+            for prompt in prompts():
+                ids = prompt_ids(self.original, prompt)
+                if len(ids) >= self.length:
+                    too_long += 1
+                    continue
+                fitting += 1
+                yield prompt, ids
+            if too_long:
+                note(f"{too_long} prompts fill a window of {self.length} tokens and are left out.")
+            if not fitting:
+                raise TruedepthError(
+                    f"No prompt leaves room for an answer in a window of {self.length} tokens; give"
+                    " shorter prompts or a larger --sequence-length."
+                )
+            if self.options.answer_temperature == 0:
+                return
+
+    def _answered(self, number: int, batch: list[tuple[Prompt, list[int]]]) -> list[dict[str, Any]]:
+        """The lines of a batch."""
+        ids = [ids for _, ids in batch]
+        positions = positions_of(self.original.config)
+        room = self.options.answer_tokens if positions is None else positions - max(map(len, ids))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.seed + number)
+            written = continuations(
+                self._loaded,
+                ids,
+                min(self.options.answer_tokens, room),
+                BATCH,
+                temperature=self.options.answer_temperature,
+            )
+        tokenizer = self.original.tokenizer
+        return [
+            {
+                ("prompt" if isinstance(prompt, str) else "messages"): prompt,
+                "answer": tokenizer.decode(answer, skip_special_tokens=True),
+                "ids": (own + answer)[: self.length],
+            }
+            for (prompt, own), answer in zip(batch, written, strict=True)
+        ]
+
+    def _kept(self, file: Path) -> list[list[dict[str, Any]]]:
+        """The batches of lines that a file has; what is behind the last whole one is cut off."""
+        settings = self._settings()
+        first = json.dumps({"settings": settings}) + "\n"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(first, encoding="utf-8")
+            return []
+        header, *lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if header != first:
+            raise TruedepthError(
+                f"{file} holds answers by another model, or with other settings ({settings}); name"
+                " another file for these."
+            )
+        whole = len([line for line in lines if line.endswith("\n")]) // BATCH * BATCH
+        if whole < len(lines):
+            file.write_text("".join([header, *lines[:whole]]), encoding="utf-8")
+        kept = [json.loads(line) for line in lines[:whole]]
+        return [kept[start : start + BATCH] for start in range(0, whole, BATCH)]
+
+    def _settings(self) -> Mapping[str, Any]:
+        return {
+            "original": self.original.fingerprint,
+            "temperature": self.options.answer_temperature,
+            "longest": self.options.answer_tokens,
+            "length": self.length,
+            "seed": self.options.seed,
+        }
+
+
+def first_sentences(documents: Iterable[str]) -> Iterator[str]:
+    """The first sentence of each document that has one."""
+    for text in documents:
+        text = text.strip()
+        start = text[:LONGEST_SENTENCE]
+        if found := re.match(r".*?[.!?](?=\s|$)", start, re.DOTALL):
+            yield found[0]
+        elif start:
+            yield start if start == text else start.rpartition(" ")[0] or start

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import truedepth as td
-from truedepth.healing.answers import BATCH, Answering, first_sentences
+from truedepth.healing.answers import BATCHES, Answering, first_sentences
 from truedepth.healing.options import Healing, Objective, TextPart
 from truedepth.healing.rollouts import rolled_out
 from truedepth.healing.teacher import Original
@@ -18,6 +18,7 @@ from truedepth.runtime.generation import continuations
 from truedepth.runtime.prompt import prompt_ids
 
 LENGTH = 48
+BATCH = BATCHES["cpu"]
 
 
 @pytest.fixture(scope="module")

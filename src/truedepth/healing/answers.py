@@ -31,7 +31,7 @@ from truedepth.text import positions_of
 FROM_TEXT = "text"
 """Instead of a file of prompts: the first sentences of the text."""
 
-BATCH = 32  # prompts that are answered at once
+BATCHES = {"cpu": 32, "cuda": 256}  # prompts that are answered at once
 LONGEST_SENTENCE = 300  # characters of a first sentence
 
 
@@ -72,6 +72,10 @@ class Answering:
     def _loaded(self) -> Loaded:
         return load(self.original, device=self.device, dtype=self.dtype)
 
+    @property
+    def _batch_size(self) -> int:
+        return BATCHES.get(self.device.type, BATCHES["cuda"])
+
     def documents(self, prompts: Callable[[], Iterable[Prompt]], file: Path) -> Iterator[list[int]]:
         """The tokens of prompts and their answers: what the file has, then as many as are read.
 
@@ -103,7 +107,7 @@ class Answering:
         """Prompts with their tokens, in numbered batches; those that fill a window are left out."""
         found = self._with_tokens(prompts)
         number = 0
-        while batch := list(islice(found, BATCH)):
+        while batch := list(islice(found, self._batch_size)):
             yield number, batch
             number += 1
 
@@ -140,7 +144,7 @@ class Answering:
                 self._loaded,
                 ids,
                 min(self.options.answer_tokens, room),
-                BATCH,
+                self._batch_size,
                 temperature=self.options.answer_temperature,
             )
         tokenizer = self.original.tokenizer
@@ -167,11 +171,12 @@ class Answering:
                 f"{file} holds answers by another model, or with other settings ({settings}); name"
                 " another file for these."
             )
-        whole = len([line for line in lines if line.endswith("\n")]) // BATCH * BATCH
+        size = self._batch_size
+        whole = len([line for line in lines if line.endswith("\n")]) // size * size
         if whole < len(lines):
             file.write_text("".join([header, *lines[:whole]]), encoding="utf-8")
         kept = [json.loads(line) for line in lines[:whole]]
-        return [kept[start : start + BATCH] for start in range(0, whole, BATCH)]
+        return [kept[start : start + size] for start in range(0, whole, size)]
 
     def _settings(self) -> Mapping[str, Any]:
         return {

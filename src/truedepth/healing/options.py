@@ -127,7 +127,7 @@ class Healing:
     own_answers: Annotated[Sequence[TextPart], TEXT] = ()
     """Prompts that the original answers, to train on what it says itself: a `.jsonl` file with a
     `prompt`, or the `messages` of a chat, in every line; a `.txt` file with a prompt in every line;
-    or `text` for the first sentences of `--text`. NAME=2 gives the answers twice the weight."""
+    or the word "text", for the first sentences of --text. NAME=2 gives them twice the weight."""
 
     answer_temperature: Annotated[float, Bounds(0), TEXT] = 1.0
     """Temperature at which answers are sampled; 0 takes the most likely token always, and answers

@@ -25,7 +25,7 @@ class Reference(Protocol):
     """The original's predictions at all positions of some windows except the last of each."""
 
     def divergence(self, chunk: slice, logits: Tensor, form: float = 0.0) -> Tensor:
-        """`[positions]` τ² divergence from the student's logits there, in nats; see `_divergence`."""
+        """`[positions]` τ² divergence β in nats, from the student's logits there."""
 
     def nll(self, chunk: slice, targets: Tensor) -> Tensor:
         """`[positions]` NLL of the next tokens, `targets`, in nats at temperature 1."""

@@ -76,14 +76,14 @@ def test_answers_that_are_kept_are_not_written_again(source, prompts, tmp_path, 
     file = tmp_path / "cut" / "answers-1.jsonl"
     file.write_text(file.read_text()[:-20])  # killed while the second batch was written
     assert some(answering(source, prompts), tmp_path / "cut", 3 * BATCH) == whole
-    monkeypatch.setattr("truedepth.healing.answers.continuations", None)
+    monkeypatch.setattr("truedepth.healing.answers.continuations", None)  # would fail
     again = some(answering(source, prompts, keep_answers=tmp_path / "cut"), tmp_path, 3 * BATCH)
     assert again == whole
 
 
 def test_answers_of_others_are_not_taken(source, prompts, tmp_path):
     some(answering(source, prompts), tmp_path, 1)
-    with pytest.raises(td.TruedepthError, match=r"answers-1\.jsonl holds answers by another model"):
+    with pytest.raises(td.TruedepthError, match="holds answers with another seed: 0, not 1"):
         some(answering(source, prompts, seed=1), tmp_path, 1)
     prompts.write_text(json.dumps({"prompt": "a cat"}))
     with pytest.raises(td.TruedepthError, match="holds answers to other prompts"):

@@ -6,10 +6,6 @@ what the figures were measured on; a directory with another model, text or setti
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from truedepth.depth_study.schedule import Schedule
 from truedepth.errors import TruedepthError
+from truedepth.files.kept_lines import KeptLines
 
 FILE = "measurements.jsonl"
 
@@ -48,28 +45,22 @@ class Measurements:
         self.nll: dict[str, Tensor] = {}
         """By the name of the schedule: `[windows]` float64, nats per token."""
 
-        path = directory / FILE
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if not path.exists() and any(directory.iterdir()):
+            if not (directory / FILE).exists() and any(directory.iterdir()):
                 raise TruedepthError(
                     f"{directory} is not empty and holds no study; give another directory."
                 )
-            self._file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            pass
         except OSError as error:
             raise TruedepthError(f"Cannot write to {directory}: {error.strerror}.") from error
+        self._kept = KeptLines(directory / FILE, "measurements", "measured_on", identity)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise TruedepthError(
-                f"Another run is using {directory}; wait for it to end."
-            ) from error
-        try:
-            self._read(path, identity)
-        except BaseException:
-            self._file.close()
-            raise
+            for line in self._kept.lines:
+                self.nll[line["schedule"]] = torch.tensor(line["nll"], dtype=torch.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            self._kept.__exit__(None, None, None)
+            raise self._kept.damaged from error
 
     def add(self, schedule: Schedule, nll: Tensor) -> None:
         """Keep the NLL of a schedule.
@@ -83,7 +74,7 @@ class Measurements:
         """
         rounded = [round(value, 6) for value in nll.tolist()]
         self.nll[name_of(schedule)] = torch.tensor(rounded, dtype=torch.float64)
-        self._write({"schedule": name_of(schedule), "nll": rounded})
+        self._kept.add([{"schedule": name_of(schedule), "nll": rounded}])
 
     def __contains__(self, schedule: Schedule) -> bool:
         return name_of(schedule) in self.nll
@@ -100,43 +91,4 @@ class Measurements:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(OSError):  # a write that failed before fails again here
-            self._file.close()
-
-    def _read(self, path: Path, identity: dict[str, Any]) -> None:
-        self._file.seek(0)
-        try:
-            text = self._file.read()
-        except UnicodeDecodeError as error:
-            raise TruedepthError(f"{path} is damaged; remove it to start again.") from error
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a run was killed while writing the last line
-            self._file.truncate(len(whole.encode()))
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            for line in lines[1:]:
-                self.nll[line["schedule"]] = torch.tensor(line["nll"], dtype=torch.float64)
-            held = dict(lines[0]["measured_on"]) if lines else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise TruedepthError(f"{path} is damaged; remove it to start again.") from error
-        if held is None:
-            self._write({"measured_on": identity})
-            return
-        for key in identity:
-            if held.get(key) != identity[key]:
-                raise TruedepthError(
-                    f"{path.parent} holds measurements with another {key}: {held.get(key)}, not"
-                    f" {identity[key]}; give another directory."
-                )
-
-    def _write(self, line: dict[str, Any]) -> None:
-        try:
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise TruedepthError(
-                f"Writing {self._file.name} failed: {error.strerror}. Fix that, then run the same"
-                " command again: it resumes from there.",
-                exit_code=1,
-            ) from error
+        self._kept.__exit__(kind, error, trace)

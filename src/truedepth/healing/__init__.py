@@ -1,6 +1,6 @@
 """Training back toward the original.
 
-Options, text, teacher, student, distillation, training, run.
+Options, text, answers, teacher, student, rollouts, distillation, training, run.
 
 May import: calibration and above.
 """

@@ -7,7 +7,6 @@ the file holds a prompt and its answer, to be read, and the tokens of both, to b
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from truedepth.errors import TruedepthError
+from truedepth.files.kept_lines import KeptLines
 from truedepth.healing.options import Healing
 from truedepth.healing.text import Part, part_documents
 from truedepth.progress import note
@@ -85,21 +85,23 @@ class Answering:
             file: Keeps the answers; made if it is not there.
 
         Raises:
-            TruedepthError: The file holds other answers, no prompt leaves room for an answer, or
-                one cannot be used (see `prompt_ids`).
+            TruedepthError: The file holds other answers or another run is using it, no prompt
+                leaves room for an answer, or one cannot be used (see `prompt_ids`).
         """
-        batches = self._batches(prompts)
-        for kept in self._kept(file):
-            _, batch = next(batches, (0, []))
-            if [each.get("prompt", each.get("messages")) for each in kept] != [p for p, _ in batch]:
-                raise TruedepthError(f"{file} holds answers to other prompts; name another file.")
-            yield from (each["ids"] for each in kept)
-        with file.open("a", encoding="utf-8") as lines:
-            for number, batch in batches:
-                written = self._answered(number, batch)
-                lines.write("".join(json.dumps(each) + "\n" for each in written))
-                lines.flush()
-                yield from (each["ids"] for each in written)
+        with KeptLines(file, "answers", "answers_of", self._settings()) as kept:
+            for number, batch in self._batches(prompts):
+                start = number * self._batch_size
+                lines = kept.lines[start : start + len(batch)]
+                asked = [prompt for prompt, _ in batch[: len(lines)]]
+                if [line.get(_key(each)) for line, each in zip(lines, asked, strict=True)] != asked:
+                    raise TruedepthError(
+                        f"{file.parent} holds answers to other prompts; give another directory."
+                    )
+                if len(lines) < len(batch):
+                    added = self._answered(number, batch)[len(lines) :]
+                    kept.add(added)
+                    lines = [*lines, *added]
+                yield from (line["ids"] for line in lines)
 
     def _batches(
         self, prompts: Callable[[], Iterable[Prompt]]
@@ -150,33 +152,12 @@ class Answering:
         tokenizer = self.original.tokenizer
         return [
             {
-                ("prompt" if isinstance(prompt, str) else "messages"): prompt,
+                _key(prompt): prompt,
                 "answer": tokenizer.decode(answer, skip_special_tokens=True),
                 "ids": (own + answer)[: self.length],
             }
             for (prompt, own), answer in zip(batch, written, strict=True)
         ]
-
-    def _kept(self, file: Path) -> list[list[dict[str, Any]]]:
-        """The batches of lines that a file has; what is behind the last whole one is cut off."""
-        settings = self._settings()
-        first = json.dumps({"settings": settings}) + "\n"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(first, encoding="utf-8")
-            return []
-        header, *lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        if header != first:
-            raise TruedepthError(
-                f"{file} holds answers by another model, or with other settings ({settings}); name"
-                " another file for these."
-            )
-        size = self._batch_size
-        whole = len([line for line in lines if line.endswith("\n")]) // size * size
-        if whole < len(lines):
-            file.write_text("".join([header, *lines[:whole]]), encoding="utf-8")
-        kept = [json.loads(line) for line in lines[:whole]]
-        return [kept[start : start + size] for start in range(0, whole, size)]
 
     def _settings(self) -> Mapping[str, Any]:
         return {
@@ -186,6 +167,10 @@ class Answering:
             "length": self.length,
             "seed": self.options.seed,
         }
+
+
+def _key(prompt: Prompt) -> str:
+    return "prompt" if isinstance(prompt, str) else "messages"
 
 
 def first_sentences(documents: Iterable[str]) -> Iterator[str]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
 from torch import Tensor
 
 from truedepth.checkpoint.card import model_card
@@ -36,6 +35,7 @@ from truedepth.healing.student import (
     is_trained,
     merged_tensors,
     original_beside,
+    save_adapter,
     student_of,
 )
 from truedepth.healing.teacher import KeptPredictions, Original, Teacher
@@ -148,7 +148,7 @@ def heal(
             with contextlib.ExitStack() as stack:
                 if adapter is not None:
                     partial = stack.enter_context(atomic_directory(adapter, force))
-                    _save_adapter(trained, lora, partial)
+                    save_adapter(trained, lora, partial)
                 run.write(values, record, out, shard_size, force)
     state.wait_for_everyone()
     return Healed(
@@ -392,13 +392,3 @@ def _with_device_and_dtype(options: Healing, original: Source) -> tuple[Healing,
         dtype = torch.float32 if device == "cpu" else fast_dtype(original, torch.device(device))
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
     return replace(options, device=device, dtype=dtype), dtype
-
-
-def _save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:
-    """Save the LoRA adapter, with the names that peft's `save_pretrained` gives."""
-    held = {
-        f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
-        for name, value in trained.items()
-    }
-    save_file(held, directory / "adapter_model.safetensors")
-    lora.save_pretrained(str(directory))

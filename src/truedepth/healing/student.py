@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -147,3 +149,13 @@ def merged_tensors(
             name = name.partition(f".{LORA_DOWN}")[0] + ".weight"
             found[name] = source.tensors[name].read().float() + lora.lora_alpha / lora.r * up @ down
     return found
+
+
+def save_adapter(trained: Mapping[str, Tensor], lora: Any, directory: Path) -> None:
+    """Save the LoRA adapter, with the names that peft's `save_pretrained` gives."""
+    held = {
+        f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
+        for name, value in trained.items()
+    }
+    save_file(held, directory / "adapter_model.safetensors")
+    lora.save_pretrained(str(directory))

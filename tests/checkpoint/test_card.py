@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import truedepth as td
-from truedepth.checkpoint.card import model_card
+from truedepth.checkpoint.card import model_card, with_figures
 from truedepth.checkpoint.records import (
     CalibrationRecord,
     HealingRecord,
@@ -76,3 +76,13 @@ def test_what_was_refitted_and_trained(make_model, which):
     ):
         healed = " ".join(model_card(source, plan, plan.all_reduces, None, healing(train)).split())
         assert f"{how} toward the original on 1,024 tokens of novel.txt." in healed
+
+
+def test_figures_are_added_and_replaced():
+    card = "---\ntags: [a]\n---\n\n# M\n\nText.\n"
+    one = with_figures(card, "Loss on a.txt", "| a |")
+    assert one == card + "\n## Measured\n\n### Loss on a.txt\n\n| a |\n"
+    two = with_figures(one, "Probes", "| b |")
+    assert two == one + "\n### Probes\n\n| b |\n"
+    assert with_figures(two, "Loss on a.txt", "| c |") == two.replace("| a |", "| c |")
+    assert with_figures(two, "Probes", "| d |") == two.replace("| b |", "| d |")

@@ -81,6 +81,22 @@ def test_convert_eval_generate_info(run, make_model, tmp_path, text):
     assert json.loads((tmp_path / "j").read_text())["excess"] == pytest.approx(measured.excess)
     assert f"{measured.excess:.4f} ± {measured.excess_stderr:.4f}" in printed
 
+    before = (out / "README.md").read_text()
+    assert run("eval", out, "--against", make_model(), *arguments, "--card")[0] == 0
+    card = (out / "README.md").read_text()
+    assert card.startswith(before)
+    assert f"### Loss on {text.name}\n" in card
+    assert f"| excess loss | {measured.excess:.4f} ±" in card
+    few = ["--max-new-tokens", 4, "--card"]
+    assert run("eval", out, "--against", make_model(), "--generation", *few)[0] == 0
+    card = (out / "README.md").read_text()
+    assert f"### Loss on {text.name}\n" in card
+    assert "### Generation\n" in card
+    assert "| answers of | tokens | ended by themselves | ending in a loop |\n| - | -: |" in card
+    code, _, said = run("eval", make_model(), *arguments, "--card")
+    assert code == 2
+    assert "is not a checkpoint with a model card that truedepth has written" in said
+
     code, printed, _ = run("generate", out, "the cat", "--max-new-tokens", 8)
     assert code == 0
     code, again, _ = run("generate", out, "the cat", "--max-new-tokens", 8)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from truedepth.checkpoint.records import CalibrationRecord, HealingRecord
+from truedepth.errors import TruedepthError
+from truedepth.plan.config import plan_of
 from truedepth.plan.plan import Plan
 from truedepth.sources.source import Source
 from truedepth.version import __version__
@@ -12,6 +17,9 @@ TRAINED = {
     "all": "all weights were",
     "lora": "low-rank additions to {} were",
 }
+
+MEASURED = "## Measured"
+"""The heading of what `truedepth eval --card` adds."""
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -100,6 +108,39 @@ model = {auto}.from_pretrained("THIS", trust_remote_code=True{simulate})
 `trust_remote_code` is not needed after `import truedepth`. The {reader[4:].lower()} has no code;
 without the argument, transformers 5 asks about the model's. The licence is the original's.
 """
+
+
+def card_of(source: Source) -> Path:
+    """The model card's file in a checkpoint that truedepth has made.
+
+    Raises:
+        TruedepthError: There is none.
+    """
+    path = source.path / "README.md"
+    if plan_of(source.config) is None or not path.is_file():
+        raise TruedepthError(
+            f"{source.path} is not a checkpoint with a model card that truedepth has written, which"
+            " the figures could go to."
+        )
+    return path
+
+
+def with_figures(card: str, title: str, figures: str) -> str:
+    """A card with measured figures under a title, instead of those that it had there.
+
+    Args:
+        card: The card.
+        title: What was measured.
+        figures: Markdown.
+    """
+    if MEASURED not in card:
+        card = f"{card.rstrip()}\n\n{MEASURED}\n"
+    heading = f"### {title}\n"
+    before, found, behind = card.partition(heading)
+    if found:
+        others = re.split(r"^(?=##)", behind, maxsplit=1, flags=re.MULTILINE)[1:]
+        return "\n".join([f"{before}{heading}", f"{figures}\n", *others])
+    return f"{card.rstrip()}\n\n{heading}\n{figures}\n"
 
 
 def _ranks(plan: Plan) -> tuple[str, str]:

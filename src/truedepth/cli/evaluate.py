@@ -89,6 +89,10 @@ def evaluate(
     batch_size: Annotated[
         str, typer.Option(help="Windows, items or prompts per forward pass: a number or auto.")
     ] = "auto",
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Also write the figures into the model card of MODEL."),
+    ] = False,
     allow_pickle: bool,
     trust_remote_code: bool,
     json_path: JsonPath = None,
@@ -111,16 +115,21 @@ def evaluate(
     batch = _batch_size(batch_size)
     sizes = _lengths(lengths)
     prepare(seed)
+
+    from truedepth.checkpoint.card import card_of, with_figures
+    from truedepth.files.atomic import whole_file
+    from truedepth.report.evaluation import tables_of, title_of
+    from truedepth.report.tables import print_tables
+
     measured, original = (
         trusted(each, allow_pickle, trust_remote_code) if each is not None else None
         for each in (model, against)
     )
     assert measured is not None
+    readme = card_of(measured) if card else None
     options: dict[str, Any] = {"against": original, "device": device, "dtype": dtype.torch()}
-    report: Any
     if tasks is not None:
         from truedepth.evaluation.accuracy import task_scores
-        from truedepth.report.evaluation import print_scores as report
 
         found: Any = task_scores(
             measured,
@@ -134,7 +143,6 @@ def evaluate(
         )
     elif generation:
         from truedepth.evaluation.generation import generation as answers
-        from truedepth.report.evaluation import print_generation as report
 
         found = answers(
             measured,
@@ -146,12 +154,10 @@ def evaluate(
         )
     elif probes:
         from truedepth.evaluation.probes import probe
-        from truedepth.report.evaluation import print_probes as report
 
         found = probe(measured, items=items, lengths=sizes, seed=seed, **options)
     else:
         from truedepth.evaluation.perplexity import perplexity
-        from truedepth.report.evaluation import print_losses as report
 
         found = perplexity(
             measured,
@@ -162,7 +168,13 @@ def evaluate(
             **options,
         )
     write_json(json_path, found.to_dict())
-    report(found)
+    tables = tables_of(found)
+    print_tables(tables)
+    if readme is not None:
+        figures = "\n\n".join(each.markdown() for each in tables)
+        with_them = with_figures(readme.read_text(encoding="utf-8"), title_of(found), figures)
+        with whole_file(readme) as partial:
+            partial.write_text(with_them, encoding="utf-8")
 
 
 def _check_together(

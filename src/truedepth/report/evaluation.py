@@ -1,20 +1,41 @@
-"""What `eval` prints, for a terminal of 80 columns."""
+"""What `eval` shows, as tables for a terminal of 80 columns and for the model card."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from truedepth.evaluation.accuracy import Accuracy
 from truedepth.evaluation.generation import Generation
 from truedepth.evaluation.perplexity import Perplexity
 from truedepth.evaluation.probes import Probes
-from truedepth.report.tables import console, print_rows
+from truedepth.report.tables import Rows
+
+Found = Perplexity | Accuracy | Generation | Probes
 
 
-def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
-    """The rows that `truedepth eval` prints: a name and a value each."""
+def title_of(found: Found) -> str:
+    """What was measured, as a heading."""
+    if isinstance(found, Perplexity):
+        return f"Loss on {Path(found.text).name}"
+    if isinstance(found, Accuracy):
+        return f"Benchmarks: {', '.join(dict.fromkeys(score.task for score in found.scores))}"
+    return "Generation" if isinstance(found, Generation) else "Probes"
+
+
+def tables_of(found: Found) -> list[Rows]:
+    """The tables of a measurement."""
+    if isinstance(found, Perplexity):
+        return [Rows(_losses(found))]
+    if isinstance(found, Accuracy):
+        return _scores(found)
+    return _generation(found) if isinstance(found, Generation) else _probes(found)
+
+
+def _losses(measured: Perplexity) -> list[tuple[str, str]]:
     rows = [
         ("model", measured.model),
         *([("original", measured.against)] if measured.against else []),
-        ("text", measured.text),
+        ("text", Path(measured.text).name),
         (
             "windows",
             f"{measured.windows} of {measured.window} tokens; {measured.tokens:,} predicted",
@@ -34,17 +55,12 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, str]]:
     return rows
 
 
-def print_losses(measured: Perplexity) -> None:
-    """Print losses on text."""
-    print_rows(perplexity_rows(measured))
-
-
-def print_generation(found: Generation) -> None:
-    """Print what a model writes, beside what its original writes."""
+def _generation(found: Generation) -> list[Rows]:
+    """What a model writes, beside what its original writes."""
     rows = [
         ("model", found.model),
         *([("original", found.against)] if found.against else []),
-        ("prompts", f"{found.answers} of {found.prompts}"),
+        ("prompts", f"{found.answers} of {Path(found.prompts).name}"),
         ("answers", f"of at most {found.max_new_tokens} tokens, always the most likely one"),
         ("dtype", found.dtype),
     ]
@@ -55,23 +71,21 @@ def print_generation(found: Generation) -> None:
             ("first difference", f"behind {found.followed:.1f} tokens on average"),
             ("identical answers", f"{found.identical:.1%}"),
         ]
-    print_rows(rows)
-    console().print()
-    written = {"original": found.original, "model": found.written}
-    print_rows(
+    both = {"original": found.original, "model": found.written}
+    written = Rows(
         [
             (name, f"{each.length:.1f}", f"{each.ended:.1%}", f"{each.loops:.1%}")
-            for name, each in written.items()
+            for name, each in both.items()
             if each is not None
         ],
         header=("answers of", "tokens", "ended by themselves", "ending in a loop"),
-        words=(0,),
     )
+    return [Rows(rows), written]
 
 
-def print_probes(found: Probes) -> None:
-    """Print scores on probes."""
-    print_rows(
+def _probes(found: Probes) -> list[Rows]:
+    """Scores on probes."""
+    settings = Rows(
         [
             ("model", found.model),
             *([("original", found.against)] if found.against else []),
@@ -79,15 +93,10 @@ def print_probes(found: Probes) -> None:
             ("dtype", found.dtype),
         ]
     )
-    console().print()
     if found.against is None:
-        print_rows(
-            [(s.task, str(s.items), _score_text(s.value, s.stderr)) for s in found.scores],
-            header=("probe", "items", "right"),
-            words=(0,),
-        )
-        return
-    print_rows(
+        alone = [(s.task, str(s.items), _score_text(s.value, s.stderr)) for s in found.scores]
+        return [settings, Rows(alone, header=("probe", "items", "right"))]
+    compared = Rows(
         [
             (
                 score.task,
@@ -99,15 +108,15 @@ def print_probes(found: Probes) -> None:
             for score in found.scores
         ],
         header=("probe", "items", "original", "model", "difference"),
-        words=(0,),
     )
+    return [settings, compared]
 
 
-def print_scores(found: Accuracy) -> None:
-    """Print scores on benchmarks; the average is over each task's first metric."""
+def _scores(found: Accuracy) -> list[Rows]:
+    """Scores on benchmarks; the average is over each task's first metric."""
     scores = found.scores
     shots = found.num_fewshot
-    print_rows(
+    settings = Rows(
         [
             ("model", found.model),
             *([("original", found.against)] if found.against else []),
@@ -115,7 +124,6 @@ def print_scores(found: Accuracy) -> None:
             ("dtype", found.dtype),
         ]
     )
-    console().print()
     firsts = list({score.task: score for score in reversed(scores)}.values())[::-1]
     if found.against is None:
         rows = [
@@ -124,8 +132,7 @@ def print_scores(found: Accuracy) -> None:
         ]
         average = sum(score.value for score in firsts) / len(firsts)
         rows.append(("average", "", "", f"{average:.1%}"))
-        print_rows(rows, header=("task", "metric", "items", "score"), words=(0, 1))
-        return
+        return [settings, Rows(rows, ("task", "metric", "items", "score"), words=(0, 1))]
     compared = [
         (
             score.task,
@@ -144,11 +151,8 @@ def print_scores(found: Accuracy) -> None:
     compared.append(
         ("average", "", "", f"{theirs:.1%}", f"{ours:.1%}", f"{ours - theirs:+.1%}", kept)
     )
-    print_rows(
-        compared,
-        header=("task", "metric", "items", "original", "model", "difference", "kept"),
-        words=(0, 1),
-    )
+    header = ("task", "metric", "items", "original", "model", "difference", "kept")
+    return [settings, Rows(compared, header, words=(0, 1))]
 
 
 def _score_text(value: float, stderr: float | None, sign: str = "") -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +43,31 @@ def print_rows(
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table, to be printed or written as Markdown."""
+
+    rows: Sequence[Sequence[str]]
+    header: Sequence[str] | None = None
+    words: Sequence[int] = (0,)
+    """See `print_rows`."""
+
+    def markdown(self) -> str:
+        """The table as Markdown, without an end of line."""
+        header = self.header or [""] * len(self.rows[0])
+        lines = ["-:" if self.header and i not in self.words else "-" for i, _ in enumerate(header)]
+        cells = [header, lines, *self.rows]
+        return "\n".join("| " + " | ".join(row).replace("\n", " ") + " |" for row in cells)
+
+
+def print_tables(tables: Iterable[Rows]) -> None:
+    """Print tables, with an empty line between them."""
+    for number, table in enumerate(tables):
+        if number:
+            console().print()
+        print_rows(table.rows, table.header, table.words)
 
 
 def plan_rows(plan: Plan, executed: Plan | None = None) -> list[tuple[str, str]]:

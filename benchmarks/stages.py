@@ -1,4 +1,4 @@
-"""Speed of layers in pairs and staggered, as they are and fused, at equal numbers of all-reduces.
+"""Speed of pairs, staggered and rank-local stages, as they are and fused, at equal all-reduces.
 
     python benchmarks/stages.py --json PATH [--model default] [--all-reduces 46,40] [--ranks 1,2]
         [--length 128] [--repetitions 15]
@@ -7,7 +7,8 @@ Timed is one token with a full cache, in transformers, nothing compiled: in one 
 tensor-parallel over ranks of this machine. All models are loaded at once and take turns, and each
 run is divided by the original's of the same turn. Weights are the original's: which sub-layers are
 merged, and whether they are calibrated, does not affect speed. `fused` is `truedepth.fuse`, also of
-the original, whose single sub-layers it joins.
+the original, whose single sub-layers it joins. Rank-local stages are timed over several ranks only;
+they are those of the staggered plan.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.distributed import DistributedConfig
 
 import truedepth as td
 from rows import machine, parser_of, report
-from truedepth.plan.stages import FFN, Sublayer, staggered_stages
+from truedepth.plan.stages import FFN, LocalStage, Sublayer, staggered_stages
 from truedepth.runtime.device import fast_dtype
 from truedepth.speed.ranks import run_ranks
 from truedepth.speed.timing import Case, Task, in_turn
@@ -61,6 +62,12 @@ def plans(layers: int, numbers: list[int]) -> dict[str, td.Plan]:
         found[f"pairs, {number}"] = td.Plan.late_pairs(layers, saved // 2)
         found[f"staggered, {number}"] = staggered(layers, number)
     return found
+
+
+def local(plan: td.Plan, ranks: int) -> td.Plan:
+    """The plan with all of its stages of several sub-layers local to so many ranks."""
+    stages = [LocalStage(stage, ranks) for stage in plan.stages if len(stage) > 1]
+    return td.Plan(plan.num_layers, stages=stages)
 
 
 def loaded(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, TimedTransformersModel]:
@@ -123,8 +130,15 @@ def main() -> None:
             paths[name] = Path(directory) / name
             td.convert(source, paths[name], plan, pad_heads=max(ranks))
         for count in ranks:
-            run = timed if count == 1 else partial(run_ranks, count, timed)
-            result[f"{count} ranks"] = run(paths, case, arguments.repetitions, dtype)
+            run, own = timed, dict(paths)
+            if count > 1:
+                run = partial(run_ranks, count, timed)
+                for number in numbers:
+                    name = f"local, {number}"
+                    own[name] = Path(directory) / f"{name}, {count}"
+                    plan = local(staggered(source.num_layers, number), count)
+                    td.convert(source, own[name], plan, pad_heads=max(ranks))
+            result[f"{count} ranks"] = run(own, case, arguments.repetitions, dtype)
     report(result, arguments.json)
 
 

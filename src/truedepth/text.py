@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,15 +60,8 @@ def read_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
     Raises:
         TruedepthError: It cannot be read, or a line is no UTF-8.
     """
-    try:
+    with _reading(path, what):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise TruedepthError(f"Cannot read {what} {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        number = undecodable_line(path)
-        raise TruedepthError(
-            f"{path}, line {number}: not UTF-8 text; save the file as UTF-8."
-        ) from error
     yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -85,23 +79,29 @@ def documents(path: str | Path) -> Iterator[str]:
         )
     check_characters(str(path), f"The name of the text {path}")  # checkpoints record it
     empty = True
+    with _reading(path, "the text"), path.open(encoding="utf-8-sig") as file:
+        lines = enumerate(file, 1) if path.suffix == ".jsonl" else [(0, file.read())]
+        for number, line in lines:
+            if line.strip():
+                document = _document(line, path, number) if number else _plain(line, path)
+                empty = empty and not document.strip()
+                yield document
+    if empty:
+        raise TruedepthError(f"{path} is empty; give a file with text.")
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Say in a sentence why a file cannot be read."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = enumerate(file, 1) if path.suffix == ".jsonl" else [(0, file.read())]
-            for number, line in lines:
-                if line.strip():
-                    document = _document(line, path, number) if number else _plain(line, path)
-                    empty = empty and not document.strip()
-                    yield document
+        yield
     except OSError as error:
-        raise TruedepthError(f"Cannot read the text {path}: {error.strerror}.") from error
+        raise TruedepthError(f"Cannot read {what} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         number = undecodable_line(path)
         raise TruedepthError(
             f"Line {number} of {path} is not UTF-8 text; save the file as UTF-8."
         ) from error
-    if empty:
-        raise TruedepthError(f"{path} is empty; give a file with text.")
 
 
 def undecodable_line(path: Path) -> int:

@@ -145,7 +145,7 @@ def test_errors_of_the_harness(make_model, tasks, monkeypatch, error):
     [
         (b'{"query": "a \\ud83d", "choices": ["x", "y"], "gold": 1}', r"line 2 holds .*\\ud83d"),
         (b'{"query": "a", "choices": ["x", "\\ude00"], "gold": 1}', r"line 2 holds .*\\ude00"),
-        (b'{"query": "\xff", "choices": ["x", "y"], "gold": 1}', "line 2: not UTF-8"),
+        (b'{"query": "\xff", "choices": ["x", "y"], "gold": 1}', "Line 2 of .*is not UTF-8"),
         (b"[" * 200_000, "line 2: not valid JSON"),
     ],
 )

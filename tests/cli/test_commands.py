@@ -94,7 +94,7 @@ OUT_OF_BOUNDS = [
     (["eval", "a", "--windows", "-1"], "--windows must be at least 0, not -1."),
     (["eval", "a", "--batch-size", "0"], "--batch-size must be a number or auto, not '0'."),
     (["eval", "a", "--limit", "0"], "--limit must be at least 1, not 0."),
-    (["eval", "a", "--num-fewshot", "0"], "--limit go with --tasks."),
+    (["eval", "a", "--num-fewshot", "0"], "--run-code go with --tasks."),
     (["eval", "a", "--tasks", "b", "--num-fewshot", "-1"], "--num-fewshot must be at least 0"),
     (["bench", "a", "--lengths", "0"], "lengths must be at least 1, not 0."),
     (["bench", "a", "--batch", "1,0"], "batches must be at least 1, not 0."),

@@ -155,3 +155,42 @@ def test_items_that_are_no_text(make_model, tasks, line, words):
     path.write_bytes(path.read_bytes() + b"\n" + line)
     with pytest.raises(td.TruedepthError, match=words):
         task_scores(make_model(), ["piqa"], task_dir=directory)
+
+
+def test_requests_go_through_the_chat_template(make_model, tasks, tmp_path, monkeypatch):
+    out, directory = tmp_path / "chat", tasks(QUESTIONS)
+    shutil.copytree(make_model(), out)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
+    )
+    tokenizer.save_pretrained(out)
+    asked = []
+    plain = lm_eval.simple_evaluate
+
+    def evaluate(*arguments, **options):
+        found = plain(*arguments, **options)
+        asked.extend(item["arguments"][0][0] for item in found["samples"]["gsm8k"])
+        return found
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    found = task_scores(out, ["gsm8k"], task_dir=directory, num_fewshot=1, limit=2, chat=True)
+    assert found.chat
+    for request, question in zip(asked, QUESTIONS, strict=False):
+        example, reply, last = request.removesuffix("\n[assistant]").split("\n[")
+        assert example.startswith("[user] ")
+        assert reply.startswith("assistant] ")
+        assert last.startswith("user] ")
+        assert question in last
+    with pytest.raises(td.TruedepthError, match="has no chat template for --chat"):
+        task_scores(make_model(), ["gsm8k"], task_dir=directory, num_fewshot=1, chat=True)
+
+
+def test_code_is_run_if_that_is_allowed(make_model, tasks, monkeypatch):
+    def refuse(*_, confirm_run_unsafe_code, **__):
+        assert not confirm_run_unsafe_code
+        raise ValueError("Attempted to run task: humaneval which is marked as unsafe. Set …")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", refuse)
+    with pytest.raises(td.TruedepthError, match="on this machine; allow it with --run-code"):
+        task_scores(make_model(), ["piqa"], task_dir=tasks(QUESTIONS))

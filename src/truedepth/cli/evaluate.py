@@ -59,6 +59,8 @@ def evaluate(
     ] = None,
     num_fewshot: Annotated[int | None, TASKS],
     limit: Annotated[int | None, TASKS],
+    chat: Annotated[bool, TASKS],
+    run_code: Annotated[bool, TASKS],
     generation: Annotated[
         bool,
         GENERATION,
@@ -109,7 +111,13 @@ def evaluate(
     """Measure loss on text, benchmarks, generation or probes; --against adds the original's."""
     _check_together(
         {"--text": text, "--tasks": tasks, "--generation": generation, "--probes": probes},
-        {"--task-dir": task_dir, "--num-fewshot": num_fewshot, "--limit": limit},
+        {
+            "--task-dir": task_dir,
+            "--num-fewshot": num_fewshot,
+            "--limit": limit,
+            "--chat": chat or None,
+            "--run-code": run_code or None,
+        },
         {"--prompts": prompts, "--raw": raw or None},
     )
     batch = _batch_size(batch_size)
@@ -137,6 +145,8 @@ def evaluate(
             task_dir=task_dir,
             num_fewshot=num_fewshot,
             limit=limit,
+            chat=chat,
+            run_code=run_code,
             batch_size=batch or "auto",
             seed=seed,
             **options,
@@ -187,7 +197,7 @@ def _check_together(
     if len(several) > 1:
         raise TruedepthError(f"{several[0]} and {several[1]} are two measurements; run eval twice.")
     if "--tasks" not in several and any(value is not None for value in of_tasks.values()):
-        raise TruedepthError("--task-dir, --num-fewshot and --limit go with --tasks.")
+        raise TruedepthError(f"{', '.join(of_tasks)} go with --tasks.")
     if "--generation" not in several and any(v is not None for v in of_generation.values()):
         raise TruedepthError("--prompts and --raw go with --generation.")
 

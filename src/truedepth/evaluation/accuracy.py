@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ class Accuracy:
     limit: int | None
     """Most items per task or subtask; None for all."""
 
+    chat: bool
+    """Whether requests went through the chat template."""
+
     seed: int
     dtype: str
     versions: dict[str, str]
@@ -68,6 +72,8 @@ def task_scores(
     task_dir: str | Path | None = None,
     num_fewshot: Annotated[int | None, Bounds(0)] = None,
     limit: Annotated[int | None, Bounds(1)] = None,
+    chat: bool = False,
+    run_code: bool = False,
     batch_size: Annotated[int | str, Bounds(1)] = "auto",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -85,14 +91,16 @@ def task_scores(
         task_dir: Directory of JSONL files.
         num_fewshot: Examples before every question; default: each task's own number.
         limit: Most items per task, or per subtask if a task has several; default: all.
+        chat: Ask through the chat template, with every example as a question and an answer.
+        run_code: Run the code that models write for tasks such as humaneval, on this machine.
         batch_size: A number, or `auto`: 8 on a CPU, the largest that fits on a GPU.
         device: Device of the models, unless they are loaded already.
         dtype: Dtype of the models, unless they are loaded already.
         seed: Random seed for choosing examples.
 
     Raises:
-        TruedepthError: A task is unknown, its file is malformed, lm-eval is not installed, or it
-            fails.
+        TruedepthError: A task is unknown, its file is malformed, a tokenizer has no chat template,
+            lm-eval is not installed, or it fails.
     """
     try:
         import lm_eval
@@ -108,8 +116,11 @@ def task_scores(
         configs = local_tasks(task_dir, tasks, num_fewshot)
     else:
         configs = _harness_tasks(manager, tasks)
-    run = _Run(configs, manager, num_fewshot, limit, batch_size, seed)
+    run = _Run(configs, manager, num_fewshot, limit, chat, run_code, batch_size, seed)
     models = [opened(each) for each in (model, against) if each is not None]
+    for source in map(source_of, models):
+        if chat and not source.tokenizer.chat_template:
+            raise TruedepthError(f"The tokenizer of {source.name} has no chat template for --chat.")
     names = [source_of(each).label for each in models]
     results, dtypes = [], []
     for each in models:
@@ -127,6 +138,7 @@ def task_scores(
         ],
         num_fewshot=num_fewshot,
         limit=limit,
+        chat=chat,
         seed=seed,
         dtype=dtypes[0],
         versions={
@@ -158,6 +170,8 @@ class _Run:
     manager: Any
     num_fewshot: int | None
     limit: int | None
+    chat: bool
+    run_code: bool
     batch_size: int | str
     seed: int
 
@@ -191,6 +205,8 @@ class _Run:
         if batch_size == "auto" and loaded.model.device.type == "cpu":
             batch_size = CPU_BATCH_SIZE  # the harness would first try 64 of the longest length
         tasks = [config for configs in self.configs.values() for config in configs]
+        if self.run_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric asks for, besides
         try:
             with quiet(), as_the_harness_needs(loaded):
                 harness = harness_model(loaded, batch_size)
@@ -200,6 +216,9 @@ class _Run:
                     task_manager=self.manager,
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
+                    apply_chat_template=self.chat,
+                    fewshot_as_multiturn=self.chat,
+                    confirm_run_unsafe_code=self.run_code,
                     log_samples=True,
                     bootstrap_iters=0,
                     random_seed=self.seed,
@@ -210,6 +229,11 @@ class _Run:
         except TruedepthError:
             raise
         except Exception as error:  # tasks run code of their own
+            if "marked as unsafe" in str(error) and not self.run_code:
+                raise TruedepthError(
+                    f"{', '.join(self.configs)}: a task runs the code that models write on this"
+                    " machine; allow it with --run-code (run_code=True in Python)."
+                ) from error
             raise TruedepthError(
                 f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason_of(error)}"
             ) from error

@@ -53,7 +53,7 @@ class Answering:
         Args:
             directory: Directory for the answers, unless the options name one.
         """
-        directory = self.options.keep_answers or directory
+        directory = (self.options.keep_answers or directory).expanduser()
         found = []
         for index, part in enumerate(self.options.own_answers, 1):
             documents = self.documents(

@@ -48,7 +48,7 @@ def rolled_out(
 
 def _uniform(seed: int, number: int, count: int) -> Tensor:
     """Numbers from 0 to 1 that belong to a window."""
-    generator = torch.Generator().manual_seed(hash((seed, number)) % (1 << 63))
+    generator = torch.Generator().manual_seed(((seed << 32) + number) % (1 << 63))
     return torch.rand(count, generator=generator)
 
 

@@ -175,6 +175,21 @@ def test_divergences_are_as_written_down(source, make_model, form):
     )
 
 
+def test_divergences_are_float32_under_autocast(source):
+    """Autocast takes inner products in 16 bits, and a KL is a small difference of two."""
+    model = td.load(source, dtype=torch.float32).model
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    reference, _ = Original(model).predict(ids, torch.arange(2), 1.0, False)
+    logits = reference.logits(slice(0, 16))
+    near = logits + 0.01 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    for form in (0.0, 0.3, 1.0):
+        expected = reference.divergence(slice(0, 16), near, form)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = reference.divergence(slice(0, 16), near, form)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
+
+
 def test_training_on_answers_and_on_policy(make_model, prompts, prose, tmp_path):
     td.convert(make_model(), tmp_path / "converted", td.Plan(6, [[1, 2], [4, 5]]))
     options = Healing(

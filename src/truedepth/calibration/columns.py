@@ -51,11 +51,13 @@ def arrange(
     squares, varying = _features(walk, stage, ffns) if ffns else ({}, {})
     for ffn, own in ffns.items():
         members = walk.loaded((stage,), weights)[0][: stage.index(ffn) + 1]
-        missed = Missed(_missed_by_columns(walk, own, squares[ffn], members, seen[ffn]))
+        linear = _missed_by_columns(walk, own, squares[ffn], members, seen[ffn])
+        missed, device = Missed(linear.to(walk.stack.device)), walk.stack.device
         for attention, moments in varying[ffn].items():
             heads = _heads(walk, attention, weights, seen[attention])
-            missed.heads.append((_written_for(own, heads, stage.ranks), moments.beside))
-        own.reorder(missed.least().argsort(stable=True))
+            written = [each.to(device) for each in _written_for(own, heads, stage.ranks)]
+            missed.heads.append((written, moments.beside.to(device)))
+        own.reorder(missed.least().argsort(stable=True).cpu())
 
 
 @dataclass(frozen=True)

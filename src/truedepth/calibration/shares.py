@@ -37,7 +37,7 @@ class Missed:
 
     def _lacking(self, found: Tensor, rank: int) -> Tensor:
         """`Σ_j (T_rᵀ T_r ⊙ C)[i, j]` over the columns j that a rank has not, `[columns]`."""
-        lacking = torch.zeros(len(found), dtype=torch.float64)
+        lacking = self.linear.new_zeros(len(found))
         for writes, covariance in self.heads:
             missing = writes[rank] * (found != rank)
             lacking += (writes[rank] * (missing @ covariance)).sum(0, dtype=torch.float64)
@@ -45,7 +45,7 @@ class Missed:
 
     def _between(self, rank: int, some: Tensor, others: Tensor) -> Tensor:
         """`(T_rᵀ T_r ⊙ C)[some, others]`."""
-        between = torch.zeros(len(some), len(others), dtype=torch.float64)
+        between = self.linear.new_zeros(len(some), len(others))
         for writes, covariance in self.heads:
             each = writes[rank]
             between += each[:, some].T @ each[:, others] * covariance[:, others][some]
@@ -62,7 +62,7 @@ class Missed:
         found = balanced(self.linear + alone.sum(1, keepdim=True) - alone)
         lacking = torch.stack([self._lacking(found, rank) for rank in range(ranks)], 1)
         total = self.total(found)
-        every = torch.arange(columns)
+        every = torch.arange(columns, device=found.device)
         for _ in range(columns):
             # what it costs if column i goes to rank s while all others stay
             own = found[:, None]
@@ -72,7 +72,7 @@ class Missed:
             if -gain <= LEAST * total:
                 break
             for column, to in ((one, found[other].clone()), (other, found[one].clone())):
-                at = torch.tensor([column])
+                at = every[column : column + 1]
                 lacking[:, found[column]] += self._between(int(found[column]), every, at)[:, 0]
                 lacking[:, to] -= self._between(int(to), every, at)[:, 0]
                 found[column] = to
@@ -95,7 +95,7 @@ class Missed:
             yield float(cost.flatten()[best]), (int(one), int(other))
 
     def _diagonal(self, rank: int) -> Tensor:
-        alone = torch.zeros(len(self.linear), dtype=torch.float64)
+        alone = self.linear.new_zeros(len(self.linear))
         for writes, covariance in self.heads:
             alone += writes[rank].square().sum(0) * covariance.diagonal()
         return alone
@@ -113,7 +113,7 @@ def balanced(missed: Tensor) -> Tensor:
         `[columns]` int64.
     """
     columns, ranks = missed.shape
-    found = torch.arange(columns) // (columns // ranks)
+    found = torch.arange(columns, device=missed.device) // (columns // ranks)
     total = missed.gather(1, found[:, None]).sum()
     while True:
         for first, second in combinations(range(ranks), 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,42 +105,38 @@ def task_scores(
     try:
         import lm_eval
     except ImportError as error:
-        raise TruedepthError(
-            "Tasks need lm-evaluation-harness: pip install 'truedepth[report]'."
-        ) from error
+        way = "pip install 'truedepth[report]'"
+        raise TruedepthError(f"Tasks need lm-evaluation-harness: {way}.") from error
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=task_dir is None)
-    configs: Mapping[str, Sequence[Any]]
-    if task_dir is not None:
-        configs = local_tasks(task_dir, tasks, num_fewshot)
-    else:
-        configs = _harness_tasks(manager, tasks)
+    configs: Mapping[str, Sequence[Any]] = (
+        _harness_tasks(manager, tasks)
+        if task_dir is None
+        else local_tasks(task_dir, tasks, num_fewshot)
+    )
     run = _Run(configs, manager, num_fewshot, limit, chat, run_code, batch_size, seed)
     models = [opened(each) for each in (model, against) if each is not None]
-    for source in map(source_of, models):
-        if chat and not source.tokenizer.chat_template:
-            raise TruedepthError(f"The tokenizer of {source.name} has no chat template for --chat.")
-    names = [source_of(each).label for each in models]
-    results, dtypes = [], []
+    if chat:
+        _check_templates(map(source_of, models))
+    results = []
     for each in models:
         loaded = load(each, device=device, dtype=dtype)
-        dtypes.append(dtype_name(loaded.model.dtype))
-        results.append(run.scores(loaded))
+        results.append((dtype_name(loaded.model.dtype), run.scores(loaded)))
         del loaded  # frees its memory before the next one is loaded
-    theirs: Results = results[1] if len(results) > 1 else {}
+    theirs: Results = results[1][1] if against is not None else {}
     return Accuracy(
-        model=names[0],
-        against=names[1] if len(names) > 1 else None,
+        model=source_of(models[0]).label,
+        against=source_of(models[1]).label if len(models) > 1 else None,
         scores=[
             task_score(task, metric, scores, theirs.get((task, metric)))
-            for (task, metric), scores in results[0].items()
+            for (task, metric), scores in results[0][1].items()
         ],
         num_fewshot=num_fewshot,
         limit=limit,
         chat=chat,
         seed=seed,
-        dtype=dtypes[0],
+        dtype=results[0][0],
         versions={
             "truedepth": __version__,
             "lm_eval": lm_eval.__version__,
@@ -148,6 +144,12 @@ def task_scores(
             "torch": torch.__version__,
         },
     )
+
+
+def _check_templates(sources: Iterable[Source]) -> None:
+    for source in sources:
+        if not source.tokenizer.chat_template:
+            raise TruedepthError(f"The tokenizer of {source.name} has no chat template for --chat.")
 
 
 def _harness_tasks(manager: Any, tasks: Sequence[str]) -> Mapping[str, Sequence[Any]]:

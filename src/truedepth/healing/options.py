@@ -74,6 +74,12 @@ class Objective:
     """Weight a of the next-token loss; the divergence from the original has the weight 1 - a. 0 is
     pure distillation, 1 ordinary language-model training."""
 
+    temperature: Annotated[float, Bounds(above=0), TRAINED] = 1.0
+    """Temperature τ of the divergence."""
+
+    hidden: Annotated[float, Bounds(0), TRAINED] = 0.0
+    """Weight b of the error of the hidden states behind what runs together."""
+
     divergence: Annotated[float, Bounds(0, 1), TRAINED] = 0.0
     """Which divergence β: 0 is KL(original ‖ student), 1 is KL(student ‖ original), and between
     them is the generalised Jensen-Shannon divergence (arXiv 2306.13649)."""
@@ -83,12 +89,6 @@ class Objective:
 
     rollout: Annotated[int, Bounds(1), TRAINED] = 128
     """Number of tokens that the student writes at the end of such a window."""
-
-    temperature: Annotated[float, Bounds(above=0), TRAINED] = 1.0
-    """Temperature τ of the divergence."""
-
-    hidden: Annotated[float, Bounds(0), TRAINED] = 0.0
-    """Weight b of the error of the hidden states behind what runs together."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -210,7 +210,8 @@ def _divergence(reference: Tensor, ours: Tensor, form: float) -> Tensor:
 
 def _kl(of: Tensor, beside: Tensor) -> Tensor:
     share = of.exp()
-    kl: Tensor = torch.linalg.vecdot(share, of) - torch.linalg.vecdot(share, beside)
+    with torch.autocast(of.device.type, enabled=False):  # it would take the products in 16 bits
+        kl: Tensor = torch.linalg.vecdot(share, of) - torch.linalg.vecdot(share, beside)
     return kl
 
 

@@ -51,7 +51,7 @@ class LayerStack:
         self.device, self._dtype = torch.device(device), dtype
         self._model: Any = empty_model(source.config, source.path, dtype)
         for name, buffer in self._model.named_buffers():
-            set_module_tensor_to_device(self._model, name, self.device, buffer)
+            set_module_tensor_to_device(self._model, name, self.device, buffer, clear_cache=False)
         # A wide layer's does not follow from its number of heads.
         self.config.head_dim = head_dim(self.config.to_dict())
         self._form = modeling.LayerForm(
@@ -182,7 +182,9 @@ class LayerStack:
         return layer
 
     def _put(self, module: nn.Module, name: str, tensor: LazyTensor) -> None:
-        set_module_tensor_to_device(module, name, self.device, tensor.read(), dtype=self._dtype)
+        set_module_tensor_to_device(
+            module, name, self.device, tensor.read(), dtype=self._dtype, clear_cache=False
+        )
 
     def stages(self, layers: Mapping[int, nn.Module]) -> list[list[LoadedSublayer]]:
         """The stages of layers side by side, by the original layer whose call each takes."""

@@ -190,19 +190,12 @@ def test_divergences_are_float32_under_autocast(source):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
 
 
-def test_training_on_answers_and_on_policy(make_model, prompts, prose, tmp_path):
+def test_training_on_answers_and_on_policy(make_model, prompts, prose, options, tmp_path):
     td.convert(make_model(), tmp_path / "converted", td.Plan(6, [[1, 2], [4, 5]]))
-    options = Healing(
-        text=(TextPart(str(prose)),),
+    options = replace(
+        options,
         own_answers=(TextPart(str(prompts)),),
         answer_tokens=20,
-        tokens=32 * 4 * 12,
-        sequence_length=32,
-        validation=8,
-        micro_batch_size=2,
-        learning_rate=1e-3,
-        eval_every=4,
-        device="cpu",
         objective=Objective(divergence=0.5, on_policy=0.5, rollout=8),
     )
     found = []

@@ -48,21 +48,6 @@ def converted(make_model, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def options(prose):
-    return Healing(
-        text=[TextPart(str(prose))],
-        tokens=32 * 4 * 12,
-        sequence_length=32,
-        validation=8,
-        batch_size=4,
-        micro_batch_size=2,
-        learning_rate=1e-3,
-        eval_every=4,
-        device="cpu",
-    )
-
-
 def student_to_train(source, train):
     family = original_family(source.config, str(source.path))
     return student_of(source, is_trained(family, Layout.of(source), train), torch.float32)

@@ -15,7 +15,7 @@ import truedepth as td
 from tiny_models import random_ids
 from truedepth.families.lookup import original_family
 from truedepth.healing.distillation import Distillation
-from truedepth.healing.options import Healing, Objective, TextPart, Train
+from truedepth.healing.options import Objective, Train
 from truedepth.healing.student import is_trained, original_beside, student_of
 from truedepth.healing.teacher import Original
 from truedepth.healing.training import _Trainer
@@ -62,17 +62,8 @@ def raw(make_model, tmp_path_factory):
 
 
 @pytest.fixture
-def options(prose):
-    return Healing(
-        text=[TextPart(str(prose))],
-        tokens=32 * 4 * 8,
-        sequence_length=32,
-        validation=8,
-        micro_batch_size=2,
-        learning_rate=1e-3,
-        eval_every=4,
-        device="cpu",
-    )
+def options(options):
+    return replace(options, tokens=32 * 4 * 8)
 
 
 def weights(path):

@@ -7,7 +7,6 @@ what the figures were measured on; a directory with another model, text or setti
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,11 +24,8 @@ def name_of(schedule: Schedule) -> str:
     return " ".join(map(str, schedule))
 
 
-class Measurements:
-    """Measurements of a directory, as a context manager that holds a lock on their file.
-
-    Every measurement is written to the file as it is added.
-    """
+class Measurements(KeptLines):
+    """Measurements of a directory; each is written to its file as it is added."""
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
         """Open a directory's measurements, or start new ones.
@@ -54,13 +50,13 @@ class Measurements:
             pass
         except OSError as error:
             raise TruedepthError(f"Cannot write to {directory}: {error.strerror}.") from error
-        self._kept = KeptLines(directory / FILE, "measurements", "measured_on", identity)
+        super().__init__(directory / FILE, "measurements", "measured_on", identity)
         try:
-            for line in self._kept.lines:
+            for line in self.lines:
                 self.nll[line["schedule"]] = torch.tensor(line["nll"], dtype=torch.float64)
         except (KeyError, TypeError, ValueError) as error:
-            self._kept.__exit__(None, None, None)
-            raise self._kept.damaged from error
+            self.close()
+            raise self.damaged from error
 
     def add(self, schedule: Schedule, nll: Tensor) -> None:
         """Keep the NLL of a schedule.
@@ -74,21 +70,10 @@ class Measurements:
         """
         rounded = [round(value, 6) for value in nll.tolist()]
         self.nll[name_of(schedule)] = torch.tensor(rounded, dtype=torch.float64)
-        self._kept.add([{"schedule": name_of(schedule), "nll": rounded}])
+        self.write([{"schedule": name_of(schedule), "nll": rounded}])
 
     def __contains__(self, schedule: Schedule) -> bool:
         return name_of(schedule) in self.nll
 
     def __getitem__(self, schedule: Schedule) -> Tensor:
         return self.nll[name_of(schedule)]
-
-    def __enter__(self) -> Measurements:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._kept.__exit__(kind, error, trace)

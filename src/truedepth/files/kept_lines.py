@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from truedepth.errors import TruedepthError
 
@@ -61,7 +61,7 @@ class KeptLines:
         """The exception for lines that are not what they should be."""
         return TruedepthError(f"{self._path} is damaged; remove it to start again.")
 
-    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write lines behind the others, at once.
 
         Raises:
@@ -78,7 +78,7 @@ class KeptLines:
                 exit_code=1,
             ) from error
 
-    def __enter__(self) -> KeptLines:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -87,6 +87,10 @@ class KeptLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, which ends the lock."""
         with suppress(OSError):  # a write that failed before fails again here
             self._file.close()
 
@@ -105,7 +109,7 @@ class KeptLines:
         except (ValueError, KeyError, TypeError) as error:
             raise self.damaged from error
         if held is None:
-            self.add([{self._key: identity}])
+            self.write([{self._key: identity}])
             return
         for key in identity:
             if held.get(key) != identity[key]:

@@ -89,7 +89,7 @@ class Answering:
                 leaves room for an answer, or one cannot be used (see `prompt_ids`).
         """
         with KeptLines(file, "answers", "answers_of", self._settings()) as kept:
-            for number, batch in self._batches(prompts):
+            for number, batch in enumerate(self._batches(prompts)):
                 start = number * self._batch_size
                 lines = kept.lines[start : start + len(batch)]
                 asked = [prompt for prompt, _ in batch[: len(lines)]]
@@ -97,21 +97,21 @@ class Answering:
                     raise TruedepthError(
                         f"{file.parent} holds answers to other prompts; give another directory."
                     )
+                if not all(isinstance(line.get("ids"), list) for line in lines):
+                    raise kept.damaged
                 if len(lines) < len(batch):
                     added = self._answered(number, batch)[len(lines) :]
-                    kept.add(added)
+                    kept.write(added)
                     lines = [*lines, *added]
                 yield from (line["ids"] for line in lines)
 
     def _batches(
         self, prompts: Callable[[], Iterable[Prompt]]
-    ) -> Iterator[tuple[int, list[tuple[Prompt, list[int]]]]]:
-        """Prompts with their tokens, in numbered batches; those that fill a window are left out."""
+    ) -> Iterator[list[tuple[Prompt, list[int]]]]:
+        """Prompts with their tokens, in batches; those that fill a window are left out."""
         found = self._with_tokens(prompts)
-        number = 0
         while batch := list(islice(found, self._batch_size)):
-            yield number, batch
-            number += 1
+            yield batch
 
     def _with_tokens(
         self, prompts: Callable[[], Iterable[Prompt]]
@@ -138,14 +138,15 @@ class Answering:
     def _answered(self, number: int, batch: list[tuple[Prompt, list[int]]]) -> list[dict[str, Any]]:
         """The lines of a batch."""
         ids = [ids for _, ids in batch]
-        positions = positions_of(self.original.config)
-        room = self.options.answer_tokens if positions is None else positions - max(map(len, ids))
+        longest = self.options.answer_tokens
+        if (positions := positions_of(self.original.config)) is not None:
+            longest = min(longest, positions - max(map(len, ids)))
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed + number)
             written = continuations(
                 self._loaded,
                 ids,
-                min(self.options.answer_tokens, room),
+                longest,
                 self._batch_size,
                 temperature=self.options.answer_temperature,
             )

@@ -198,8 +198,8 @@ class _Run:
     def recorded_options(self) -> dict[str, Any]:
         """The options that config.json records: those that reproduce the run."""
         fields = asdict(self.options)
-        passing = ("text", "device", "tensorboard", "micro_batch_size", "eval_every", "validation")
-        for name in (*passing, "own_answers", "keep_answers"):
+        passing = ("device", "tensorboard", "micro_batch_size", "eval_every", "validation")
+        for name in ("text", "own_answers", "keep_answers", *passing):
             del fields[name]
         return {
             **fields,

@@ -1,18 +1,22 @@
-"""What healing repairs: excess loss against tokens, by plan, start, objective and what is trained.
+"""What healing repairs, by plan, start, objective and what is trained.
 
     python benchmarks/healing.py --plan FILE [--plan FILE…] --calibration FILE [--calibration FILE…]
-        --train-text FILE --text FILE [--text FILE…] --directory DIR --json PATH
-        [--tokens 204800] [--runs kl,next-token,raw,lora] [--dtype bfloat16]
+        --train-text FILE[=W] [--train-text FILE[=W]…] [--own-answers FILE[=W]…] --text FILE…
+        --directory DIR --json PATH [--tokens 204800] [--runs kl,next-token,raw,lora]
+        [--dtype bfloat16] [--answers 128 [--prompts FILE]] [--probes 50] [--task-dir DIR]
 
 Every run heals the calibrated conversion of a plan by distillation, except for what its name says:
 `next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before),
-`lora`, `all`, `hidden`. Rows that are already in the JSON file are not measured again, so the same
-command resumes.
+`lora`, `all`, `hidden`. Measured are losses on every text and, where an option asks for it, greedy
+answers, probes and benchmarks. What is already in the JSON file is not measured again, and a run
+that was cut off resumes, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +28,10 @@ from rows import Rows, losses, parser_of
 from truedepth.healing.options import Healing, Objective, TextPart, Train
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device, fast_dtype
+from truedepth.runtime.loading import Loaded
 
 STARTS = ("raw", "calibrated")
+TASKS = ["arc_easy", "hellaswag", "piqa"]
 
 
 def variant(name: str, healing: Healing) -> Healing:
@@ -45,6 +51,72 @@ def variant(name: str, healing: Healing) -> Healing:
     return replace(healing, **changes)
 
 
+class Bench:
+    """An original and the rows measured so far."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.source = td.open_source(arguments.model)
+        self.device = default_device()
+        self.dtype = fast_dtype(self.source, torch.device(self.device))
+        self.original = self.load(self.source)
+        self.rows = Rows(arguments.json)
+
+    def load(self, model: Any) -> Loaded:
+        """A model to measure."""
+        return td.load(model, device=self.device, dtype=self.dtype)
+
+    def measure(self, key: str, path: Path) -> None:
+        """Measure what a checkpoint loses, unless that was done before."""
+        arguments, against = self.arguments, {"against": self.original}
+        ways: dict[str, Callable[[Loaded], Any]] = {
+            "losses": lambda model: losses(model, self.original, arguments.text)
+        }
+        if arguments.answers:
+            options = {"max_new_tokens": arguments.answers, "prompts": arguments.prompts}
+            ways["generation"] = lambda model: td.generation(model, **options, **against).to_dict()
+        if arguments.probes:
+            ways["probes"] = lambda model: td.probe(
+                model, items=arguments.probes, lengths=[1024], **against
+            ).to_dict()
+        if arguments.task_dir:
+            ways["tasks"] = lambda model: td.task_scores(
+                model,
+                TASKS,
+                task_dir=arguments.task_dir,
+                limit=arguments.limit,
+                num_fewshot=0,
+                **against,
+            ).to_dict()
+        for way, measured in ways.items():
+            if (name := f"{key}: {way}") not in self.rows:
+                self.rows[name] = measured(self.load(path))
+                self.rows.show(name)
+
+    def start(self, plan: Plan, name: str) -> Path:
+        """The conversion of a plan that a run begins with, measured."""
+        path: Path = self.arguments.directory / f"{plan.all_reduces}-{name}"
+        if not path.exists():
+            calibration = td.Calibration(
+                text=self.arguments.calibration, tokens=self.arguments.calibration_tokens
+            )
+            repair = calibration if name == "calibrated" else None
+            td.convert(self.source, path, plan, calibration=repair)
+        self.measure(f"{plan.all_reduces}, {name}", path)
+        return path
+
+    def heal(self, start: Path, run: str, healing: Healing, key: str) -> Path:
+        """A healed checkpoint; its directory exists when the run is done."""
+        out: Path = self.arguments.directory / key.replace(", ", "-").replace(" ", "-")
+        if not out.exists():
+            options = variant(run, healing)
+            done = td.heal(start, out, teacher=self.source, healing=options)
+            on = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
+            found = {"on": on, "seconds": done.seconds, "curve": done.curve}
+            self.rows[key] = found | done.record.to_dict()
+        return out
+
+
 def main() -> None:
     """Heal and measure, row after row; the first rows of a plan are its conversions."""
     parser = parser_of(__doc__)
@@ -53,29 +125,26 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--calibration-tokens", type=int, default=1 << 16)
     parser.add_argument("--train-text", action="append", required=True)
+    parser.add_argument("--own-answers", action="append", default=[])
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--tokens", type=int, default=204800)
     parser.add_argument("--batch-size", type=int, default=Healing.batch_size)
     parser.add_argument("--micro-batch-size", type=int, default=Healing.micro_batch_size)
-    parser.add_argument("--eval-every", type=int, default=5)
+    parser.add_argument("--eval-every", type=int, default=Healing.eval_every)
     parser.add_argument("--runs", default="kl")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--answers", type=int, default=0, help="tokens of a greedy answer")
+    parser.add_argument("--prompts", help="prompts to answer; default: the built-in ones")
+    parser.add_argument("--probes", type=int, default=0, help="items of each probe")
+    parser.add_argument("--task-dir", type=Path)
+    parser.add_argument("--limit", type=int, default=500, help="items of each benchmark")
     parser.add_argument("--directory", type=Path, required=True, help="for checkpoints")
     arguments = parser.parse_args()
-    source = td.open_source(arguments.model)
-    device = default_device()
-    dtype = fast_dtype(source, torch.device(device))
-    original = td.load(source, device=device, dtype=dtype)
-    rows = Rows(arguments.json)
-
-    def measure(key: str, path: Path, more: dict[str, Any]) -> None:
-        loaded = td.load(path, device=device, dtype=dtype)
-        rows[key] = more | {"losses": losses(loaded, original, arguments.text)}
-        rows.show(key, "losses")
-
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    bench = Bench(arguments)
     healing = Healing(
         text=tuple(map(TextPart.parse, arguments.train_text)),
+        own_answers=tuple(map(TextPart.parse, arguments.own_answers)),
+        keep_answers=arguments.directory / "answers" if arguments.own_answers else None,
         tokens=arguments.tokens,
         batch_size=arguments.batch_size,
         micro_batch_size=arguments.micro_batch_size,
@@ -84,34 +153,11 @@ def main() -> None:
     )
     for path in arguments.plan:
         plan = Plan.from_yaml(path)
-        starts = {name: arguments.directory / f"{plan.effective_depth}-{name}" for name in STARTS}
-        for name, start in starts.items():
-            calibration = td.Calibration(
-                text=arguments.calibration, tokens=arguments.calibration_tokens
-            )
-            if not start.exists():
-                repair = calibration if name == "calibrated" else None
-                td.convert(source, start, plan, calibration=repair)
-            if (key := f"{plan.effective_depth}, {name}") not in rows:
-                measure(key, start, {"plan": plan.to_dict()})
+        starts = {name: bench.start(plan, name) for name in STARTS}
         for run in arguments.runs.split(","):
-            key = f"{plan.effective_depth}, {run}, {arguments.tokens} tokens"
-            if key in rows:
-                continue
             start = starts["raw" if run.partition(":")[0] == "raw" else "calibrated"]
-            out = arguments.directory / key.replace(", ", "-").replace(" ", "-").replace(":", "-")
-            options = variant(run, healing)
-            done = td.heal(start, out, teacher=source, healing=options, force=True)
-            measure(
-                key,
-                out,
-                {
-                    "on": processor,
-                    "seconds": done.seconds,
-                    "curve": done.curve,
-                    **done.record.to_dict(),
-                },
-            )
+            key = f"{plan.all_reduces}, {run}, {arguments.tokens} tokens"
+            bench.measure(key, bench.heal(start, run, healing, key))
 
 
 if __name__ == "__main__":

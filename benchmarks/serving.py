@@ -1,7 +1,7 @@
 """What a server's users get: tokens per second and latencies, a model against its base.
 
     python benchmarks/serving.py MODEL --against BASE --json PATH [--ranks 2]
-        [--concurrency 1,2,4,8,16] [--input 128] [--output 64] [--repetitions 4]
+        [--concurrency 1,2,4,8,16] [--input 128] [--output 64] [--repetitions 4] [--dtype bfloat16]
 
 Two of vLLM's OpenAI-compatible servers run at once, one idle while the other is measured by the
 client of `vllm bench serve`: random prompts over HTTP, streamed answers, so many requests under way
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--repetitions", type=int, default=4)
+    parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     import vllm
 
@@ -160,7 +161,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound))
     room = str(2 * (arguments.input + arguments.output))
-    options = ("--no-enable-prefix-caching", "--max-model-len", room, "--dtype", "bfloat16")
+    options = ("--no-enable-prefix-caching", "--max-model-len", room, "--dtype", arguments.dtype)
     lengths = (arguments.input, arguments.output)
     rows: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -183,7 +184,8 @@ def main() -> None:
                         flush=True,
                     )
     result = {"machine": machine(), "vllm": vllm.__version__, "input": lengths[0]}
-    result |= {"output": lengths[1], "ranks": arguments.ranks, "rows": rows}
+    result |= {"output": lengths[1], "ranks": arguments.ranks, "dtype": arguments.dtype}
+    result |= {"rows": rows}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

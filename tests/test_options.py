@@ -160,5 +160,5 @@ def test_every_option_has_a_text():
 
 
 def test_a_recipe_is_options():
-    assert Recipe.distil.healing == Healing()
+    assert Recipe.best.healing == Healing()
     assert Recipe.paper.healing.batch_size == 32

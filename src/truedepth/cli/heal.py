@@ -25,12 +25,12 @@ def heal(
     recipe: Annotated[
         Recipe,
         typer.Option(
-            help="Settings to start from. distil: the defaults shown here. paper: next-token loss,"
-            " 32 windows per step, learning rate 1e-4 falling linearly. Other options override"
-            " them."
+            help="Settings to start from. best: the defaults shown here, which came nearest to the"
+            " original. paper: next-token loss, 32 windows per step, a learning rate that falls"
+            " linearly. Other options override them."
         ),
         TRAINED,
-    ] = Recipe.distil,
+    ] = Recipe.best,
     keep_adapter: Annotated[Path | None, TRAINED],
     restart: Annotated[bool, RUN],
     allow_pickle: bool,

@@ -68,25 +68,29 @@ class Bench:
 
     def measure(self, key: str, path: Path) -> None:
         """Measure what a checkpoint loses, unless that was done before."""
-        arguments, against = self.arguments, {"against": self.original}
+        arguments, original = self.arguments, self.original
         ways: dict[str, Callable[[Loaded], Any]] = {
-            "losses": lambda model: losses(model, self.original, arguments.text)
+            "losses": lambda model: losses(model, original, arguments.text)
         }
         if arguments.answers:
-            options = {"max_new_tokens": arguments.answers, "prompts": arguments.prompts}
-            ways["generation"] = lambda model: td.generation(model, **options, **against).to_dict()
+            ways["generation"] = lambda model: td.generation(
+                model,
+                against=original,
+                prompts=arguments.prompts,
+                max_new_tokens=arguments.answers,
+            ).to_dict()
         if arguments.probes:
             ways["probes"] = lambda model: td.probe(
-                model, items=arguments.probes, lengths=[1024], **against
+                model, against=original, items=arguments.probes, lengths=[1024]
             ).to_dict()
         if arguments.task_dir:
             ways["tasks"] = lambda model: td.task_scores(
                 model,
                 TASKS,
+                against=original,
                 task_dir=arguments.task_dir,
-                limit=arguments.limit,
                 num_fewshot=0,
-                **against,
+                limit=arguments.limit,
             ).to_dict()
         for way, measured in ways.items():
             if (name := f"{key}: {way}") not in self.rows:

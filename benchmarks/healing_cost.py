@@ -3,8 +3,8 @@
     python benchmarks/healing_cost.py --json PATH [--shapes SmolLM2-135M,Llama-3.2-1B,…]
         [--all-reduces 77,67,50] [--length 512]
 
-A forward and backward pass of `heal`'s own loss, with the original's predictions, runs on torch's
-meta device, where torch counts the multiplications and additions of matrix products and attention.
+A forward and backward pass of `heal`'s own loss, with the original's predictions, runs on tensors
+without values, and torch counts the multiplications and additions of matrix products and attention.
 Plans are staggered and leave so many per cent of the original's all-reduces: 46, 40 and 30 of 60.
 What is trained is what shares a stage. Memory is that of weights (frozen ones in bfloat16, trained
 ones in float32, the original's in bfloat16 where it does not share them), gradients and AdamW's
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from one_device import SHAPES, build
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from one_device import SHAPES, build
 from rows import Rows, parser_of
 from stages import plans
 from truedepth.families.registration import register
@@ -41,7 +42,7 @@ def layout_of(shape: dict[str, Any], plan: Plan) -> Layout:
 
 def cost(shape: dict[str, Any], plan: Plan, length: int) -> dict[str, float]:
     """FLOPs per token of the original's forward pass and of a training step, and bytes held."""
-    original, student = (build(shape, each, False, "meta") for each in (plan.unpaired, plan))
+    original, student = (build(shape, each, False, "cpu") for each in (plan.unpaired, plan))
     layout = layout_of(shape, plan)
     trained = is_trained(layout.source.family, layout, Train.paired)
     held = 2 * sum(each.numel() for each in original.parameters())
@@ -51,7 +52,7 @@ def cost(shape: dict[str, Any], plan: Plan, length: int) -> dict[str, float]:
             held += 16 * parameter.numel()  # beside the original's, which is not shared
     teacher = Original(original)
     model = Distillation(student, teacher, teacher, layout, Objective())
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, length, dtype=torch.long)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         original(ids, use_cache=False)
     with FlopCounterMode(display=False) as step:
@@ -82,7 +83,8 @@ def main() -> None:
         for name, plan in plans(layers, numbers).items():
             if not name.startswith("staggered"):
                 continue
-            found = cost(shape, plan, arguments.length)
+            with FakeTensorMode():
+                found = cost(shape, plan, arguments.length)
             rows[title := f"{shape_name}, {name} of {2 * layers}"] = found
             print(
                 f"{title:40} step {found['step'] / 1e9:7.2f} GFLOP per token,"

@@ -30,7 +30,6 @@ from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import Loaded
 
-STARTS = ("raw", "calibrated")
 TASKS = ["arc_easy", "hellaswag", "piqa"]
 
 
@@ -122,7 +121,7 @@ class Bench:
 
 
 def main() -> None:
-    """Heal and measure, row after row; the first rows of a plan are its conversions."""
+    """Heal and measure, row after row; before a run comes the conversion that it begins with."""
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)
@@ -157,9 +156,8 @@ def main() -> None:
     )
     for path in arguments.plan:
         plan = Plan.from_yaml(path)
-        starts = {name: bench.start(plan, name) for name in STARTS}
         for run in arguments.runs.split(","):
-            start = starts["raw" if run.partition(":")[0] == "raw" else "calibrated"]
+            start = bench.start(plan, "raw" if run.partition(":")[0] == "raw" else "calibrated")
             key = f"{plan.all_reduces}, {run}, {arguments.tokens} tokens"
             bench.measure(key, bench.heal(start, run, healing, key))
 

@@ -30,6 +30,8 @@ Form = Literal["lp", "par", "merge"]
 
 BATCH_WINDOWS = 4  # windows per call: a layer's intermediates are several times its input
 
+MEAN_ROWS = 256  # rows of a matrix whose mean is computed at once, in float32
+
 BatchedCalls = Sequence[Calls]
 """The arguments that the layers are called with, for each batch of `BATCH_WINDOWS` windows."""
 
@@ -232,10 +234,11 @@ class Runner:
         if self._scratch is None:
             self._scratch = copy.deepcopy(self.layers[0])
         for name, parameter in self._scratch.named_parameters():
-            total = torch.zeros_like(parameter, dtype=torch.float32)
-            for layer in layers:
-                total += self.layers[layer].get_parameter(name)
-            parameter.copy_(total.div_(len(layers)))
+            members = [self.layers[layer].get_parameter(name).detach() for layer in layers]
+            for mean, *rows in zip(
+                *(each.split(MEAN_ROWS) for each in (parameter.detach(), *members)), strict=True
+            ):
+                mean.copy_(sum(each.float() for each in rows) / len(rows))
         return self._scratch
 
 

@@ -235,9 +235,8 @@ class Runner:
             self._scratch = copy.deepcopy(self.layers[0])
         for name, parameter in self._scratch.named_parameters():
             members = [self.layers[layer].get_parameter(name).detach() for layer in layers]
-            for mean, *rows in zip(
-                *(each.split(MEAN_ROWS) for each in (parameter.detach(), *members)), strict=True
-            ):
+            blocks = (torch.split(each, MEAN_ROWS) for each in (parameter.detach(), *members))
+            for mean, *rows in zip(*blocks, strict=True):
                 mean.copy_(sum(each.float() for each in rows) / len(rows))
         return self._scratch
 

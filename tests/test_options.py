@@ -148,7 +148,7 @@ def test_what_is_within_bounds_is_taken():
     assert Baking(1).minutes == 1 and Baking(60, heat="bottom").heat == "bottom"
     assert bake(0.5, loaves=(1, 2)) == 0.5
     options = Healing(max_grad_norm=0.0, warmup=1.0, keep_predictions=1, sequence_length=512)
-    assert options.steps == 976
+    assert options.steps == 488
     assert td.Calibration(own_text=0.0, check=0, tokens=1024).own_share == 0
 
 

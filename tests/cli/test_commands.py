@@ -70,7 +70,7 @@ OUT_OF_BOUNDS = [
     (["convert", "a", "b", "--pairs", "-1"], "--pairs must be at least 0, not -1."),
     (["convert", "a", "b", "--layers", "0-1", "--group", "0"], "--group must be at least 1"),
     ([*HEAL, "--tokens", "0"], "--tokens must be at least 1, not 0."),
-    ([*HEAL, "--tokens", "1"], "1 tokens are less than one step of 4 windows of 2."),
+    ([*HEAL, "--tokens", "1"], "1 tokens are less than one step of 8 windows of 2."),
     ([*HEAL, "--train", "lora", "--rank", "0"], "--rank must be at least 1, not 0."),
     ([*HEAL, "--next-token", "1.5"], "--next-token must be from 0 to 1, not 1.5."),
     ([*HEAL, "--temperature", "0"], "--temperature must be above 0, not 0."),

@@ -20,9 +20,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from one_device import SHAPES, build
+from one_device import SHAPES, build, even_numbers, original_config
 from rows import Rows, parser_of
-from stages import plans
+from stages import staggered
 from truedepth.families.registration import register
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Objective, Train
@@ -35,7 +35,7 @@ from truedepth.widening.layout import Layout
 
 def layout_of(shape: dict[str, Any], plan: Plan) -> Layout:
     """The layout of a model that has a config and no tensors."""
-    config = {**shape, "model_type": "llama", "max_position_embeddings": 8192}
+    config = original_config(shape)
     nothing: Any = dict
     return Layout(Source("shape", "config", Path("shape"), config, dict, nothing, nothing), plan)
 
@@ -79,13 +79,10 @@ def main() -> None:
     for shape_name in arguments.shapes.split(","):
         shape = SHAPES[shape_name]
         layers = shape["num_hidden_layers"]
-        numbers = [2 * round(layers * percent / 100) for percent in percents]
-        for name, plan in plans(layers, numbers).items():
-            if not name.startswith("staggered"):
-                continue
+        for number in even_numbers(layers, percents):
             with FakeTensorMode():
-                found = cost(shape, plan, arguments.length)
-            rows[title := f"{shape_name}, {name} of {2 * layers}"] = found
+                found = cost(shape, staggered(layers, number), arguments.length)
+            rows[title := f"{shape_name}, staggered, {number} of {2 * layers}"] = found
             print(
                 f"{title:40} step {found['step'] / 1e9:7.2f} GFLOP per token,"
                 f" {found['step'] / found['forward']:.2f} forward passes of the original;"

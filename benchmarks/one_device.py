@@ -158,11 +158,20 @@ class Decoder:
         return int(weights + cache)
 
 
+def original_config(shape: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of a model of this shape."""
+    return {**shape, "model_type": "llama", "max_position_embeddings": 8192}
+
+
+def even_numbers(layers: int, percents: list[int]) -> list[int]:
+    """So many per cent of a model's all-reduces; even, as pairs of layers save two at a time."""
+    return [2 * round(layers * percent / 100) for percent in percents]
+
+
 def build(shape: dict[str, Any], plan: Plan, fused: bool, device: str, ranks: int = 1) -> Any:
     """A model with random weights under a plan; over several ranks, one rank's share of it."""
     where = Path("shape")
-    original = {**shape, "model_type": "llama", "max_position_embeddings": 8192}
-    config = unpaired_config(original, ranks)
+    config = unpaired_config(original_config(shape), ranks)
     if ranks > 1:
         config = rank_config(config, ranks)
     config |= planned(config, where, plan)
@@ -278,9 +287,7 @@ def main() -> None:
     for shape_name in arguments.shapes.split(","):
         shape = SHAPES[shape_name]
         layers = shape["num_hidden_layers"]
-        # An even number, as pairs save two at a time.
-        numbers = [2 * round(layers * percent / 100) for percent in percents]
-        found = plans(layers, numbers)
+        found = plans(layers, even_numbers(layers, percents))
         base = found.pop("original")
         for name, plan in found.items():
             title = f"{shape_name}, {name} of {2 * layers}"

@@ -150,6 +150,8 @@ def _work(directory: Path, name: str, sources: str) -> None:
         text=(part(str(text)),),
         tokens=2048,
         sequence_length=32,
+        batch_size=4,
+        learning_rate=5e-5,
         validation=4,
         eval_every=4,
         dtype=torch.float32,

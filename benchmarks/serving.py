@@ -184,8 +184,12 @@ def main() -> None:
                         flush=True,
                     )
     result = {"machine": machine(), "vllm": vllm.__version__, "input": lengths[0]}
-    result |= {"output": lengths[1], "ranks": arguments.ranks, "dtype": arguments.dtype}
-    result |= {"rows": rows}
+    result |= {
+        "output": lengths[1],
+        "ranks": arguments.ranks,
+        "dtype": arguments.dtype,
+        "rows": rows,
+    }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -117,7 +117,8 @@ class TimedVllmModel:
         self._llm.enqueue(prompts, options, use_tqdm=False)
         self._llm.wake_up(tags=["scheduling"])
         times = [each.metrics for each in self._llm.wait_for_completion(use_tqdm=False)]
-        if len({each.scheduled_ts for each in times}) > 1 or any(e.num_preemptions for e in times):
+        preempted = any(getattr(each, "num_preemptions", 0) for each in times)  # not told by 0.29
+        if len({each.scheduled_ts for each in times}) > 1 or preempted:
             raise TruedepthError(
                 f"vLLM's KV cache has no room for {case.batch} sequences of {case.length} tokens at"
                 " once; lower --batch, or on a CPU raise VLLM_CPU_KVCACHE_SPACE (GiB)."

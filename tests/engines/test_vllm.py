@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -38,6 +37,7 @@ from transformers import (
 import truedepth as td
 from family_models import staged as staged_logits
 from int8_checkpoint import write_int8
+from vllm_engines import engines
 
 pytestmark = pytest.mark.vllm
 
@@ -76,47 +76,24 @@ EXPERTS = {
 
 LENGTH = 12
 
-SERVE = """
-import json, sys
-from vllm import LLM, SamplingParams
 
-if __name__ == "__main__":
-    options, prompts, length = map(json.loads, sys.argv[1:])
-    llm = LLM(**options, skip_tokenizer_init=True)
-    sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=1,
-                              detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
-    found = []
-    for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        each = output.outputs[0].logprobs
-        found.append([tokens, [row[token].logprob for row, token in zip(each, tokens)]])
-    print("FOUND " + json.dumps(found))
-"""
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """What vLLM continues prompts with, each token's log probability, and what it logged."""
+    with engines() as started:
 
+        def serve(path, prompts, **options):
+            log = tmp_path_factory.mktemp("vllm") / "log"
+            options = {
+                "model": str(path),
+                "dtype": "float32",
+                "max_model_len": 256,
+                "enforce_eager": True,
+                **options,
+            }
+            return started.serve(options, prompts, LENGTH, log), log.read_text()
 
-def served(path, prompts, tmp_path, **options):
-    """What vLLM continues prompts with, and each token's log probability."""
-    return serve(path, prompts, tmp_path, **options)[0]
-
-
-def serve(path, prompts, tmp_path, **options):
-    """The same, and what vLLM logged."""
-    options = {
-        "model": str(path),
-        "dtype": "float32",
-        "max_model_len": 256,
-        "enforce_eager": True,
-        **options,
-    }
-    script = tmp_path / "serve.py"
-    script.write_text(SERVE)
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, str(script), *map(json.dumps, (options, prompts, LENGTH))]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert lines, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("FOUND ")), done.stdout + done.stderr
+        yield serve
 
 
 def expected(path, prompts):
@@ -160,26 +137,31 @@ def staged(make_model, tmp_path_factory):
     return out
 
 
-def check(path, prompts, tmp_path, **options):
+@pytest.fixture
+def check(served, prompts):
     """Compare with transformers; gives what vLLM logged."""
-    wanted = expected(path, prompts)
-    found, log = serve(path, prompts, tmp_path, **options)
-    for (tokens, logp), (wanted_tokens, wanted_logp) in zip(found, wanted, strict=True):
-        assert tokens == wanted_tokens
-        assert logp == pytest.approx(wanted_logp, abs=1e-3)
-    return log
+
+    def check(path, prompts=prompts, **options):
+        wanted = expected(path, prompts)
+        found, log = served(path, prompts, **options)
+        for (tokens, logp), (wanted_tokens, wanted_logp) in zip(found, wanted, strict=True):
+            assert tokens == wanted_tokens
+            assert logp == pytest.approx(wanted_logp, abs=1e-3)
+        return log
+
+    return check
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_greedy_tokens_are_those_of_transformers(converted, prompts, tmp_path, ranks):
-    check(converted, prompts, tmp_path, tensor_parallel_size=ranks)
+def test_greedy_tokens_are_those_of_transformers(converted, check, ranks):
+    check(converted, tensor_parallel_size=ranks)
 
 
 @pytest.mark.parametrize(("plan", "ranks"), [(STAGED, 1), (STAGED, 2), (STAGGERED, 2)])
-def test_stages(make_model, prompts, tmp_path, plan, ranks):
+def test_stages(make_model, check, tmp_path, plan, ranks):
     model = make_model(**SHAPES, attention_bias=True, mlp_bias=True)
     td.convert(model, tmp_path / "out", plan)
-    log = check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+    log = check(tmp_path / "out", tensor_parallel_size=ranks)
     merged = json.loads((tmp_path / "out" / "config.json").read_text())["stages"]
     assert f"Fused the sub-layers of {len(merged)} merged stages" in log
 
@@ -189,8 +171,8 @@ def test_stages(make_model, prompts, tmp_path, plan, ranks):
     [{"hf_overrides": {"fuse_stages": False}, "tensor_parallel_size": 2}, {"enable_lora": True}],
     ids=["unfused", "lora"],
 )
-def test_stages_that_are_not_fused(staged, prompts, tmp_path, options):
-    assert "Fused the sub-layers" not in check(staged, prompts, tmp_path, **options)
+def test_stages_that_are_not_fused(staged, check, options):
+    assert "Fused the sub-layers" not in check(staged, **options)
 
 
 @pytest.mark.parametrize(
@@ -209,11 +191,11 @@ def test_stages_that_are_not_fused(staged, prompts, tmp_path, options):
     ],
     ids=lambda given: given["family"].model_type if isinstance(given, dict) else f"{given} ranks",
 )
-def test_other_families(make_model, options, ranks, prompts, tmp_path):
+def test_other_families(make_model, options, ranks, check, tmp_path):
     shapes = {name: size for name, size in SHAPES.items() if name != "head_dim"}
     plan = PLAN if options["family"] is CohereConfig else STAGED  # its stages are layers already
     td.convert(make_model(**shapes, **options), tmp_path / "out", plan)
-    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+    check(tmp_path / "out", tensor_parallel_size=ranks)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +219,9 @@ def test_other_families(make_model, options, ranks, prompts, tmp_path):
     ],
     ids=lambda given: given["family"].model_type if isinstance(given, dict) else f"{given} ranks",
 )
-def test_stages_of_vllms_own_classes(make_model, options, ranks, prompts, tmp_path):
+def test_stages_of_vllms_own_classes(make_model, options, ranks, check, tmp_path):
     td.convert(make_model(**SHAPES, **options), tmp_path / "out", STAGGERED)
-    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+    check(tmp_path / "out", tensor_parallel_size=ranks)
 
 
 LOCAL = td.Plan(
@@ -265,9 +247,9 @@ LOCAL = td.Plan(
     ],
     ids=lambda given: given["family"].model_type if "family" in given else "llama",
 )
-def test_local_stages(make_model, options, prompts, tmp_path):
+def test_local_stages(make_model, options, check, tmp_path):
     td.convert(make_model(**SHAPES, **options), tmp_path / "out", LOCAL)
-    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=2)
+    check(tmp_path / "out", tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize(
@@ -277,21 +259,21 @@ def test_local_stages(make_model, options, prompts, tmp_path):
         (Olmo2Config, 2, "queries of this model are normed over the heads of all ranks"),
     ],
 )
-def test_local_stages_that_are_refused(make_model, model, ranks, words, prompts, tmp_path):
+def test_local_stages_that_are_refused(make_model, model, ranks, words, served, prompts, tmp_path):
     td.convert(make_model(**SHAPES, family=model), tmp_path / "out", LOCAL)
     with pytest.raises(AssertionError, match=words):
-        served(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=ranks)
+        served(tmp_path / "out", prompts, tensor_parallel_size=ranks)
 
 
 WHOLE = td.Plan(6, stages=[["A0", "F0"], ["A2", "F2", "A3", "F3"], ["A5", "F5"]])
 ALONE = td.Plan(6, stages=[["A0", "F0"], ["A5", "F5"]])
 
 
-def test_stages_of_one_whole_layer(make_model, prompts, tmp_path):
+def test_stages_of_one_whole_layer(make_model, check, tmp_path):
     """Where attention and FFN read one state already."""
     model = make_model(**SHAPES, family=CohereConfig, logit_scale=0.5)
     td.convert(model, tmp_path / "out", ALONE)
-    check(tmp_path / "out", prompts, tmp_path, tensor_parallel_size=2)
+    check(tmp_path / "out", tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +284,11 @@ def test_stages_of_one_whole_layer(make_model, prompts, tmp_path):
     ],
     ids=["gemma3 in chunks", "mixtral compiled"],
 )
-def test_what_the_engine_does_with_its_own_classes(make_model, model, options, prompts, tmp_path):
+def test_what_the_engine_does_with_its_own_classes(
+    make_model, model, options, check, prompts, tmp_path
+):
     td.convert(make_model(**SHAPES, **model), tmp_path / "out", STAGGERED)
-    check(tmp_path / "out", prompts * 2, tmp_path, max_num_seqs=4, **options)
+    check(tmp_path / "out", prompts * 2, max_num_seqs=4, **options)
 
 
 @pytest.mark.parametrize(
@@ -324,36 +308,34 @@ def test_what_the_engine_does_with_its_own_classes(make_model, model, options, p
     ],
 )
 def test_what_stages_cannot_run_in_is_refused_by_name(
-    make_model, model, plan, words, prompts, tmp_path
+    make_model, model, plan, words, served, prompts, tmp_path
 ):
     td.convert(make_model(**SHAPES, **model), tmp_path / "out", plan)
     with pytest.raises(AssertionError, match=words):
-        served(tmp_path / "out", prompts, tmp_path)
+        served(tmp_path / "out", prompts)
 
 
-def test_prefill_in_chunks_and_cached_prefixes(staged, prompts, tmp_path):
+def test_prefill_in_chunks_and_cached_prefixes(staged, check, prompts):
     options = {"enable_chunked_prefill": True, "enable_prefix_caching": True}
-    check(staged, prompts * 2, tmp_path, max_num_batched_tokens=64, max_num_seqs=4, **options)
+    check(staged, prompts * 2, max_num_batched_tokens=64, max_num_seqs=4, **options)
 
 
-def test_compiled(staged, prompts, tmp_path):
-    check(staged, prompts, tmp_path, enforce_eager=False)
+def test_compiled(staged, check):
+    check(staged, enforce_eager=False)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_int8(staged, prompts, tmp_path, ranks):
+def test_int8(staged, served, prompts, tmp_path, ranks):
     """Of a checkpoint that holds no other weights of linear maps."""
     write_int8(staged, tmp_path / "int8")
     held = load_file(tmp_path / "int8" / "model.safetensors")
     assert {held[name].dtype for name in held if name.endswith("_proj.weight")} == {torch.int8}
-    found = served(
-        tmp_path / "int8", prompts, tmp_path, dtype="bfloat16", tensor_parallel_size=ranks
-    )
+    found, _ = served(tmp_path / "int8", prompts, dtype="bfloat16", tensor_parallel_size=ranks)
     for (_, logp), (_, wanted) in zip(found, expected(staged, prompts), strict=True):
         assert logp[0] == pytest.approx(wanted[0], abs=0.15)  # of the likeliest token
 
 
-def test_stages_of_an_int8_original(make_model, prompts, tmp_path):
+def test_stages_of_an_int8_original(make_model, served, prompts, tmp_path):
     """Copied, its weights are those of the int8 form of the stages."""
     source = make_model(**SHAPES)
     write_int8(source, tmp_path / "int8")
@@ -361,7 +343,7 @@ def test_stages_of_an_int8_original(make_model, prompts, tmp_path):
     td.convert(source, tmp_path / "staged", STAGGERED)
     write_int8(tmp_path / "staged", tmp_path / "int8-staged")
     found, wanted = (
-        served(tmp_path / name, prompts, tmp_path, dtype="bfloat16")
+        served(tmp_path / name, prompts, dtype="bfloat16")[0]
         for name in ("staged-int8", "int8-staged")
     )
     assert found == wanted
@@ -378,9 +360,9 @@ def test_stages_of_an_int8_original(make_model, prompts, tmp_path):
         assert logp[0] == pytest.approx(whole[0], abs=0.15)  # of the likeliest token
 
 
-def test_as_the_draft_of_its_original(make_model, converted, prompts, tmp_path):
+def test_as_the_draft_of_its_original(make_model, converted, check):
     draft = {"model": str(converted), "num_speculative_tokens": 2, "method": "draft_model"}
-    check(make_model(**SHAPES), prompts, tmp_path, speculative_config=draft)
+    check(make_model(**SHAPES), speculative_config=draft)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -430,16 +412,16 @@ def test_what_vllm_cannot_load_is_said(make_model):
     assert done.stderr.splitlines()[-1].startswith("truedepth: vLLM failed: ")
 
 
-def test_heads_that_do_not_divide(make_model, prompts, tmp_path):
+def test_heads_that_do_not_divide(make_model, served, prompts, tmp_path):
     source = make_model(
         **SHAPES | {"hidden_size": 144}, num_attention_heads=9, num_key_value_heads=3
     )
     td.convert(source, tmp_path / "odd", PLAN)
     with pytest.raises(AssertionError, match=r"heads \(9\) must be divisible"):
-        served(tmp_path / "odd", prompts, tmp_path, tensor_parallel_size=2)
+        served(tmp_path / "odd", prompts, tensor_parallel_size=2)
     td.convert(source, tmp_path / "padded", PLAN, pad_heads=2)
     wanted = expected(tmp_path / "odd", prompts)
-    found = served(tmp_path / "padded", prompts, tmp_path, tensor_parallel_size=2)
+    found, _ = served(tmp_path / "padded", prompts, tensor_parallel_size=2)
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
 
 

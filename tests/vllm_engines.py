@@ -100,6 +100,8 @@ def answer_and_end(
 
 def main() -> None:
     """Fork an engine per line of standard input; say "ended" when it did."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some releases of vLLM log to standard output
     for name in ("vllm", *IMPORTED):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -115,7 +117,7 @@ def main() -> None:
         process = context("fork").Process(target=answer_and_end, args=json.loads(line))
         process.start()
         process.join()
-        print("ended", flush=True)
+        print("ended", file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -206,4 +207,14 @@ def test_a_killed_rank_ends_the_server_and_all_requests(client, server):
         server.process.wait(60)
         assert all(each.exception(60) is not None for each in asking)
     assert "died unexpectedly" in server.log.read_text()
-    assert not any(each.is_running() and each.status() != "zombie" for each in family)
+
+    def running(each):
+        try:
+            return each.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    until = time.monotonic() + 30  # some are still ending when their parent has ended
+    while any(map(running, family)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not list(filter(running, family))

@@ -360,6 +360,18 @@ def test_stages_of_an_int8_original(make_model, served, prompts, tmp_path):
         assert logp[0] == pytest.approx(whole[0], abs=0.15)  # of the likeliest token
 
 
+def vllm_version():
+    from vllm import __version__
+
+    return __version__
+
+
+@pytest.mark.xfail(
+    "vllm_version().startswith('0.30.')",
+    reason="vLLM 0.30 launches a Triton kernel for any draft model, on CPUs too",
+    raises=AssertionError,
+    strict=True,
+)
 def test_as_the_draft_of_its_original(make_model, converted, check):
     draft = {"model": str(converted), "num_speculative_tokens": 2, "method": "draft_model"}
     check(make_model(**SHAPES), speculative_config=draft)

@@ -61,6 +61,8 @@ def _text(model_type: str) -> Any:
     usual = AutoConfig.for_model(model_type)
     sizes = traced_models.TINY | {"head_dim": 16, "sliding_window": 8}
     own = {key: value for key, value in sizes.items() if getattr(usual, key, None) is not None}
+    if hasattr(usual, "layer_types"):
+        own.pop("rope_parameters", None)  # may be given by type of layer
     return AutoConfig.for_model(model_type, **copy.deepcopy(own))
 
 

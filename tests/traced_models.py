@@ -62,9 +62,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cwm": {"bos_token_id": 1},
     "nemotron": {"num_key_value_heads": 2},
 }
-NOT_LOCAL = dict.fromkeys(("gpt_oss", "axk1"), "mlp cannot be in a stage that is local to 2 ranks")
-"""transformers shards no experts of the one, and the other norms the sum of its experts."""
-
 ARCHITECTURES = {name: own or {} for name, own in (MIXTURES | OTHERS).items()}
 
 
@@ -90,6 +87,32 @@ def config_of(architecture: str) -> Any:
     # configs write into the dictionaries that they are given
     own = copy.deepcopy({**own, "num_hidden_layers": 6, **given})
     return CONFIG_MAPPING[architecture](**own)
+
+
+def plan_of_ranks(architecture: str) -> dict[str, str]:
+    """How this release of transformers shards its layers; that differs between releases."""
+    plan = CONFIG_MAPPING[architecture].base_model_tp_plan or {}
+    return {name: style for name, style in plan.items() if name.startswith("layers.")}
+
+
+def is_sharded(architecture: str) -> bool:
+    """Whether several ranks share its layers, rather than hold them whole."""
+    return bool(plan_of_ranks(architecture))
+
+
+def _keeps_experts_whole(architecture: str) -> bool:
+    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if architecture not in CONFIG_MAPPING:
+        return False
+    is_mixture = any(getattr(config_of(architecture), count, None) for count in counts)
+    return is_mixture and not any("experts" in name for name in plan_of_ranks(architecture))
+
+
+NOT_LOCAL = dict.fromkeys(
+    ("axk1", *filter(_keeps_experts_whole, ARCHITECTURES)),
+    "mlp cannot be in a stage that is local to 2 ranks",
+)
+"""This release of transformers shards no experts of them; axk1 norms the sum of its experts."""
 
 
 def model_of(architecture: str) -> Any:

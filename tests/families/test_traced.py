@@ -16,7 +16,7 @@ import truedepth as td
 from family_models import CASES, WITHOUT_TRUEDEPTH, options_of, repaired, staged
 from over_ranks import found_over_two_ranks
 from tiny_models import TINY, byte_tokenizer, left_padded_logits, random_ids
-from traced_models import ARCHITECTURES, MIXTURES, OTHERS, WHOLE, config_of, model_of
+from traced_models import ARCHITECTURES, MIXTURES, OTHERS, WHOLE, config_of, is_sharded, model_of
 from truedepth.families.lookup import all_families
 from truedepth.families.tracing.trace import traced_family
 from truedepth.inspection import inspect_model
@@ -135,7 +135,7 @@ def test_a_fresh_process_without_truedepth(saved, tmp_path, names):
 @pytest.mark.parametrize("names", SOME)
 def test_a_stage_costs_one_all_reduce(saved, tmp_path, names):
     """At most: of what transformers gives every rank whole, a stage alone costs none."""
-    names = [name for name in names if config_of(name).base_model_tp_plan]
+    names = [name for name in names if is_sharded(name)]
     for name in names:
         td.convert(saved(name)[1], tmp_path / name, PLAN)
     for found in found_over_two_ranks(tmp_path, names, random_ids()):

@@ -149,7 +149,7 @@ def test_a_tokenizer_that_cannot_be_loaded_here_goes_along(make_model, tmp_path,
 @pytest.mark.parametrize(
     ("family", "named", "read_by"),
     [
-        (LlamaConfig, "LlamaTokenizerFast", "TokenizersBackend"),  # the file is byte-level
+        (LlamaConfig, "LlamaTokenizerFast", None),  # the file is byte-level; releases differ
         (Qwen2Config, "PreTrainedTokenizerFast", "TokenizersBackend"),  # as it is
         (Qwen2Config, "TokenizersBackend", "TokenizersBackend"),
         (Qwen2Config, "Qwen2Tokenizer", "Qwen2Tokenizer"),
@@ -168,8 +168,9 @@ def test_an_original_and_what_is_made_of_it_are_read_by_one_class(
     td.convert(source, tmp_path / "out", PLAN)
     ours, theirs = (td.open_source(each).tokenizer for each in (tmp_path / "out", source))
     elsewhere = AutoTokenizer.from_pretrained(tmp_path / "out", config=PreTrainedConfig())
+    plainly = type(AutoTokenizer.from_pretrained(source)).__name__
     for each in (ours, theirs, elsewhere):
-        assert type(each).__name__ == read_by
+        assert type(each).__name__ == (read_by or plainly)
         assert each.get_vocab() == theirs.get_vocab()
         for text in (*TEXTS, "it's 1234  or\n\nso"):
             assert each(text)["input_ids"] == theirs(text)["input_ids"]

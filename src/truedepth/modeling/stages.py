@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from transformers import __version__
 
 from .forms import KINDS, Entry, LayerForm, places_and_ranks, run_sublayer
 from .parts import (
@@ -158,7 +160,8 @@ class LocalStage(Stage):
             self._shared_by = next(filter(None, map(mesh_of, self._layers.modules())), None)
             ranks = 1 if self._shared_by is None else self._shared_by.size()
             if ranks != self._ranks:
-                raise ValueError(wrong_ranks(self._ranks, ranks))
+                world = dist.get_world_size() if dist.is_initialized() else 1
+                raise ValueError(wrong_ranks(self._ranks, ranks, world))
         return self._shared_by
 
     def begin(self, x: Tensor) -> Tensor:
@@ -209,8 +212,8 @@ class LocalStage(Stage):
             body, modules = getattr(self._form, kind)[0], dict(layer.named_modules())
             writes = self.written(layer, kind)
             reasons = [ranks.why_not(modules[name], name) for name in writes]
-            unknown = "" if writes else "it is not known how ranks would share it"
-            reason = next(filter(None, reasons), unknown)
+            unknown = f"transformers {__version__} does not say how ranks would share it"
+            reason = next(filter(None, reasons), "" if writes else unknown)
             if reason:
                 raise ValueError(
                     f"{body} cannot be in a stage that is local to {self._ranks} ranks: {reason}"
@@ -220,8 +223,20 @@ class LocalStage(Stage):
                     mix_in(modules[name], WholeOutput)
 
 
-def wrong_ranks(local: int, ranks: int) -> str:
-    """What is said of a number of ranks that local stages are not for."""
+def wrong_ranks(local: int, ranks: int, processes: int = 1) -> str:
+    """What is said of a number of ranks that local stages are not for.
+
+    Args:
+        local: The ranks that they are for.
+        ranks: Those that share the layers.
+        processes: Those that run.
+    """
+    if ranks == 1 and processes == local:
+        return (
+            f"this model has stages that are local to {local} tensor-parallel ranks, and"
+            f" transformers {__version__} gives each of them all weights of its layers; let one"
+            f" process compute what {local} would with simulate_ranks=True"
+        )
     return (
         f"this model has stages that are local to {local} tensor-parallel ranks, so {local} ranks"
         f" compute it, not {ranks}; load it over {local}, or let one process compute what {local}"

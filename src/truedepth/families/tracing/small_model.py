@@ -25,6 +25,7 @@ SMALL = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("head_dim", "kv_lora_rank", "sliding_window", "attention_chunk_size"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),  # texts are padded to whole chunks
     "q_lora_rank": 16,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
 }

@@ -16,6 +16,7 @@ from family_models import CAPPED, CASES, WITHOUT_TRUEDEPTH, locally, options_of,
 from over_ranks import GREEDY, found_over_two_ranks
 from tiny_models import byte_tokenizer, left_padded_logits, random_ids
 from traced_models import MIXTURES, NOT_LOCAL, OTHERS, WHOLE, is_sharded, model_of
+from truedepth.modeling.stages import wrong_ranks
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 PARALLEL = ("cohere", "cohere, norms", "cohere2", "pythia")
@@ -172,3 +173,11 @@ def test_another_number_of_ranks_is_refused(make_model, tmp_path):
         config.simulate_ranks = simulate
         with pytest.raises(ValueError, match=r"local to 2 tensor-parallel ranks, so 2 .* not 4"):
             AutoModelForCausalLM.from_config(config)
+
+
+def test_ranks_that_all_hold_the_whole_layers_are_told_so():
+    """As some releases of transformers have it for some models; others shard every model here."""
+    said = wrong_ranks(local=2, ranks=1, processes=2)
+    assert "local to 2" in said and "gives each of them all weights of its layers" in said
+    assert "load it over 2" not in said and "simulate_ranks=True" in said
+    assert "load it over 2" in wrong_ranks(local=2, ranks=1, processes=1)

@@ -104,7 +104,7 @@ def test_a_fresh_process_without_truedepth(saved, tmp_path):
 
 
 def test_a_stage_costs_one_all_reduce(saved, tmp_path):
-    names = ["llava", "gemma3"]
+    names = ["llava", "exaone4_5"]
     for name in names:
         td.convert(saved(name)[1], tmp_path / name, PLAN)
     for found in found_over_two_ranks(tmp_path, names, random_ids()):

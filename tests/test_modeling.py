@@ -111,16 +111,21 @@ def test_left_padded_batch(model, expected):
     torch.testing.assert_close(left_padded_logits(model, random_ids()), expected, **CLOSE)
 
 
-def test_compile(model, expected):
-    compiled = torch.compile(model, fullgraph=True)
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(model, expected, backend):
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(random_ids()).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_compiled_decoding_with_a_static_cache(model, expected):
+def test_compiled_decoding_with_a_static_cache(model, expected, backend):
     ids = random_ids()
     cache = StaticCache(model.config, max_cache_len=32)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     logits = [model(ids[:, :5], past_key_values=cache).logits]
     for position in range(5, 9):
         positions = torch.full((2, 1), position)

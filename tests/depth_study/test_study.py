@@ -401,6 +401,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the memory")
 def test_weights_stay_in_their_files(make_model, text, tmp_path):
     """The pages of a map can go and come back, so a model may be larger than memory.

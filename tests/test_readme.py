@@ -44,7 +44,9 @@ def test_the_commands(model, prose, tmp_path):
         if command[1] == "study":
             command += ["--stride", "14", "--permutations", "1"]
         if command[1] == "convert":
-            command += ["--force", *(["--tokens", "4096"] if not RAW & {*command} else [])]
+            command.append("--force")
+        if command[1] in ("convert", "plan") and not RAW & {*command}:
+            command += ["--tokens", "2048", "--window", "128"]
         searches = command[1] != "predict" and {"--max-loss", "--all-reduces"} & {*command}
         if searches:  # runs of three take as long again
             command += ["--max-run", "2"]

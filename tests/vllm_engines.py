@@ -71,8 +71,6 @@ def engines() -> Iterator[Engines]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
     ) as process:
         yield Engines(process)
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 def answer_and_end(

@@ -35,7 +35,7 @@ test: $(ENV)/installed ## run the tests (5 to 8 minutes on two cores)
 test-slow: $(ENV)/installed ## tests that need the default model or minutes (9 minutes)
 	$(BIN)/python -m pytest -m slow
 
-test-vllm: $(VLLM_ENV)/installed ## tests that need vLLM, its build for CPUs (13 minutes)
+test-vllm: $(VLLM_ENV)/installed ## tests that need vLLM, its build for CPUs (16 minutes)
 	$(VLLM_ENV)/bin/python -m pytest -p no:cacheprovider -m vllm tests/engines/test_vllm.py tests/engines/test_vllm_serving.py
 
 test-vllm-all: ## the same with every tested release, one after another (1 hour)

@@ -35,6 +35,7 @@ from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device
 from truedepth.runtime.empty import transformers_config
+from truedepth.runtime.generation import cache_argument
 from truedepth.speed.layer_timing import planned, rank_config, unpaired_config
 from truedepth.speed.timing import in_turn
 from truedepth.speed.transformers import stopwatch
@@ -111,6 +112,7 @@ class Decoder:
         self.model, self.steps = model, steps
         self.device = model.device
         self.cache = StaticCache(model.config, length + steps)
+        self.given = cache_argument(model, self.cache)
         self.ids = torch.arange(length, device=self.device)[None] % model.config.vocab_size
         self.token = self.ids[:, :1].clone()
         self.fill()
@@ -121,11 +123,11 @@ class Decoder:
     def fill(self) -> None:
         """Fill the cache from its beginning."""
         self.cache.reset()
-        self.model(self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(self.ids, **self.given, use_cache=True, logits_to_keep=1)
 
     def decode(self) -> None:
         """Decode one token."""
-        logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(self.token, **self.given, use_cache=True).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def capture(self) -> None:

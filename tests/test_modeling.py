@@ -20,6 +20,7 @@ from transformers import (
 import truedepth as td
 from tiny_models import TINY, left_padded_logits, random_ids, staged_logits
 from truedepth import modeling
+from truedepth.runtime.generation import cache_argument
 
 PLANS = {
     "groups": td.Plan(6, [[0, 1], [2], [3, 4, 5]]),
@@ -90,10 +91,10 @@ CACHES = {
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
 def test_cached_decoding(model, expected, make_cache):
     ids = random_ids()
-    cache = make_cache(model.config)
-    logits = [model(ids[:, :5], past_key_values=cache).logits]
+    given = cache_argument(model, make_cache(model.config))
+    logits = [model(ids[:, :5], **given).logits]
     for position in range(5, ids.shape[1]):
-        logits.append(model(ids[:, position : position + 1], past_key_values=cache).logits)
+        logits.append(model(ids[:, position : position + 1], **given).logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
 
 
@@ -103,7 +104,7 @@ def test_early_initialized_static_cache(model, expected, kind):
     assert heads == [2 * width for width in HEADS[kind]]
     cache = StaticCache(model.config, max_cache_len=32)
     cache.early_initialization(2, heads, head_dim, torch.float32, torch.device("cpu"))
-    logits = model(random_ids(), past_key_values=cache).logits
+    logits = model(random_ids(), **cache_argument(model, cache)).logits
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
@@ -124,13 +125,13 @@ def test_compile(model, expected, backend):
 @torch.no_grad()
 def test_compiled_decoding_with_a_static_cache(model, expected, backend):
     ids = random_ids()
-    cache = StaticCache(model.config, max_cache_len=32)
+    given = cache_argument(model, StaticCache(model.config, max_cache_len=32))
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    logits = [model(ids[:, :5], past_key_values=cache).logits]
+    logits = [model(ids[:, :5], **given).logits]
     for position in range(5, 9):
         positions = torch.full((2, 1), position)
         token = ids[:, position : position + 1]
-        logits.append(compiled(token, position_ids=positions, past_key_values=cache).logits)
+        logits.append(compiled(token, position_ids=positions, **given).logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected[:, :9], **CLOSE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -43,13 +44,21 @@ def test_a_plan_for_a_link(run, make_model, prose, tmp_path, timed):
     out = tmp_path / "plan.yaml"
     options = ["--max-loss", "9", "--no-calibrate", "--text", prose, "--tokens", "768"]
     options += ["--window", "32"]
-    code, said, _ = run("plan", make_model(), "-o", out, *options, "--for", "1000,1", "--tp", "2")
+    found = tmp_path / "plan.json"
+    wire = ["--for", "1000,1", "--tp", "2", "--json", found]
+    code, said, _ = run("plan", make_model(), "-o", out, *options, *wire)
     assert code == 0
-    assert "\nPredicted time per token for 1000,1:" in said
+    assert "\nPredicted time per token for 1000,1, stages fused" in said
+    told = json.loads(found.read_text())
+    assert (told["for"], told["tp"]) == ("1000,1", 2)
+    assert f"\n{told['time_before'] * 1e3:.3f} -> {told['time_after'] * 1e3:.3f} ms" in said
+    times = {each["all_reduces"]: each["time"] for each in told["frontier"]}
+    assert times[4] == told["time_after"] == min(times.values())
+    assert times[4] == pytest.approx(told["time_before"] - 8 * 1e-3, abs=1e-3)
     over_a_wire = td.Plan.from_yaml(out).all_reduces
     code, said, _ = run("plan", make_model(), "-o", out, *options, "--for", "device")
     assert code == 0
-    assert "\nPredicted time per token for device:" in said
+    assert "\nPredicted time per token for device, stages fused" in said
     assert over_a_wire == 4
     assert td.Plan.from_yaml(out).groups == ((0, 1), (2, 3), (4, 5))
 
@@ -58,6 +67,10 @@ def test_a_plan_for_a_link(run, make_model, prose, tmp_path, timed):
     ("options", "words"),
     [
         (["--max-loss", "1", "--for", "usb", "--tp", "2"], "A link is one of nvlink-custom, "),
+        (["--max-loss", "1", "--for", "usb", "--tp", "2"], ", or device for one device; not 'usb'"),
+        (["--max-loss", "1", "--tp", "2"], "--tp N goes with --local or with --for LINK."),
+        (["--max-loss", "1", "--for", "device", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["--max-loss", "1", "--device", "cuda:99"], "no device 'cuda:99'"),
         (["--max-loss", "1", "--for", "nvlink"], "--for LINK goes with --tp N"),
         (["--max-loss", "1", "--for", "device", "--tp", "2"], "--for device goes without"),
         (["--all-reduces", "9", "--for", "device"], "--for goes with --max-loss"),
@@ -67,3 +80,20 @@ def test_what_for_needs(run, make_model, tmp_path, options, words):
     code, out, err = run("plan", make_model(), "-o", tmp_path / "plan.yaml", *options)
     assert (code, out) == (2, "")
     assert words in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tp", "4", "--local"], "has 4 heads and 2 KV heads, which are not divisible by 4"),
+        (["--tp", "2", "--text", "none.txt"], "none.txt"),
+    ],
+)
+def test_what_is_wrong_is_said_before_layers_are_timed(
+    run, make_model, tmp_path, timed, options, words
+):
+    command = ["plan", make_model(), "-o", tmp_path / "plan.yaml", "--max-loss", "1"]
+    code, out, err = run(*command, "--for", "1000,1", *options)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not timed

@@ -13,6 +13,7 @@ import truedepth as td
 from family_models import CASES, options_of
 from over_ranks import found_over_two_ranks
 from tiny_models import left_padded_logits, random_ids
+from truedepth.runtime.generation import cache_argument
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 STAGES = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])
@@ -105,12 +106,13 @@ def test_merged_stages_are_one_norm_and_two_products(model):
 def test_cached_decoding(model, static):
     ids, same = random_ids(), fused(model)
     cache = StaticCache(same.config, max_cache_len=32) if static else DynamicCache()
+    given = cache_argument(same, cache)
     step = torch.compile(same, fullgraph=True) if static else same
-    logits = [same(ids[:, :5], past_key_values=cache).logits]
+    logits = [same(ids[:, :5], **given).logits]
     for position in range(5, 9):
         positions = torch.full((2, 1), position)
         token = ids[:, position : position + 1]
-        logits.append(step(token, position_ids=positions, past_key_values=cache).logits)
+        logits.append(step(token, position_ids=positions, **given).logits)
     expected = model(ids[:, :9]).logits
     torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
 

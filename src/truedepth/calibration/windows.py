@@ -12,7 +12,7 @@ from torch import Tensor
 from truedepth.calibration.options import Calibration
 from truedepth.errors import TruedepthError
 from truedepth.plan.stages import Segment, Sublayer
-from truedepth.runtime.device import default_device, fast_dtype
+from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.runtime.generation import own_text
 from truedepth.runtime.loading import load
 from truedepth.sources.source import Source
@@ -46,8 +46,12 @@ class CalibrationText:
 
 
 def placement(source: Source, options: Calibration) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype that the layers of a calibration compute in."""
-    device = torch.device(options.device or default_device())
+    """The device and the dtype that the layers of a calibration compute in.
+
+    Raises:
+        TruedepthError: This machine has no such device.
+    """
+    device = device_of(options.device)
     return device, options.dtype or fast_dtype(source, device)
 
 

@@ -34,6 +34,12 @@ MaxLoss = Annotated[
         " (0.05), or whose perplexity rises by at most this share (5%)."
     ),
 ]
+TpForLocal = Annotated[
+    int | None,
+    PLAN,
+    Bounds(2, MAX_RANKS),
+    typer.Option(metavar="N", help="Number of tensor-parallel ranks, with --local."),
+]
 Tp = Annotated[
     int | None,
     PLAN,
@@ -47,7 +53,7 @@ For = Annotated[
         "--for",
         metavar="LINK",
         help="Find the plan within --max-loss that is predicted to decode fastest over this link"
-        " between --tp N ranks (pcie4 or another that predict takes), or, as device, on one.",
+        " between --tp N ranks (pcie-host or another that predict takes), or, as device, on one.",
     ),
 ]
 Local = Annotated[
@@ -102,8 +108,8 @@ def plan(
         raise TruedepthError(
             "Say how far to go with one of --max-loss, --all-reduces, --depth, --pairs."
         )
-    ranks = local_ranks(None if where and not local else tp, local)
-    check_for(where, tp, max_loss)
+    check_for(where, tp, max_loss, local)
+    ranks = local_ranks(tp if local else None, local)
     if plot is not None:
         check_plot(plot)
     limit = parse_loss(max_loss) if max_loss is not None else None
@@ -117,8 +123,10 @@ def plan(
     source = trusted(model, allow_pickle, trust_remote_code)
     seconds = None
     if where is not None:
-        link = None if where == DEVICE else parse_link(where)
-        seconds = seconds_of_plans(source, merges.over().max_group, ranks=tp or 1, link=link)
+        link = None if where == DEVICE else parse_link(where, f", or {DEVICE} for one device")
+        seconds = seconds_of_plans(
+            source, merges.over().max_group, ranks=tp or 1, link=link, device=options.device
+        )
     found = search(
         source,
         pairs=pairs,
@@ -134,16 +142,10 @@ def plan(
         seconds=seconds,
     )
     found.plan.to_yaml(out)
-    write_json(json_path, found.to_dict())
+    write_json(json_path, found.to_dict() | ({"for": where, "tp": tp} if where else {}))
     if plot is not None:
         plot_frontier(found, plot)
-    print_search(found, out)
-    if seconds is not None:
-        before, after = seconds(found.plan.unpaired), seconds(found.plan)
-        print(
-            f"\nPredicted time per token for {where}: {before * 1e3:.3f} -> {after * 1e3:.3f} ms"
-            f" ({before / after:.2f})."
-        )
+    print_search(found, out, where)
 
 
 @command("truedepth.conversion.convert", "truedepth.planning.search.search")
@@ -193,7 +195,7 @@ def convert(
         ),
     ] = None,
     merges: MergeOptions,
-    tp: Tp = None,
+    tp: TpForLocal = None,
     local: Local = False,
     budget: Annotated[float | None, PLAN],
     calibration: Annotated[
@@ -305,13 +307,15 @@ def convert(
     print_conversion(done, found)
 
 
-def check_for(where: str | None, tp: int | None, max_loss: str | None) -> None:
-    """Refuse --for without what it needs.
+def check_for(where: str | None, tp: int | None, max_loss: str | None, local: bool) -> None:
+    """Refuse --for without what it needs, and --tp without --for or --local.
 
     Raises:
         TruedepthError: Something is missing or too much.
     """
     if where is None:
+        if tp is not None and not local:
+            raise TruedepthError("--tp N goes with --local or with --for LINK.")
         return
     if max_loss is None:
         raise TruedepthError("--for goes with --max-loss: it finds the fastest plan within a loss.")

@@ -20,6 +20,7 @@ from truedepth.cli.options import (
     write_json,
 )
 from truedepth.errors import TruedepthError
+from truedepth.speed.links import LINKS, parse_link
 from truedepth.speed.timing import REPETITIONS, Engine, Task
 
 
@@ -105,9 +106,8 @@ def predict(
     link: Annotated[
         str | None,
         typer.Option(
-            help="Link between the ranks: nvlink-custom, nvlink-nccl, nvlink, pcie-oneshot,"
-            " pcie-switch, pcie-nccl, pcie-host, pcie5, pcie4, infiniband, 40gbe, 10gbe, or the"
-            " microseconds and GB/s of an all-reduce as 30,12.5.",
+            help=f"Link between the ranks: {', '.join(LINKS)}, or the microseconds and GB/s of an"
+            " all-reduce as 30,12.5.",
             show_default="measured between the ranks",
         ),
     ] = None,
@@ -129,7 +129,6 @@ def predict(
 
     from truedepth.plan.plan import Plan
     from truedepth.report.speed import print_prediction
-    from truedepth.speed.links import parse_link
     from truedepth.speed.prediction import predict
 
     wire = parse_link(link) if link is not None else None

@@ -29,7 +29,7 @@ from truedepth.depth_study.transformations import (
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, checked
 from truedepth.progress import progress_bar
-from truedepth.runtime.device import default_device, fast_dtype
+from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.runtime.empty import empty_model, transformers_config
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
@@ -77,16 +77,16 @@ def study(
             else as in `load`. The residual stream is always float32.
 
     Raises:
-        TruedepthError: The directory holds another study or cannot be written, model or text cannot
-            be used, a transformation is unknown or changes nothing in layers of this family, or the
-            model's files changed meanwhile.
+        TruedepthError: The directory holds another study or cannot be written, model, text or
+            device cannot be used, a transformation is unknown or changes nothing in layers of this
+            family, or the model's files changed meanwhile.
     """
     source = open_source(model)
     source.check_plain("which truedepth does not compute with")
     possible = _possible(source, transformations)
     transformations = possible if transformations is None else transformations
     ids = _windows(source, text, window_of(source, window, WINDOW), windows)
-    device = torch.device(device or default_device())
+    device = device_of(device)
     dtype = dtype or fast_dtype(source, device)
     identity = _identity(source, ids, dtype)
     layers = source.num_layers

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from truedepth.runtime.generation import cache_argument
+
 
 @torch.no_grad()
 def rolled_out(
@@ -54,11 +56,11 @@ def _uniform(seed: int, number: int, count: int) -> Tensor:
 
 def _sampled(student: PreTrainedModel, ids: Tensor, drawn: Tensor) -> Tensor:
     """`[windows, tokens]` samples behind `ids`, each by a number `drawn` from 0 to 1."""
-    cache = DynamicCache(config=student.config)
+    cache = cache_argument(student, DynamicCache(config=student.config))
     found = []
     with _in_evaluation(student):
         for each in drawn.unbind(1):
-            logits = student(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = student(ids, **cache, use_cache=True, logits_to_keep=1).logits
             below = logits[:, -1].float().softmax(-1).cumsum(-1)
             ids = torch.searchsorted(below, each[:, None] * below[:, -1:], right=True)
             ids = ids.clamp(max=logits.shape[-1] - 1)

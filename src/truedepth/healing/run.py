@@ -42,7 +42,7 @@ from truedepth.healing.teacher import KeptPredictions, Original, Teacher
 from truedepth.healing.text import TrainingText, text_parts, training_text
 from truedepth.healing.training import last_whole, passes_per_step, run_training
 from truedepth.plan.config import plan_of
-from truedepth.runtime.device import default_device, fast_dtype
+from truedepth.runtime.device import default_device, device_of, fast_dtype
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
@@ -338,7 +338,7 @@ def _opened(source: Source, original: Source, options: Healing, out: Path) -> _R
     """The run, after all checks that need neither weights nor text.
 
     Raises:
-        TruedepthError: Models, options or `out` do not fit.
+        TruedepthError: Models, options or `out` do not fit, or there is no such device.
     """
     _check(source, original)
     options = replace(options, sequence_length=window_of(source, options.sequence_length))
@@ -386,7 +386,8 @@ def _check(source: Source, original: Source) -> None:
 
 def _with_device_and_dtype(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:
     """The options with device and dtype chosen, and that dtype."""
-    device = options.device or default_device()
+    # the default is not tried: every process would hold memory of the first GPU
+    device = str(device_of(options.device)) if options.device else default_device()
     dtype = options.dtype
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else fast_dtype(original, torch.device(device))

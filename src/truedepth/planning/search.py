@@ -12,21 +12,23 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from truedepth.calibration.options import IN_FLOAT32, Calibration
+from truedepth.calibration.windows import given_text
 from truedepth.checkpoint.records import Loss
 from truedepth.errors import TruedepthError
 from truedepth.options import Bounds, checked
 from truedepth.plan.choose import Costs, cheapest_plans, fastest_plans
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import Segment, written
+from truedepth.plan.stages import Segment
 from truedepth.planning.budget import Budget, OutOfTimeError
 from truedepth.planning.candidates import FORMS, PAIRS, form_of, promising, segments_to_merge
 from truedepth.planning.options import SEARCH_CALIBRATION, Merges
+from truedepth.planning.result import Point, Search
 from truedepth.planning.scoring import Score, Scorer
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
@@ -36,79 +38,6 @@ from truedepth.widening.padding import check_local, padded
 NEAR = 1.3  # if a plan's loss is below NEAR times the limit, the others of its depth are tried too
 CANDIDATES = 3  # plans of least predicted loss that are tried at a number of stages
 SCORING = 0.6  # the share of the time after which plans are measured
-
-
-@dataclass(frozen=True)
-class Point:
-    """The best plan found of one number of stages."""
-
-    plan: Plan
-    predicted: float
-    """Sum of its merges' excess losses, nats per token."""
-
-    measured: Loss | None
-    """What the whole plan loses, refitted; None if it was not measured whole."""
-
-    by_form: dict[str, float]
-    """The same sum as the merges are, not refitted, of the plan that is best so and merges in one
-    form alone; for each of `FORMS` that can have so many stages."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a search found."""
-
-    source: str
-    """The original's name and where it was found."""
-
-    plan: Plan
-    loss: Loss
-    """What the plan loses on the windows that plans were compared on."""
-
-    check: Loss
-    """What the plan loses on windows that nothing was chosen by."""
-
-    max_loss: float | None
-    frontier: list[Point]
-    """One point per number of stages, from the largest on."""
-
-    scores: list[Score]
-    plans_measured: int
-    forward_passes: float
-    """Passes of one window through all layers of the original; a wide layer counts its members."""
-
-    seconds: float
-    hopeless: int
-    """Merges that were not refitted, for each loses too much as it is."""
-
-    stopped: bool
-    """Whether the budget ran out before the search was done."""
-
-    calibrated: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        points = [
-            {
-                "all_reduces": point.plan.all_reduces,
-                "effective_depth": point.plan.effective_depth,
-                **{key: point.plan.to_dict().get(key, []) for key in ("groups", "stages")},
-                "predicted": point.predicted,
-                "by_form": point.by_form,
-                "measured": asdict(point.measured) if point.measured else None,
-            }
-            for point in self.frontier
-        ]
-        scores = [
-            {
-                "merged": [written(stage) for stage in score.segment],
-                "raw": asdict(score.raw),
-                "refitted": asdict(score.refitted) if score.refitted else None,
-            }
-            for score in self.scores
-        ]
-        plain = {"plan": self.plan.to_dict(), "frontier": points, "scores": scores}
-        return asdict(replace(self, plan=self.plan.unpaired, frontier=[], scores=[])) | plain
 
 
 @checked
@@ -160,13 +89,16 @@ def search(
     if pairs is not None:
         merges = replace(merges, form=PAIRS)
     check_local(source, merges.local)
+    calibration = calibration or SEARCH_CALIBRATION
+    if seconds is not None:
+        given_text(source, calibration, [])  # is it there? Layers are timed before it is needed
     segments = segments_to_merge(original, merges, seconds)
     wanted = _stages_wanted(source.num_layers, pairs, depth, all_reduces)
     _check_reach(source, segments, wanted)
     refitted = [each for each in segments if original.is_merged(each)] if calibrate else []
     calibrate = bool(refitted)
     clock = Budget(budget)
-    scorer = Scorer(original, calibration or SEARCH_CALIBRATION, segments, refitted)
+    scorer = Scorer(original, calibration, segments, refitted)
     searcher = _Searcher(scorer, source.num_layers, calibrate, clock, seconds)
     searcher.score()
     if wanted is not None:
@@ -382,7 +314,7 @@ class _Searcher:
                 for form, found in self._by_form.items()
                 if stages in found
             }
-            points.append(Point(best, self.predicted(best), loss, by_form))
+            points.append(Point(best, self.predicted(best), loss, by_form, self._time(best)))
         return Search(
             source=source.label,
             plan=Plan(plan.num_layers, plan.groups, source.name, plan.merged),
@@ -397,4 +329,9 @@ class _Searcher:
             hopeless=self._hopeless,
             stopped=self._budget.spent,
             calibrated=self._calibrate,
+            time_before=self._time(plan.unpaired),
+            time_after=self._time(plan),
         )
+
+    def _time(self, plan: Plan) -> float | None:
+        return None if self._seconds is None else self._seconds(plan)

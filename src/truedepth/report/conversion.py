@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.filesize import decimal
 
 from truedepth.conversion import Conversion
-from truedepth.planning.search import Search
+from truedepth.planning.result import Search
 from truedepth.report.search import effort_text
 from truedepth.report.tables import loss_text, plan_rows, print_rows
 

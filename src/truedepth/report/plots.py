@@ -6,7 +6,7 @@ from pathlib import Path
 
 from truedepth.errors import TruedepthError
 from truedepth.planning.candidates import FORMS
-from truedepth.planning.search import Search
+from truedepth.planning.result import Search
 from truedepth.report.search import any_form
 from truedepth.speed.benchmark import Benchmark
 from truedepth.speed.timing import Row

@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from truedepth.planning.candidates import FORMS
-from truedepth.planning.search import Search
+from truedepth.planning.result import Search
 from truedepth.report.tables import loss_text, plan_rows, print_rows
 
 
-def print_search(found: Search, out: Path) -> None:
-    """Print the plan that was found, its loss, and the frontier."""
+def print_search(found: Search, out: Path, where: str | None = None) -> None:
+    """Print the plan that was found, its loss, and the frontier.
+
+    Args:
+        found: What a search found.
+        out: The plan file.
+        where: The link or device that the plan is to be fast on.
+    """
     print_rows(
         [
             ("model", found.source),
@@ -20,6 +26,14 @@ def print_search(found: Search, out: Path) -> None:
             ("written", str(out)),
         ]
     )
+    if where is None:
+        _print_by_form(found)
+    else:
+        _print_by_time(found, where)
+
+
+def _print_by_form(found: Search) -> None:
+    """What each form of merging loses, by number of stages."""
     forms = [form for form in FORMS if any(form in point.by_form for point in found.frontier)]
     print(
         "\nExcess loss in nats per token, by number of stages (all-reduces): the sum over"
@@ -38,6 +52,34 @@ def print_search(found: Search, out: Path) -> None:
             for point in found.frontier
         ],
         header=("stages", *forms, any_form(found), "measured", "KL"),
+        words=(),
+    )
+
+
+def _print_by_time(found: Search, where: str) -> None:
+    """What each number of stages takes and loses."""
+    before, after = found.time_before, found.time_after
+    assert before is not None  # the search was for speed
+    assert after is not None
+    print(
+        f"\nPredicted time per token for {where}, stages fused where that is possible:"
+        f"\n{before * 1e3:.3f} -> {after * 1e3:.3f} ms ({before / after:.2f})."
+        "\n\nBy number of stages (all-reduces): predicted milliseconds per token of the plan of"
+        "\nleast loss, the sum of its merges' excess losses, and what whole plans lose, in nats"
+        "\nper token:\n"
+    )
+    print_rows(
+        [
+            (
+                str(point.plan.all_reduces),
+                f"{(point.time or 0.0) * 1e3:.3f}",
+                f"{point.predicted:.3f}",
+                loss_text(point.measured) if point.measured else "-",
+                _number(point.measured.kl if point.measured else None),
+            )
+            for point in found.frontier
+        ],
+        header=("stages", "ms", any_form(found), "measured", "KL"),
         words=(),
     )
 

@@ -47,10 +47,10 @@ LINKS = {
         ),
         Link(
             "nvlink-nccl",
-            16e-6,
+            19e-6,
             0.0,
             250e9,
-            "16 µs reported in public threads; 19 µs for 1 kB and 136 µs for 16 MB on 8 H100,"
+            "19 µs for 1 kB and 136 µs for 16 MB on 8 H100,"
             " github.com/ByteDance-Seed/Triton-distributed/issues/57",
         ),
         # Two H100s take 6 µs with CUDA graphs: github.com/NVIDIA/nccl/issues/1259
@@ -71,11 +71,11 @@ LINKS = {
         ),
         Link(
             "pcie-nccl",
-            45e-6,
+            25e-6,
             0.0,
-            63e9,
-            "NCCL takes 45 µs for 4 kB on 8 RTX 6000D, github.com/sgl-project/sglang/pull/32479;"
-            " PCIe 5.0 x16",
+            0.36e9,
+            "NCCL takes 45 µs for 4 kB and 344 µs for 64 kB on 8 RTX 6000D,"
+            " github.com/sgl-project/sglang/pull/32479",
         ),
         Link(
             "pcie-host",
@@ -100,8 +100,12 @@ LINKS = {
 }
 
 
-def parse_link(text: str) -> Link:
+def parse_link(text: str, also: str = "") -> Link:
     """Read a link: a name of `LINKS`, or microseconds and GB/s, such as `30,12.5`.
+
+    Args:
+        text: What to read.
+        also: What else the message names, which the caller takes besides links.
 
     Raises:
         TruedepthError: The text is neither.
@@ -115,6 +119,6 @@ def parse_link(text: str) -> Link:
     if not (latency >= 0 and bandwidth > 0):
         raise TruedepthError(
             f"A link is one of {', '.join(LINKS)}, or the latency of an all-reduce in microseconds"
-            f" and the bandwidth in GB/s, such as 30,12.5; not {text!r}."
+            f" and the bandwidth in GB/s, such as 30,12.5{also}; not {text!r}."
         )
     return Link(text, latency * 1e-6, 0.0, bandwidth * 1e9, "given")

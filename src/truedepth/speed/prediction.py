@@ -25,7 +25,7 @@ from truedepth.runtime.device import device_of, fast_dtype
 from truedepth.sources.opening import open_source
 from truedepth.sources.source import Source
 from truedepth.speed.layer_timing import LayerTimes, layer_times, rank_config, unpaired_config
-from truedepth.speed.links import Link
+from truedepth.speed.links import Link, parse_link
 from truedepth.speed.ranks import check_accelerator
 from truedepth.speed.timing import Case, Task
 from truedepth.tensors import dtype_name
@@ -134,7 +134,7 @@ def predict(
     depth: Annotated[int | None, Bounds(1)] = None,
     all_reduces: Annotated[int | None, Bounds(1)] = None,
     ranks: Annotated[int, Bounds(1)] = 1,
-    link: Link | None = None,
+    link: Link | str | None = None,
     task: Annotated[str, OneOf("decode", "prefill")] = "decode",
     batch: Annotated[int, Bounds(1)] = 1,
     length: Annotated[int, Bounds(1)] = 128,
@@ -151,7 +151,8 @@ def predict(
             speed.
         all_reduces: Number of all-reduces of staggered layers, instead of a plan.
         ranks: Tensor-parallel size.
-        link: Link between the ranks; default: all-reduces are measured on this machine.
+        link: Link between the ranks, or what `parse_link` reads, such as pcie-host; default:
+            all-reduces are measured on this machine.
         task: What is predicted. decode: one token, with `length` tokens in the KV cache; prefill:
             one pass over prompts of `length` tokens.
         batch: Number of sequences that run at a time.
@@ -162,11 +163,12 @@ def predict(
             on a GPU the config's dtype.
 
     Raises:
-        TruedepthError: The model or device does not exist, the family is not supported, not one of
-            plan, depth and all_reduces is given or it does not fit the model, its stages cannot be
-            fused, or there are too few GPUs.
+        TruedepthError: The model, link or device does not exist, the family is not supported, not
+            one of plan, depth and all_reduces is given or it does not fit the model, its stages
+            cannot be fused, or there are too few GPUs.
     """
     source = open_source(model)
+    link = parse_link(link) if isinstance(link, str) else link
     where = device_of(device)
     if link is None:
         check_accelerator(ranks, where)
@@ -205,33 +207,37 @@ def seconds_of_plans(
     max_group: int = 2,
     *,
     ranks: int = 1,
-    link: Link | None = None,
-    device: str | None = None,
+    link: Link | str | None = None,
+    device: str | torch.device | None = None,
 ) -> Callable[[Plan], float]:
     """A function of plans, the seconds that they are predicted to take per token.
 
-    Layers are timed here, once, with their stages fused where the family allows it.
+    Layers are timed once, at the first call, with their stages fused where the family allows it.
 
     Args:
         source: An original.
         max_group: The most layers in a group of a plan.
         ranks: Tensor-parallel size.
-        link: Link between the ranks; None for one rank.
+        link: Link between the ranks, or what `parse_link` reads; None for one rank.
         device: As in `predict`.
 
     Raises:
-        TruedepthError: The device does not exist, or the family is not supported.
+        TruedepthError: The link or the device does not exist, or the family is not supported.
     """
+    wire = parse_link(link) if isinstance(link, str) else link
     where = device_of(device)
     dtype, case = _default_dtype(source, where), Case(Task.decode, 128)
     folds = not source.family.side_by_side_only
     widths = range(1, max_group + 1) if folds else [1]
-    measured = _times(source, widths, True, case, where, dtype, ranks, link, folds)
-    costs = costs_of(measured, link, source.config, case, dtype, ranks)
+
+    @cache
+    def costs() -> Costs:
+        measured = _times(source, widths, True, case, where, dtype, ranks, wire, folds)
+        return costs_of(measured, wire, source.config, case, dtype, ranks)
 
     @cache
     def seconds(plan: Plan) -> float:
-        return costs.of(_executed(source, plan)).total
+        return costs().of(_executed(source, plan)).total
 
     return seconds
 

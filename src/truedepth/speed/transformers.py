@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.distributed import DistributedConfig
 
 from truedepth.runtime.fusing import fuse
+from truedepth.runtime.generation import cache_argument
 from truedepth.runtime.loading import load
 from truedepth.speed.collectives import watched
 from truedepth.speed.ranks import run_ranks
@@ -73,8 +74,9 @@ class TimedTransformersModel:
         return steps
 
     def _generate(self, step: Any, token: Tensor, cache: Cache, count: int) -> None:
+        given = cache_argument(self._model, cache)
         for _ in range(count):
-            output = step(token, past_key_values=cache, use_cache=True)
+            output = step(token, **given, use_cache=True)
             token = output.logits[:, -1:].argmax(-1)
 
     def _cache_of(self, case: Case, ids: Tensor) -> Cache:
@@ -94,7 +96,8 @@ class TimedTransformersModel:
         return cache
 
     def _fill(self, cache: Cache, ids: Tensor) -> None:
-        self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        given = cache_argument(self._model, cache)
+        self._model(ids, **given, use_cache=True, logits_to_keep=1)
 
     def _tokens(self, batch: int, length: int) -> Tensor:
         ids = torch.arange(batch * length, device=self._model.device).view(batch, length)

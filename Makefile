@@ -4,6 +4,7 @@ PIP := -m pip --quiet --disable-pip-version-check
 # make test TRANSFORMERS=5.16.0 runs any of these targets with another release of transformers, in
 # an environment of its own. Without it, everything is pinned by constraints.txt.
 TRANSFORMERS ?=
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1.0/p' pyproject.toml)
 ENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 BIN := $(ENV)/bin
 INSTALL := $(PIP) install -c $(ENV)/constraints.txt
@@ -21,7 +22,7 @@ VLLM_ENV := .venv-vllm$(if $(filter-out $(VLLM_NEWEST),$(VLLM)),-$(VLLM))
 # Several workers share few cores on small machines: waiting threads must not spin.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo help test test-slow test-vllm test-vllm-all test-gguf check format same docs clean
+.PHONY: demo help test test-oldest test-slow test-vllm test-vllm-all test-gguf check format same docs clean
 
 demo: $(ENV)/installed ## convert and measure the default model (4 minutes)
 	$(BIN)/truedepth demo
@@ -31,6 +32,9 @@ help: ## list these targets
 
 test: $(ENV)/installed ## run the tests (5 to 8 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm and not gguf"
+
+test-oldest: ## the same with the oldest transformers that pyproject.toml allows
+	$(MAKE) test TRANSFORMERS=$(OLDEST_TRANSFORMERS)
 
 test-slow: $(ENV)/installed ## tests that need the default model or minutes (9 minutes)
 	$(BIN)/python -m pytest -m slow

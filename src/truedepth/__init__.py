@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from truedepth.runtime.loading import load
     from truedepth.sources.opening import open_source
     from truedepth.speed.benchmark import bench
-    from truedepth.speed.prediction import predict
+    from truedepth.speed.prediction import predict, seconds_of_plans
 
 __all__ = [
     "Calibration",
@@ -59,6 +59,7 @@ __all__ = [
     "predict",
     "probe",
     "search",
+    "seconds_of_plans",
     "study",
     "task_scores",
 ]
@@ -82,6 +83,7 @@ _LAZY = {
     "predict": "truedepth.speed.prediction",
     "probe": "truedepth.evaluation.probes",
     "search": "truedepth.planning.search",
+    "seconds_of_plans": "truedepth.speed.prediction",
     "study": "truedepth.depth_study.run",
     "task_scores": "truedepth.evaluation.accuracy",
 }

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import truedepth as td
-from family_models import options_of, side_by_side, staged
+from family_models import locally, options_of, side_by_side, staged
 from truedepth.calibration.trajectories import Walk
 from truedepth.calibration.windows import calibration_windows
 from truedepth.cli.plan import parse_loss
 from truedepth.plan.choose import cheapest_plans, plan_of_segments
-from truedepth.plan.stages import group_of
+from truedepth.plan.stages import LocalStage, group_of
 from truedepth.planning.candidates import FORMS, form_of, promising
 from truedepth.planning.scoring import ALONE_WINDOWS, MEASURED_WINDOWS, Scorer
 from truedepth.report.search import effort_text
@@ -100,6 +100,30 @@ def test_scores_and_losses_are_those_of_whole_models(make_model, calibration, fo
     assert found.forward_passes > 0
 
 
+def test_local_stages_are_scored_by_what_ranks_compute_and_chosen_if_they_lose_least(
+    make_model, calibration
+):
+    source = td.open_source(make_model(num_hidden_layers=4))
+    options = {"all_reduces": 5, "calibration": calibration, "calibrate": False}
+    found = td.search(source, **options, frontier=True, merges=td.Merges(local=2))
+    assert {form_of(score.segment) for score in found.scores} == set(FORMS)
+    windows = _windows(source, calibration)
+    model = AutoModelForCausalLM.from_pretrained(source.path, attn_implementation="eager")
+    original = model(windows).logits
+    for plan, loss, count in [
+        *((plan_of_segments(4, [s.segment]), s.raw, ALONE_WINDOWS) for s in found.scores),
+        *((point.plan, point.measured, MEASURED_WINDOWS) for point in found.frontier),
+    ]:
+        stages = [
+            (list if isinstance(stage, LocalStage) else tuple)(map(str, stage))
+            for stage in plan.stages
+        ]
+        ours = locally(model, windows[:count], stages, 2)
+        assert (loss.excess, loss.kl) == _losses(original[:count], ours, windows[:count])
+    assert any(isinstance(stage, LocalStage) for stage in found.plan.stages)
+    assert found.loss.kl < td.search(source, **options).loss.kl
+
+
 def test_predictions_are_sums_over_merges(make_model, calibration):
     """Of the best plan in any form, and of the best in each form alone."""
     found = td.search(
@@ -136,9 +160,13 @@ def test_refitted_plans_are_what_calibrate_writes(make_model, calibration, goal,
     assert (found.loss.excess, found.loss.kl) == pytest.approx(expected.expected, abs=1e-4)
 
 
-def test_refitted_scores_are_what_calibrating_one_merge_loses(make_model, calibration, tmp_path):
+@pytest.mark.parametrize("local", [None, 2])
+def test_refitted_scores_are_what_calibrating_one_merge_loses(
+    make_model, calibration, local, tmp_path
+):
     source = td.open_source(make_model())
-    found = td.search(source, all_reduces=11, calibration=calibration)
+    merges = td.Merges(local=local)
+    found = td.search(source, all_reduces=11, calibration=calibration, merges=merges)
     windows = _windows(source, calibration)[:ALONE_WINDOWS]
     for score in [score for score in found.scores if score.refitted][::4]:
         plan = plan_of_segments(6, [score.segment])

@@ -70,7 +70,7 @@ def test_the_python(model, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) == 2
     for code in reversed(snippets):  # the second makes what the first loads
-        few = "td.Calibration(tokens=4096)"
+        few = "td.Calibration(tokens=2048, window=128)"
         code = code.replace('"default"', repr(model)).replace('"out", plan', f'"out", plan, {few}')
         code = code.replace(
             "max_loss=0.05", f"max_loss=5, merges=td.Merges(max_run=2), calibration={few}"

@@ -420,11 +420,11 @@ def test_terminals_without_unicode(make_model):
 def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
     from truedepth import demo
 
-    source = td.open_source(make_model(num_hidden_layers=30))
+    source = td.open_source(make_model(num_hidden_layers=30, max_position_embeddings=256))
     monkeypatch.setattr(demo, "open_source", lambda name: source)
     monkeypatch.setattr(demo, "TOKENS", 2048)
     monkeypatch.setattr(demo, "WINDOWS", 2)
-    monkeypatch.setattr(demo, "REPETITIONS", 2)
+    monkeypatch.setattr(demo, "REPETITIONS", 1)
     code, out, _ = run("demo", "--out", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert code == 0
     data = json.loads((tmp_path / "demo.json").read_text())

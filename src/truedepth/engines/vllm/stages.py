@@ -19,9 +19,9 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
+from truedepth.engines.support import shares_queries
 from truedepth.engines.vllm.fusing import Fused, Member, can_join
 from truedepth.families.lookup import original_family
-from truedepth.modeling import GATHERED, styles_of
 from truedepth.plan.plan import Plan
 from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, ranks_of, stage_of
 
@@ -186,8 +186,7 @@ def check_local(config: Any) -> None:
     local = Plan(config.num_hidden_layers, stages=config.stages or ()).ranks
     if local is None:
         return
-    queries = f"{config.sublayers['attention'][0]}.q_proj"
-    if styles_of(config).get(queries) in GATHERED:
+    if shares_queries(config):
         raise ValueError(
             "the queries of this model are normed over the heads of all ranks, which read different"
             " states in a local stage; vLLM does not run that, use transformers"

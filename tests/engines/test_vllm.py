@@ -386,23 +386,19 @@ def test_as_the_draft_of_its_original(make_model, converted, check):
     check(make_model(**SHAPES), speculative_config=draft)
 
 
+def benched(model, base, out, *options):
+    """The rows that `truedepth bench` writes to a file."""
+    command = [sys.executable, "-m", "truedepth", "bench", model, "--against", base, "--json", out]
+    command += ["--engine", "vllm", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())["rows"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bench(make_model, converted, tmp_path, ranks):
-    command = [sys.executable, "-m", "truedepth", "bench", str(converted)]
-    command += ["--against", str(make_model(**SHAPES)), "--engine", "vllm", "--tp", str(ranks)]
-    command += [
-        "--lengths",
-        "9",
-        "--batch",
-        "2",
-        "--repetitions",
-        "2",
-        "--json",
-        str(tmp_path / "bench.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    options = ["--tp", ranks, "--lengths", 9, "--batch", 2, "--repetitions", 2]
+    rows = benched(converted, make_model(**SHAPES), tmp_path / "bench.json", *options)
     assert [row["case"]["task"] for row in rows] == ["prefill", "generate", "decode"]
     for row in rows:
         assert min(row["model"]["seconds"] + row["base"]["seconds"]) > 0
@@ -413,8 +409,19 @@ def test_bench(make_model, converted, tmp_path, ranks):
             continue
         passes = 9 if row["case"]["task"] == "generate" else 1
         calls = [sent["calls"]["allreduce"] for sent in (before, after)]
-        assert calls == [passes * (1 + 2 * depth) for depth in (6, PLAN.effective_depth)]
+        assert calls == [passes * (1 + plan.all_reduces) for plan in (PLAN.unpaired, PLAN)]
         assert 0 < after["share"] < 1
+
+
+def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
+    source, plans = make_model(**SHAPES), {"staggered": STAGGERED, "local": LOCAL}
+    for name, plan in plans.items():
+        td.convert(source, tmp_path / name, plan)
+    options = ["--tp", 2, "--tasks", "prefill", "--lengths", 9, "--repetitions", 1, "--eager"]
+    models = [tmp_path / name for name in plans]
+    (row,) = benched(*models, tmp_path / "bench.json", *options)
+    calls = [row[each]["collectives"]["calls"]["allreduce"] for each in ("model", "base")]
+    assert calls == [1 + plan.all_reduces for plan in plans.values()]
 
 
 def test_what_vllm_cannot_load_is_said(make_model):

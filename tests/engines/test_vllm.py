@@ -324,13 +324,18 @@ def test_what_stages_cannot_run_in_is_refused_by_name(
         served(tmp_path / "out", prompts)
 
 
-def test_prefill_in_chunks_and_cached_prefixes(staged, check, prompts):
+@pytest.mark.parametrize(("plan", "ranks"), [(STAGED, 1), (LOCAL, 2)], ids=["one", "local"])
+def test_prefill_in_chunks_and_cached_prefixes(make_model, plan, ranks, check, prompts, tmp_path):
+    td.convert(make_model(**SHAPES), tmp_path / "out", plan)
     options = {"enable_chunked_prefill": True, "enable_prefix_caching": True}
-    check(staged, prompts * 2, max_num_batched_tokens=64, max_num_seqs=4, **options)
+    options |= {"max_num_batched_tokens": 64, "max_num_seqs": 4, "tensor_parallel_size": ranks}
+    check(tmp_path / "out", prompts * 2, **options)
 
 
-def test_compiled(staged, check):
-    check(staged, enforce_eager=False)
+@pytest.mark.parametrize(("plan", "ranks"), [(STAGED, 1), (LOCAL, 2)], ids=["one", "local"])
+def test_compiled(make_model, plan, ranks, check, tmp_path):
+    td.convert(make_model(**SHAPES), tmp_path / "out", plan)
+    check(tmp_path / "out", enforce_eager=False, tensor_parallel_size=ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

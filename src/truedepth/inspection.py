@@ -148,6 +148,7 @@ def inspect_model(model: str | Path | Source) -> Info:
             stages=bool(plan.merged),
             wide=any(len(group) > 1 for group in layout.executed_plan.groups),
             inside=source.outer is not None,
+            local=plan.ranks is not None,
         ),
     )
 

@@ -47,6 +47,23 @@ STAGED = td.Plan(6, [[2, 3]], stages=[["A0", "F0", "A1"], ["A4", "F4"], ["A5", "
 """Stages at the first and the last layer, one of three sub-layers, and a wide layer between."""
 
 STAGGERED = td.Plan(6, stages=[["F0", "A1"], ["F1", "A2"], ["F2", "A3", "F3"], ["F4", "A5"]])
+
+
+def local(*stages):
+    """Stages that are local to two ranks."""
+    return [{"sublayers": stage, "local": 2} for stage in stages]
+
+
+LOCAL = td.Plan(6, stages=[*local(["A0", "F0", "A1"], ["F4", "A5", "F5"]), ["F2", "A3"]])
+"""Local stages at the first and the last layer, and one that is not local."""
+
+WHOLE = td.Plan(6, stages=[["A0", "F0"], ["A2", "F2", "A3", "F3"], ["A5", "F5"]])
+ALONE = td.Plan(6, stages=[["A0", "F0"], ["A5", "F5"]])
+WHOLE_LOCAL, ALONE_LOCAL = (
+    td.Plan(6, stages=local(*map(list, plan.merged))) for plan in (WHOLE, ALONE)
+)
+"""Stages of whole layers, for families whose attention and FFN read one state."""
+
 QWEN2_WINDOWS = {
     "family": Qwen2Config,
     "use_sliding_window": True,
@@ -224,16 +241,6 @@ def test_stages_of_vllms_own_classes(make_model, options, ranks, check, tmp_path
     check(tmp_path / "out", tensor_parallel_size=ranks)
 
 
-LOCAL = td.Plan(
-    6,
-    stages=[
-        *({"sublayers": stage, "local": 2} for stage in (["A0", "F0", "A1"], ["F4", "A5", "F5"])),
-        ["F2", "A3"],
-    ],
-)
-"""Stages that are local to two ranks, at the first and the last layer, and one that is not."""
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -253,26 +260,28 @@ def test_local_stages(make_model, options, check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "words"),
+    ("model", "plan", "ranks", "words"),
     [
-        (LlamaConfig, 1, "local to 2 tensor-parallel ranks, not to 1; .*parallel-size 2"),
-        (Olmo2Config, 2, "queries of this model are normed over the heads of all ranks"),
+        (LlamaConfig, LOCAL, 1, "local to 2 tensor-parallel ranks, not to 1; .*parallel-size 2"),
+        (Olmo2Config, LOCAL, 2, "queries of this model are normed over the heads of all ranks"),
+        (CohereConfig, ALONE_LOCAL, 1, "local to 2 tensor-parallel ranks, not to 1"),
+        (CohereConfig, WHOLE_LOCAL, 2, r"a stage, as those of \[A2 \| F2 \| A3 \| F3\] do"),
     ],
+    ids=["llama", "olmo2", "cohere", "cohere of several layers"],
 )
-def test_local_stages_that_are_refused(make_model, model, ranks, words, served, prompts, tmp_path):
-    td.convert(make_model(**SHAPES, family=model), tmp_path / "out", LOCAL)
+def test_local_stages_that_are_refused(
+    make_model, model, plan, ranks, words, served, prompts, tmp_path
+):
+    td.convert(make_model(**SHAPES, family=model), tmp_path / "out", plan)
     with pytest.raises(AssertionError, match=words):
         served(tmp_path / "out", prompts, tensor_parallel_size=ranks)
 
 
-WHOLE = td.Plan(6, stages=[["A0", "F0"], ["A2", "F2", "A3", "F3"], ["A5", "F5"]])
-ALONE = td.Plan(6, stages=[["A0", "F0"], ["A5", "F5"]])
-
-
-def test_stages_of_one_whole_layer(make_model, check, tmp_path):
+@pytest.mark.parametrize("plan", [ALONE, ALONE_LOCAL], ids=["shared", "local"])
+def test_stages_of_one_whole_layer(make_model, plan, check, tmp_path):
     """Where attention and FFN read one state already."""
     model = make_model(**SHAPES, family=CohereConfig, logit_scale=0.5)
-    td.convert(model, tmp_path / "out", ALONE)
+    td.convert(model, tmp_path / "out", plan)
     check(tmp_path / "out", tensor_parallel_size=2)
 
 
@@ -302,7 +311,7 @@ def test_what_the_engine_does_with_its_own_classes(
         (
             {"family": CohereConfig},
             WHOLE,
-            r"do not run side by side, as those of the stage \[A2 F2 A3 F3\]",
+            r"do not share a stage, as those of \[A2 F2 A3 F3\] do",
         ),
         (GEMMA3, PLAN, "stages of sub-layers of Gemma3ForCausalLM, but not groups"),
     ],
@@ -315,13 +324,18 @@ def test_what_stages_cannot_run_in_is_refused_by_name(
         served(tmp_path / "out", prompts)
 
 
-def test_prefill_in_chunks_and_cached_prefixes(staged, check, prompts):
+@pytest.mark.parametrize(("plan", "ranks"), [(STAGED, 1), (LOCAL, 2)], ids=["one", "local"])
+def test_prefill_in_chunks_and_cached_prefixes(make_model, plan, ranks, check, prompts, tmp_path):
+    td.convert(make_model(**SHAPES), tmp_path / "out", plan)
     options = {"enable_chunked_prefill": True, "enable_prefix_caching": True}
-    check(staged, prompts * 2, max_num_batched_tokens=64, max_num_seqs=4, **options)
+    options |= {"max_num_batched_tokens": 64, "max_num_seqs": 4, "tensor_parallel_size": ranks}
+    check(tmp_path / "out", prompts * 2, **options)
 
 
-def test_compiled(staged, check):
-    check(staged, enforce_eager=False)
+@pytest.mark.parametrize(("plan", "ranks"), [(STAGED, 1), (LOCAL, 2)], ids=["one", "local"])
+def test_compiled(make_model, plan, ranks, check, tmp_path):
+    td.convert(make_model(**SHAPES), tmp_path / "out", plan)
+    check(tmp_path / "out", enforce_eager=False, tensor_parallel_size=ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -377,23 +391,19 @@ def test_as_the_draft_of_its_original(make_model, converted, check):
     check(make_model(**SHAPES), speculative_config=draft)
 
 
+def benched(model, base, out, *options):
+    """The rows that `truedepth bench` writes to a file."""
+    command = [sys.executable, "-m", "truedepth", "bench", model, "--against", base, "--json", out]
+    command += ["--engine", "vllm", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())["rows"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bench(make_model, converted, tmp_path, ranks):
-    command = [sys.executable, "-m", "truedepth", "bench", str(converted)]
-    command += ["--against", str(make_model(**SHAPES)), "--engine", "vllm", "--tp", str(ranks)]
-    command += [
-        "--lengths",
-        "9",
-        "--batch",
-        "2",
-        "--repetitions",
-        "2",
-        "--json",
-        str(tmp_path / "bench.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    options = ["--tp", ranks, "--lengths", 9, "--batch", 2, "--repetitions", 2]
+    rows = benched(converted, make_model(**SHAPES), tmp_path / "bench.json", *options)
     assert [row["case"]["task"] for row in rows] == ["prefill", "generate", "decode"]
     for row in rows:
         assert min(row["model"]["seconds"] + row["base"]["seconds"]) > 0
@@ -404,8 +414,19 @@ def test_bench(make_model, converted, tmp_path, ranks):
             continue
         passes = 9 if row["case"]["task"] == "generate" else 1
         calls = [sent["calls"]["allreduce"] for sent in (before, after)]
-        assert calls == [passes * (1 + 2 * depth) for depth in (6, PLAN.effective_depth)]
+        assert calls == [passes * (1 + plan.all_reduces) for plan in (PLAN.unpaired, PLAN)]
         assert 0 < after["share"] < 1
+
+
+def test_a_stage_costs_one_all_reduce(make_model, tmp_path):
+    source, plans = make_model(**SHAPES), {"staggered": STAGGERED, "local": LOCAL}
+    for name, plan in plans.items():
+        td.convert(source, tmp_path / name, plan)
+    options = ["--tp", 2, "--tasks", "prefill", "--lengths", 9, "--repetitions", 1, "--eager"]
+    models = [tmp_path / name for name in plans]
+    (row,) = benched(*models, tmp_path / "bench.json", *options)
+    calls = [row[each]["collectives"]["calls"]["allreduce"] for each in ("model", "base")]
+    assert calls == [1 + plan.all_reduces for plan in plans.values()]
 
 
 def test_what_vllm_cannot_load_is_said(make_model):

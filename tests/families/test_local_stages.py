@@ -16,6 +16,8 @@ from family_models import CAPPED, CASES, WITHOUT_TRUEDEPTH, locally, options_of,
 from over_ranks import GREEDY, found_over_two_ranks
 from tiny_models import byte_tokenizer, left_padded_logits, random_ids
 from traced_models import MIXTURES, NOT_LOCAL, OTHERS, WHOLE, is_sharded, model_of
+from truedepth.engines.support import VLLM_FAMILIES, VLLM_STAGES, refused_by
+from truedepth.inspection import inspect_model
 from truedepth.modeling.stages import wrong_ranks
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -173,6 +175,20 @@ def test_another_number_of_ranks_is_refused(make_model, tmp_path):
         config.simulate_ranks = simulate
         with pytest.raises(ValueError, match=r"local to 2 tensor-parallel ranks, so 2 .* not 4"):
             AutoModelForCausalLM.from_config(config)
+
+
+def test_where_queries_are_normed_over_all_ranks_vllm_does_not_run_them(make_model, tmp_path):
+    families = (*VLLM_FAMILIES, *VLLM_STAGES)
+    found = {each: refused_by(each, False, stages=True, local=True)["vLLM"] for each in families}
+    why = "not with rank-local stages"
+    assert {each: reason for each, reason in found.items() if reason} == dict.fromkeys(
+        ("olmo2", "olmo3", "olmoe"), why
+    )
+    for case, reason in (("olmo2", why), ("gemma2", "")):
+        td.convert(make_model(**options_of(case)), tmp_path / case, plan_of(case))
+        assert inspect_model(tmp_path / case).engines["vLLM"] == reason
+    td.convert(make_model(**options_of("olmo2")), tmp_path / "read", td.Plan(6, stages=STAGES))
+    assert not inspect_model(tmp_path / "read").engines["vLLM"]
 
 
 def test_ranks_that_all_hold_the_whole_layers_are_told_so():

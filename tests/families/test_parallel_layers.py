@@ -130,6 +130,11 @@ def test_what_info_says(make_model, tmp_path):
     found = inspect_model(tmp_path / "out")
     assert found.executed_plan == PLAN and not found.side_by_side
     assert "side by side" in inspect_model(converted_cohere).engines["vLLM"]
+    for stage, runs in ((["A2", "F2"], True), (["A2", "F2", "A3", "F3"], False)):
+        plan = td.Plan(6, stages=[{"sublayers": stage, "local": 2}])
+        td.convert(make_model(**options_of("cohere")), tmp_path / f"local{len(stage)}", plan)
+        found = inspect_model(tmp_path / f"local{len(stage)}")
+        assert (found.engines["vLLM"] == "") == runs
     assert td.predict(tmp_path / "out").plan == PLAN
 
 

@@ -19,11 +19,11 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
+from truedepth.engines.support import shares_queries
 from truedepth.engines.vllm.fusing import Fused, Member, can_join
 from truedepth.families.lookup import original_family
-from truedepth.modeling import GATHERED, styles_of
 from truedepth.plan.plan import Plan
-from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, ranks_of, stage_of
+from truedepth.plan.stages import ATTENTION, Stage, home_of, parts_of, ranks_of, said, stage_of
 
 
 class Part:
@@ -186,8 +186,7 @@ def check_local(config: Any) -> None:
     local = Plan(config.num_hidden_layers, stages=config.stages or ()).ranks
     if local is None:
         return
-    queries = f"{config.sublayers['attention'][0]}.q_proj"
-    if styles_of(config).get(queries) in GATHERED:
+    if shares_queries(config):
         raise ValueError(
             "the queries of this model are normed over the heads of all ranks, which read different"
             " states in a local stage; vLLM does not run that, use transformers"
@@ -202,17 +201,19 @@ def check_local(config: Any) -> None:
 def check_alone(config: Any) -> None:
     """Refuse stages of several whole layers, whose attentions and FFNs read one state already.
 
-    Those of one layer run as the layer does, with its own all-reduces.
+    Those of one layer run as the layer does, with its own all-reduces. Local ones do, too: the FFN
+    reads what the attention reads, not what its rank has written.
 
     Raises:
-        ValueError: There is such a stage.
+        ValueError: There is such a stage, or stages are local to another number of ranks.
     """
-    for names in config.stages:
-        if len({each.layer for each in stage_of(names)}) > 1:
+    for stage in map(stage_of, config.stages):
+        if len({each.layer for each in stage}) > 1:
             raise ValueError(
-                f"vLLM's layers of this family do not run side by side, as those of the stage"
-                f" [{' '.join(names)}] do; use transformers"
+                "vLLM's layers of this family do not share a stage, as those of"
+                f" {said(stage)} do; use transformers"
             )
+    check_local(config)
 
 
 def fuse_stages(model: nn.Module, config: Any) -> None:

@@ -17,7 +17,10 @@ from packaging.version import Version
 from truedepth.errors import TruedepthError
 
 FLOOR, TESTED = "0.29", "0.32"
-"""The oldest supported minor version, and the newest tested one; the tests ran on all between."""
+"""The oldest supported minor version, and the newest tested one; the tests ran on all between.
+
+The extra `vllm` of pyproject.toml takes these alone.
+"""
 
 _MODELS, _LAYERS = "vllm.model_executor.models", "vllm.model_executor.layers"
 _LAYER = ("config", "cache_config", "quant_config", "prefix")

@@ -35,7 +35,7 @@ from truedepth.families.registration import register
 from truedepth.plan.plan import Plan
 from truedepth.runtime.device import default_device
 from truedepth.runtime.empty import transformers_config
-from truedepth.runtime.generation import cache_argument
+from truedepth.runtime.kv_cache import cache_argument
 from truedepth.speed.layer_timing import planned, rank_config, unpaired_config
 from truedepth.speed.timing import in_turn
 from truedepth.speed.transformers import stopwatch

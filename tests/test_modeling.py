@@ -20,7 +20,7 @@ from transformers import (
 import truedepth as td
 from tiny_models import TINY, left_padded_logits, random_ids, staged_logits
 from truedepth import modeling
-from truedepth.runtime.generation import cache_argument
+from truedepth.runtime.kv_cache import cache_argument
 
 PLANS = {
     "groups": td.Plan(6, [[0, 1], [2], [3, 4, 5]]),

@@ -13,7 +13,7 @@ import truedepth as td
 from family_models import CASES, options_of
 from over_ranks import found_over_two_ranks
 from tiny_models import left_padded_logits, random_ids
-from truedepth.runtime.generation import cache_argument
+from truedepth.runtime.kv_cache import cache_argument
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 STAGES = td.Plan(6, stages=[["A0", "F0", "A1"], ["F2", "A3"], ["F4", "A5", "F5"]])

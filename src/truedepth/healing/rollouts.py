@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from truedepth.runtime.generation import cache_argument
+from truedepth.runtime.kv_cache import cache_argument
 
 
 @torch.no_grad()

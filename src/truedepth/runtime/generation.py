@@ -6,13 +6,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from inspect import signature
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -377,17 +375,3 @@ def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor
             written.append(output.cpu())
             advance(count)
     return torch.cat(written)
-
-
-def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """A KV cache as an argument of `forward`: `past_key_values`, or `cache` in newer releases.
-
-    Args:
-        model: A model of transformers, not compiled.
-        cache: What `forward` is to read and extend.
-
-    Returns:
-        Arguments for the model's `forward`.
-    """
-    named = signature(type(model).forward).parameters
-    return {"cache" if "cache" in named else "past_key_values": cache}

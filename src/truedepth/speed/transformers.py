@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.distributed import DistributedConfig
 
 from truedepth.runtime.fusing import fuse
-from truedepth.runtime.generation import cache_argument
+from truedepth.runtime.kv_cache import cache_argument
 from truedepth.runtime.loading import load
 from truedepth.speed.collectives import watched
 from truedepth.speed.ranks import run_ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import lm_eval.evaluator
@@ -187,10 +188,31 @@ def test_requests_go_through_the_chat_template(make_model, tasks, tmp_path, monk
 
 
 def test_code_is_run_if_that_is_allowed(make_model, tasks, monkeypatch):
-    def refuse(*_, confirm_run_unsafe_code, **__):
-        assert not confirm_run_unsafe_code
-        raise ValueError("Attempted to run task: humaneval which is marked as unsafe. Set …")
+    allowed = []
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", refuse)
+    def run_code(*_, confirm_run_unsafe_code, **__):
+        allowed.append(os.environ.get("HF_ALLOW_CODE_EVAL"))
+        if not confirm_run_unsafe_code:
+            raise ValueError("Attempted to run task: humaneval which is marked as unsafe. Set …")
+        items = [
+            {"doc_id": i, "filter": "none", "metrics": ["pass@1"], "pass@1": i % 2}
+            for i in range(4)
+        ]
+        return {"samples": {"piqa": items}, "results": {"piqa": {"pass@1,none": 0.5}}}
+
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", run_code)
     with pytest.raises(td.TruedepthError, match="on this machine; allow it with --run-code"):
+        task_scores(make_model(), ["piqa"], task_dir=tasks(QUESTIONS))
+    found = task_scores(make_model(), ["piqa"], task_dir=tasks(QUESTIONS), run_code=True)
+    assert [(score.metric, score.value) for score in found.scores] == [("pass@1", 0.5)]
+    assert allowed == [None, "1"]
+
+
+def test_a_package_that_a_task_lacks_is_named(make_model, tasks, monkeypatch):
+    def lacking(*_, **__):
+        raise ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lacking)
+    with pytest.raises(td.TruedepthError, match="needs the package langdetect; pip install lang"):
         task_scores(make_model(), ["piqa"], task_dir=tasks(QUESTIONS))

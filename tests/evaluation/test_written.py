@@ -49,10 +49,27 @@ def test_batches_are_answered_as_single_prompts(pair):
         ]
 
 
+def test_answers_end_at_the_last_position_and_shorten_no_other(make_model):
+    loaded = td.load(make_model(max_position_embeddings=24))
+    ids = [list(range(3, 3 + length)) for length in (3, 20, 4, 23)]
+    found = continuations(loaded, ids, 12)
+    rooms = [12, 4, 12, 1]
+    assert found == [alone(loaded, *each) for each in zip(ids, rooms, strict=True)]
+
+
+def test_the_tokenizers_end_ends_an_answer_where_the_model_names_none(make_model):
+    loaded = td.load(make_model())
+    ids = [[5, 6, 7]]
+    (written,) = continuations(loaded, ids, 12)
+    loaded.model.generation_config.eos_token_id = None
+    loaded.tokenizer.eos_token = loaded.tokenizer.convert_ids_to_tokens(written[2])
+    assert continuations(loaded, ids, 12) == [written[:3]]
+
+
 def test_a_model_follows_itself(pair, prompts):
     source, _ = pair
     found = generation(source, against=source, prompts=prompts, max_new_tokens=20)
-    assert found.agreement == found.identical == 1
+    assert found.agreement == found.identical == found.itself == 1
     assert found.original == found.written
     assert found.followed >= found.written.length
 

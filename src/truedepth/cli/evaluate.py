@@ -165,7 +165,7 @@ def evaluate(
     elif probes:
         from truedepth.evaluation.probes import probe
 
-        found = probe(measured, items=items, lengths=sizes, seed=seed, **options)
+        found = probe(measured, items=items, lengths=sizes, batch_size=batch, seed=seed, **options)
     else:
         from truedepth.evaluation.perplexity import perplexity
 

@@ -236,6 +236,12 @@ class _Run:
                     f"{', '.join(self.configs)}: a task runs the code that models write on this"
                     " machine; allow it with --run-code (run_code=True in Python)."
                 ) from error
+            if isinstance(error, ModuleNotFoundError):
+                raise TruedepthError(
+                    f"{', '.join(self.configs)}: a task needs the package {error.name}; pip install"
+                    f" {error.name}, or what lm-evaluation-harness names for the task, such as"
+                    " 'lm-eval[ifeval]'."
+                ) from error
             raise TruedepthError(
                 f"lm-evaluation-harness cannot run {', '.join(self.configs)}: {reason_of(error)}"
             ) from error

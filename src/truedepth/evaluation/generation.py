@@ -25,7 +25,7 @@ from truedepth.sources.source import Source
 from truedepth.tensors import dtype_name
 
 LONGEST = 64  # tokens of an n-gram that is looked for at the end of an answer
-COPIES = 3  # that a loop has at least
+COPIES = 3  # that a loop has at least; so answers of 128 tokens show n-grams of up to 42
 LEAST = 16  # tokens that a loop's copies have together at least
 
 
@@ -77,6 +77,10 @@ class Generation:
     identical: float | None = None
     """Share of answers without a difference."""
 
+    itself: float | None = None
+    """`agreement` of the original with itself: less than 1 where rounding, which is another for
+    answers in a batch and for all tokens at once, decides between equally likely tokens."""
+
     def to_dict(self) -> dict[str, Any]:
         """All figures and settings as JSON-compatible data."""
         return asdict(self)
@@ -122,7 +126,7 @@ def generation(
         )
     answers: list[list[list[int]]] = []
     found: list[Written] = []
-    hits: list[list[bool]] = []
+    hits: list[list[list[bool]]] = []
     for each in reversed(models):  # the original first: the model is compared with its answers
         loaded = load(each, device=device, dtype=dtype)
         if loaded.model._is_stateful:
@@ -131,9 +135,11 @@ def generation(
                 " the checkpoint that it was exported from."
             )
         answers.append(continuations(loaded, ids, max_new_tokens, batch_size))
-        found.append(_written(answers[-1], end_tokens(loaded.model.generation_config)))
-        if len(answers) > 1:
-            hits = [_agreed(loaded, *each) for each in zip(ids, answers[0], strict=True)]
+        ends = end_tokens(loaded.model.generation_config, loaded.source)
+        found.append(_written(answers[-1], ends))
+        if against is not None:
+            agreed = [_agreed(loaded, *each) for each in zip(ids, answers[0], strict=True)]
+            hits.append(agreed)
         computed = dtype_name(loaded.model.dtype)
         del loaded  # frees its memory before the next one is loaded
     plain = Generation(
@@ -146,15 +152,21 @@ def generation(
     )
     if against is None:
         return plain
+    itself, agreed = hits
     return replace(
         plain,
         against=sources[1].label,
         original=found[0],
-        agreement=sum(map(sum, hits)) / sum(map(len, hits)),
-        agreement_stderr=stderr([mean(each) for each in hits]),
-        followed=mean([([*each, False]).index(False) for each in hits]),
-        identical=mean([all(each) for each in hits]),
+        agreement=_share(agreed),
+        agreement_stderr=stderr([mean(each) for each in agreed]),
+        followed=mean([([*each, False]).index(False) for each in agreed]),
+        identical=mean([all(each) for each in agreed]),
+        itself=_share(itself),
     )
+
+
+def _share(hits: Sequence[Sequence[bool]]) -> float:
+    return sum(map(sum, hits)) / sum(map(len, hits))
 
 
 @torch.inference_mode()

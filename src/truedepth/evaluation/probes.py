@@ -226,7 +226,8 @@ def probe(
     against: str | Path | Source | Loaded | None = None,
     items: Annotated[int, Bounds(1)] = 50,
     lengths: Sequence[int] = LENGTHS,
-    seed: int = 0,
+    batch_size: Annotated[int | None, Bounds(1)] = None,
+    seed: int = 1234,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Probes:
@@ -237,6 +238,7 @@ def probe(
         against: The original, which answers the same items; default: the model alone.
         items: Number of items per task, and per task and length.
         lengths: Tokens of long texts.
+        batch_size: Prompts that are continued at once. Default: as many as have 8,192 tokens.
         seed: Of the items.
         device: Device of the models, unless they are loaded already.
         dtype: Dtype of the models, unless they are loaded already.
@@ -262,7 +264,7 @@ def probe(
                 " checkpoint that it was exported from."
             )
         dtypes.append(dtype_name(loaded.model.dtype))
-        answered.append({name: _right(loaded, own) for name, own in tasks.items()})
+        answered.append({name: _right(loaded, own, batch_size) for name, own in tasks.items()})
         del loaded  # frees its memory before the next one is loaded
     scores = []
     for name in tasks:
@@ -287,11 +289,11 @@ def _within(sources: Sequence[Source], lengths: Sequence[int]) -> list[int]:
     return [length for length in lengths if length <= positions]
 
 
-def _right(loaded: Loaded, items: Sequence[Item]) -> list[bool]:
+def _right(loaded: Loaded, items: Sequence[Item], batch_size: int | None) -> list[bool]:
     """Which of the items a model answers right."""
     prompts = [prompt_ids(loaded.source, item.prompt, raw=True) for item in items]
     longest = max(len(loaded.tokenizer(item.answer)["input_ids"]) for item in items)
-    batch = max(1, BATCH_TOKENS // max(map(len, prompts)))
+    batch = batch_size or max(1, BATCH_TOKENS // max(map(len, prompts)))
     written = continuations(loaded, prompts, longest + ROOM, batch)
     texts = (loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
     return [item.is_right(text) for item, text in zip(items, texts, strict=True)]

@@ -8,6 +8,7 @@ from truedepth.evaluation.accuracy import Accuracy
 from truedepth.evaluation.generation import Generation
 from truedepth.evaluation.perplexity import Perplexity
 from truedepth.evaluation.probes import Probes
+from truedepth.evaluation.scores import TaskScore
 from truedepth.report.tables import Rows
 
 Found = Perplexity | Accuracy | Generation | Probes
@@ -68,6 +69,7 @@ def _generation(found: Generation) -> list[Rows]:
         spread = "" if found.agreement_stderr is None else f" ± {found.agreement_stderr:.1%}"
         rows += [
             ("agreement", f"{found.agreement:.1%}{spread} of the original's tokens"),
+            ("original itself", f"{found.itself:.1%}: what rounding leaves"),
             ("first difference", f"behind {found.followed:.1f} tokens on average"),
             ("identical answers", f"{found.identical:.1%}"),
         ]
@@ -103,11 +105,12 @@ def _probes(found: Probes) -> list[Rows]:
                 str(score.items),
                 f"{score.against:.1%}",
                 f"{score.value:.1%}",
-                _score_text(score.difference or 0.0, score.difference_stderr, sign="+"),
+                difference_text(score),
+                kept_text(score),
             )
             for score in found.scores
         ],
-        header=("probe", "items", "original", "model", "difference"),
+        header=("probe", "items", "original", "model", "difference", "kept"),
     )
     return [settings, compared]
 
@@ -140,8 +143,8 @@ def _scores(found: Accuracy) -> list[Rows]:
             str(score.items),
             f"{score.against:.1%}",
             f"{score.value:.1%}",
-            _score_text(score.difference or 0.0, score.difference_stderr, sign="+"),
-            "-" if score.kept is None else f"{score.kept:.1%}",
+            difference_text(score),
+            kept_text(score),
         )
         for score in scores
     ]
@@ -156,7 +159,20 @@ def _scores(found: Accuracy) -> list[Rows]:
 
 
 def _score_text(value: float, stderr: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" + ("" if stderr is None else f" ± {stderr:.1%}")
+    """A score, and its error unless all items are alike, which says nothing of others."""
+    return f"{value:{sign}.1%}" + (f" ± {stderr:.1%}" if stderr else "")
+
+
+def difference_text(score: TaskScore) -> str:
+    """`-4.0% ± 2.8%`: the difference from the original's score and its error over items."""
+    if score.difference == score.difference_stderr == 0:
+        return "no item differs"
+    return _score_text(score.difference or 0.0, score.difference_stderr, sign="+")
+
+
+def kept_text(score: TaskScore) -> str:
+    """`97.9%`: what is kept of the original's score."""
+    return "-" if score.kept is None else f"{score.kept:.1%}"
 
 
 def excess_text(measured: Perplexity) -> str:

@@ -269,7 +269,7 @@ def continuations(
     Args:
         loaded: The model.
         prompts: Token ids.
-        max_new_tokens: Largest length of a continuation.
+        max_new_tokens: Largest length of a continuation; it ends at the model's last position too.
         batch_size: Prompts per batch; they are padded on the left.
         temperature: 0 takes the most likely token always; above 0, tokens are sampled from the
             model's own distribution at that temperature, by torch's random state.
@@ -281,24 +281,23 @@ def continuations(
         TruedepthError: Generation fails.
     """
     model = loaded.model
-    ends = end_tokens(model.generation_config)
+    ends = end_tokens(model.generation_config, loaded.source)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    config = GenerationConfig(
-        do_sample=temperature > 0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=0,
-        **sampling,
-    )
     found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    positions = positions_of(loaded.source.config)
     with (
         progress_bar("Answering", len(prompts)) as advance,
         _errors(loaded.source, {}),
         replaced(model, GenerationConfig()),
     ):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch, room in _batches(prompts, max_new_tokens, batch_size, positions):
+            config = GenerationConfig(
+                do_sample=temperature > 0,
+                max_new_tokens=room,
+                eos_token_id=ends or None,
+                pad_token_id=0,
+                **sampling,
+            )
             longest = max(len(prompts[number]) for number in batch)
             rows = [[0] * (longest - len(prompts[n])) + list(prompts[n]) for n in batch]
             mask = [[0] * (longest - len(prompts[n])) + [1] * len(prompts[n]) for n in batch]
@@ -313,6 +312,22 @@ def continuations(
                 found[number] = written[: next(ended, len(written))]
             advance(len(batch))
     return found
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], longest: int, batch_size: int, positions: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Numbers of prompts of similar length, and how many tokens may follow them.
+
+    A prompt without room for the longest continuation is alone, so it shortens no other.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    roomy = [n for n in order if positions is None or len(prompts[n]) + longest <= positions]
+    for start in range(0, len(roomy), batch_size):
+        yield roomy[start : start + batch_size], longest
+    for number in order[len(roomy) :]:
+        assert positions is not None
+        yield [number], positions - len(prompts[number])
 
 
 @torch.inference_mode()
@@ -353,7 +368,7 @@ def own_text(loaded: Loaded, windows: int, window: int, seed: int = 0) -> Tensor
         min_length=window,
         suppress_tokens=special,
         # These are not sampled either, as no text is shorter than `min_length`.
-        eos_token_id=end_tokens(model.generation_config) or None,
+        eos_token_id=end_tokens(model.generation_config, loaded.source) or None,
         pad_token_id=special[0] if special else 0,
     )
     written = []

@@ -98,10 +98,8 @@ def followed(config: GenerationConfig, source: Source, sampled: bool) -> Followe
     Raises:
         TruedepthError: An end token is not an id, or a stop string not a string.
     """
-    end = end_tokens(config)
-    if config.eos_token_id is None and source.tokenizer.eos_token_id is not None:
-        end = [source.tokenizer.eos_token_id]
-    elif not end and config.eos_token_id not in (None, []):
+    end = end_tokens(config, source)
+    if not end and config.eos_token_id not in (None, []):
         raise TruedepthError(
             f"The generation config of {source.name} gives {config.eos_token_id!r} as eos_token_id,"
             " which must be the id of a token, or a list of ids."
@@ -127,9 +125,12 @@ def followed(config: GenerationConfig, source: Source, sampled: bool) -> Followe
     return Followed(settings, tuple(filter(None, strings)), ignored)
 
 
-def end_tokens(config: GenerationConfig) -> list[int]:
-    """The ids of a config's end tokens; what is not an id is left out."""
-    end = config.eos_token_id
+def end_tokens(config: GenerationConfig, source: Source) -> list[int]:
+    """The ids of a config's end tokens, or the tokenizer's if it names none.
+
+    What is not an id is left out.
+    """
+    end = source.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
     given = end if isinstance(end, list) else [end]
     return [int(token) for token in given if isinstance(token, int | float) and token == int(token)]
 

@@ -27,7 +27,7 @@ Prompt = str | Sequence[Mapping[str, str]]
 """A user's message, or the messages of a chat so far: each with its `role` and its `content`."""
 
 
-def prompt_ids(source: Source, prompt: Prompt, raw: bool = False) -> list[int]:
+def prompt_ids(source: Source, prompt: Prompt, raw: bool = False, room: bool = True) -> list[int]:
     """The tokens that a model is given for a prompt.
 
     Args:
@@ -35,6 +35,7 @@ def prompt_ids(source: Source, prompt: Prompt, raw: bool = False) -> list[int]:
         prompt: A user's message, or those of a chat, if the tokenizer has a chat template, else
             text to continue.
         raw: Take the prompt as it is, even if there is a chat template.
+        room: Refuse a prompt behind which there is no position for an answer.
 
     Raises:
         TruedepthError: The prompt is empty or no UTF-8, there are messages and no chat template,
@@ -57,7 +58,7 @@ def prompt_ids(source: Source, prompt: Prompt, raw: bool = False) -> list[int]:
         )
     check_embedded(source, ids)
     positions = positions_of(source.config)
-    if positions is not None and len(ids) >= positions:
+    if room and positions is not None and len(ids) >= positions:
         raise TruedepthError(
             f"The prompt has {len(ids)} tokens, and {source.name} has {positions} positions for"
             " prompt and answer together; give a shorter prompt."

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import truedepth as td
+from truedepth import progress
 from truedepth.healing.answers import BATCHES, Answering, first_sentences
 from truedepth.healing.options import Healing, Objective, TextPart
 from truedepth.healing.rollouts import rolled_out
@@ -19,6 +20,12 @@ from truedepth.runtime.prompt import prompt_ids
 
 LENGTH = 48
 BATCH = BATCHES["cpu"]
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """Every test says its notes anew."""
+    monkeypatch.setattr(progress, "_noted", set())
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,36 @@ def test_prompts_that_fill_the_window(source, prompts, tmp_path, capsys):
     prompts.write_text(json.dumps({"prompt": "cat " * 60}))
     with pytest.raises(td.TruedepthError, match="No prompt leaves room for an answer in a window"):
         some(answering(source, prompts), tmp_path / "other", 9)
+
+
+def test_a_prompt_longer_than_the_positions_is_left_out(make_model, prompts, tmp_path, capsys):
+    """And the note comes where fewer prompts are needed than there are."""
+    source = td.open_source(make_model(max_position_embeddings=LENGTH))
+    prompts.write_text("\n".join(json.dumps({"prompt": "cat " * n}) for n in (60, *[3] * 99)))
+    (part,) = answering(source, prompts).parts(tmp_path)
+    documents = iter(part.documents)
+    assert len(next(documents)) < LENGTH
+    documents.close()
+    assert "1 prompts fill a window of 48 tokens and are left out" in capsys.readouterr().err
+
+
+def test_samples_are_those_of_a_part_and_a_pass(source, prompts, tmp_path):
+    """No batch of any seed, part or pass is another's again."""
+    prompts.write_text(json.dumps({"prompt": "the cat"}))
+    options = {"text": (), "own_answers": (TextPart(str(prompts)), TextPart(str(prompts), 2.0))}
+    seen = []
+    for seed in (0, 1):
+        made = Answering(
+            source,
+            Healing(**options, answer_tokens=12, seed=seed),
+            LENGTH,
+            torch.device("cpu"),
+            torch.float32,
+        )
+        for part in made.parts(tmp_path / str(seed)):
+            ids = [ids for ids, _ in zip(part.documents, range(3 * BATCH), strict=False)]
+            seen += [str(ids[start : start + BATCH]) for start in range(0, 3 * BATCH, BATCH)]
+    assert len({*seen}) == len(seen) == 12
 
 
 def test_an_answer_that_fills_the_window_is_cut(source, prompts, tmp_path):

@@ -294,12 +294,21 @@ def command_line(converted, out, model, prose, tokens, eval_every):
     return (words + " --validation 8 --device cpu").split()
 
 
+@pytest.fixture
+def all_of_it(tmp_path):
+    """Options for answers of the original's own and windows that the student writes the end of."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the cat\nthe dog on the mat\n")
+    answers = ["--own-answers", str(prompts), "--answer-tokens", "12"]
+    return [*answers, "--on-policy", "0.5", "--rollout", "8"]
+
+
 def test_a_killed_run_resumes_and_ends_with_the_same_weights(
-    make_model, converted, prose, tmp_path
+    make_model, converted, prose, all_of_it, tmp_path
 ):
     def run(out, seed="0", code=forks.COMMAND):
         words = command_line(converted, tmp_path / out, make_model(), prose, 1536, 4)
-        return forks.python(code, *words, "--seed", seed)
+        return forks.python(code, *words, *all_of_it, "--seed", seed)
 
     assert run("whole").returncode == 0
     assert run("killed", code=KILLED).returncode == -9
@@ -317,15 +326,25 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(
     assert not (tmp_path / ".killed.healing").exists()
 
 
-def test_two_processes_take_the_same_steps(make_model, converted, prose, tmp_path):
+def test_two_processes_take_the_same_steps(make_model, converted, prose, all_of_it, tmp_path):
+    """Also where the text ends within a step and is read again."""
+    short, prompts = tmp_path / "short.txt", tmp_path / "prompts.txt"
+    short.write_text(prose.read_text()[:400])
+    prompts.write_text("\n".join(f"the cat sat on mat {number}" for number in range(16)))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, launcher in (("one", [sys.executable]), ("two", torchrun(2))):
-        words = command_line(converted, tmp_path / name, make_model(), prose, 512, 2)
+        words = command_line(converted, tmp_path / name, make_model(), short, 512, 2)
+        words += [*all_of_it, "--answer-temperature", "0"]
         line = ["-m", "truedepth", *words, "--tensorboard", str(tmp_path / f"{name}-logs")]
         done = subprocess.run([*launcher, *line], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("excess loss") == 1
         assert len(list((tmp_path / f"{name}-logs").rglob("events.*"))) == 1
+    made = json.loads((tmp_path / "one" / "config.json").read_text())["truedepth"]
+    read = made["healing"]["text"]
+    assert set(read) == {"short.txt", "answers to prompts.txt"}
+    assert 0 < min(read.values()) < sum(read.values()) < 512
+    assert sum(read.values()) % 128  # a pass ends within a step
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     start = weights(converted)
     for name in changed(start, one):
@@ -440,6 +459,12 @@ def test_models_that_do_not_belong_together(make_model, converted, options, tmp_
         heal(converted, make_model(num_hidden_layers=4))
     with pytest.raises(td.TruedepthError, match="hidden_size differs, 32 and 64"):
         heal(converted, make_model(hidden_size=32))
+    tuned = AutoModelForCausalLM.from_pretrained(make_model())
+    with torch.no_grad():
+        tuned.model.embed_tokens.weight[3] += 0.01
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(td.TruedepthError, match=r"the same shape, and another model\.embed_tokens"):
+        heal(converted, tmp_path / "tuned")
     td.convert(make_model(), tmp_path / "unpaired", td.Plan(6))
     with pytest.raises(td.TruedepthError, match="nothing to heal"):
         heal(tmp_path / "unpaired", make_model())

@@ -19,6 +19,7 @@ from truedepth.healing.text import (
     text_parts,
     training_text,
 )
+from truedepth.healing.training import Passes
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,16 @@ def test_weights_are_read_from_the_name(tmp_path):
     assert TextPart.parse(str(odd)) == TextPart(str(odd))
     with pytest.raises(td.TruedepthError, match="weight 'x' is not a number above 0"):
         TextPart.parse("a.txt=x")
+
+
+@pytest.mark.parametrize("count", [5, 17, 40])
+def test_every_pass_reads_all_windows_in_an_order_of_its_own(count):
+    ids = torch.arange(17)[:, None].expand(17, 4)
+    found = [int(item["number"]) for item in Passes(ids, count, seed=0)]
+    assert found == [int(item["input_ids"][0]) for item in Passes(ids, count, seed=0)]
+    passes = [found[start : start + 17] for start in range(0, count, 17)]
+    assert all(len({*each}) == len(each) for each in passes)
+    assert sum(map(len, passes)) == count
+    assert len({str(sorted(each)) for each in passes if len(each) == 17}) <= 1
+    assert len({str(each[:6]) for each in passes}) == len(passes)
+    assert found != [int(item["number"]) for item in Passes(ids, count, seed=1)]

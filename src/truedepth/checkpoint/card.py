@@ -68,7 +68,8 @@ def model_card(
             f"\nThen {TRAINED[healing.train].format(together)} trained toward the original on"
             f" {tokens:,} tokens of {', '.join(healing.text)}.\nOn tokens of that text that it was"
             f" not trained on, the loss is {loss['excess']:.4f} nats per token above the"
-            f" original's, the KL divergence from the original {loss['kl']:.4f} nats per token.\n"
+            f" original's, the KL divergence from the original {healing.at_least}{loss['kl']:.4f}"
+            " nats per token.\n"
         )
     outer = source.outer
     auto = outer.auto_class if outer else "AutoModelForCausalLM"

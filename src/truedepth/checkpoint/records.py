@@ -135,6 +135,11 @@ class HealingRecord:
         """Which parameters were trained: `paired`, `all` or `lora`."""
         return str(self.options["train"])
 
+    @property
+    def at_least(self) -> str:
+        """What goes before a KL: it is a lower bound if the most likely tokens alone were kept."""
+        return "at least " if self.options.get("keep_predictions") else ""
+
     @classmethod
     def from_dict(cls, data: Data) -> HealingRecord:
         """Make a record from the data of `to_dict`.

@@ -12,6 +12,8 @@ from truedepth.cli.options import JsonPath, Out, trusted, write_json
 from truedepth.errors import TruedepthError
 from truedepth.healing.options import RUN, TRAINED, Healing, Recipe, Train
 
+ANSWERING = ("answer_temperature", "answer_tokens", "keep_answers")
+
 
 @command("truedepth.healing.run.heal")
 def heal(
@@ -44,9 +46,7 @@ def heal(
     Run the same command again to resume an interrupted run.
     """
     options = healing.over(recipe.healing)
-    for name, given in (("rank", "rank" in healing.said), ("keep-adapter", keep_adapter)):
-        if given and options.train is not Train.lora:
-            raise TruedepthError(f"--{name} goes with --train lora.")
+    _check_needed(healing, options, keep_adapter)
 
     from accelerate import PartialState
 
@@ -66,3 +66,20 @@ def heal(
     if PartialState().is_main_process:
         write_json(json_path, done.to_dict())
         print_healing(done)
+
+
+def _check_needed(healing: Given[Healing], options: Healing, keep_adapter: Path | None) -> None:
+    """Refuse options that nothing would use.
+
+    Raises:
+        TruedepthError: There is one.
+    """
+    said = {*healing.said} | ({"keep_adapter"} if keep_adapter is not None else set())
+    for names, needed, given in (
+        (("rank", "keep_adapter"), "--train lora", options.train is Train.lora),
+        (ANSWERING, "--own-answers", bool(options.own_answers)),
+        (("rollout",), "--on-policy", options.objective.on_policy > 0),
+    ):
+        for name in names:
+            if name in said and not given:
+                raise TruedepthError(f"--{name.replace('_', '-')} goes with {needed}.")

@@ -7,11 +7,12 @@ the file holds a prompt and its answer, to be read, and the tokens of both, to b
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ import torch
 
 from truedepth.errors import TruedepthError
 from truedepth.files.kept_lines import KeptLines
-from truedepth.healing.options import Healing
+from truedepth.healing.options import FROM_TEXT, Healing
 from truedepth.healing.text import Part, part_documents
 from truedepth.progress import note
 from truedepth.runtime.generation import continuations
 from truedepth.runtime.loading import Loaded, load
 from truedepth.runtime.prompt import Prompt, prompt_ids, read_prompts
 from truedepth.sources.source import Source
-from truedepth.text import positions_of
 
-FROM_TEXT = "text"
-"""Instead of a file of prompts: the first sentences of the text."""
+ANSWERS = "answers-{}.jsonl"
+"""The file of a part's answers, by the part's number."""
 
 BATCHES = {"cpu": 32, "cuda": 256}  # prompts that are answered at once
 LONGEST_SENTENCE = 300  # characters of a first sentence
@@ -55,17 +55,16 @@ class Answering:
         """
         directory = (self.options.keep_answers or directory).expanduser()
         found = []
-        for index, part in enumerate(self.options.own_answers, 1):
-            documents = self.documents(
-                partial(self._prompts, part.name), directory / f"answers-{index}.jsonl"
-            )
+        for number, part in enumerate(self.options.own_answers, 1):
+            prompts, file = partial(self._prompts, part.name), directory / ANSWERS.format(number)
+            documents = self.documents(prompts, file, number)
             found.append(Part(f"answers to {part.title}", part.weight, documents))
         return found
 
     def _prompts(self, name: str) -> Iterable[Prompt]:
         if name != FROM_TEXT:
             return read_prompts(name)
-        texts = (part_documents(part.name, self.options.seed) for part in self.options.text)
+        texts = (part_documents(part.name, self.options.seed) for part in self.options.texts)
         return first_sentences(chain.from_iterable(texts))
 
     @cached_property
@@ -76,19 +75,23 @@ class Answering:
     def _batch_size(self) -> int:
         return BATCHES.get(self.device.type, BATCHES["cuda"])
 
-    def documents(self, prompts: Callable[[], Iterable[Prompt]], file: Path) -> Iterator[list[int]]:
+    def documents(
+        self, prompts: Callable[[], Iterable[Prompt]], file: Path, part: int
+    ) -> Iterator[list[int]]:
         """The tokens of prompts and their answers: what the file has, then as many as are read.
 
         Args:
             prompts: Reads the prompts. They are answered once by the most likely tokens, and again
                 and again by sampling.
             file: Keeps the answers; made if it is not there.
+            part: The number of the part, for samples of its own.
 
         Raises:
             TruedepthError: The file holds other answers or another run is using it, no prompt
                 leaves room for an answer, or one cannot be used (see `prompt_ids`).
         """
-        with KeptLines(file, "answers", "answers_of", self._settings()) as kept:
+        settings = {**self._settings(), "part": part}
+        with KeptLines(file, "answers", "answers_of", settings) as kept:
             for number, batch in enumerate(self._batches(prompts)):
                 start = number * self._batch_size
                 lines = kept.lines[start : start + len(batch)]
@@ -100,7 +103,7 @@ class Answering:
                 if not all(isinstance(line.get("ids"), list) for line in lines):
                     raise kept.damaged
                 if len(lines) < len(batch):
-                    added = self._answered(number, batch)[len(lines) :]
+                    added = self._answered(f"{part} {number}", batch)[len(lines) :]
                     kept.write(added)
                     lines = [*lines, *added]
                 yield from (line["ids"] for line in lines)
@@ -116,17 +119,22 @@ class Answering:
     def _with_tokens(
         self, prompts: Callable[[], Iterable[Prompt]]
     ) -> Iterator[tuple[Prompt, list[int]]]:
-        while True:
+        for again in count():
             fitting, too_long = 0, 0
-            for prompt in prompts():
-                ids = prompt_ids(self.original, prompt)
-                if len(ids) >= self.length:
-                    too_long += 1
-                    continue
-                fitting += 1
-                yield prompt, ids
-            if too_long:
-                note(f"{too_long} prompts fill a window of {self.length} tokens and are left out.")
+            try:
+                for prompt in prompts():
+                    ids = prompt_ids(self.original, prompt, room=False)
+                    if len(ids) >= self.length:
+                        too_long += 1
+                        continue
+                    fitting += 1
+                    yield prompt, ids
+            finally:  # also where no more prompts are needed
+                if too_long and not again:
+                    note(
+                        f"{too_long} prompts fill a window of {self.length} tokens and are left"
+                        " out."
+                    )
             if not fitting:
                 raise TruedepthError(
                     f"No prompt leaves room for an answer in a window of {self.length} tokens; give"
@@ -135,18 +143,15 @@ class Answering:
             if self.options.answer_temperature == 0:
                 return
 
-    def _answered(self, number: int, batch: list[tuple[Prompt, list[int]]]) -> list[dict[str, Any]]:
-        """The lines of a batch."""
+    def _answered(self, number: str, batch: list[tuple[Prompt, list[int]]]) -> list[dict[str, Any]]:
+        """The lines of a batch, each answer within the model's positions behind its own prompt."""
         ids = [ids for _, ids in batch]
-        longest = self.options.answer_tokens
-        if (positions := positions_of(self.original.config)) is not None:
-            longest = min(longest, positions - max(map(len, ids)))
         with torch.random.fork_rng():
-            torch.manual_seed(self.options.seed + number)
+            torch.manual_seed(random.Random(f"{self.options.seed} {number}").getrandbits(63))
             written = continuations(
                 self._loaded,
                 ids,
-                longest,
+                self.options.answer_tokens,
                 self._batch_size,
                 temperature=self.options.answer_temperature,
             )

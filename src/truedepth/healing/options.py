@@ -15,6 +15,9 @@ from truedepth.options import Bounds, OneOf, Panel, check_fields
 if TYPE_CHECKING:
     import torch
 
+FROM_TEXT = "text"
+"""Instead of a file of prompts: the first sentences of the text."""
+
 SHORTEST = 2  # tokens per window: one is predicted
 
 DEFAULT_DATA = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -120,9 +123,10 @@ class Healing:
         TruedepthError: A value is out of bounds, or values contradict each other.
     """
 
-    text: Annotated[Sequence[TextPart], TEXT] = (TextPart(DEFAULT_DATA),)
+    text: Annotated[Sequence[TextPart], TEXT] = ()
     """Text to train on: a `.txt` or `.jsonl` file, a directory of such files, or a dataset of the
-    Hugging Face hub; NAME=2 gives it twice the weight. Default: RedPajama's sample from the hub."""
+    Hugging Face hub; NAME=2 gives it twice the weight. Default: --own-answers alone, or without
+    them RedPajama's sample from the hub."""
 
     own_answers: Annotated[Sequence[TextPart], TEXT] = ()
     """Prompts that the original answers, to train on what it says itself: a `.jsonl` file with a
@@ -222,6 +226,14 @@ class Healing:
                     f"--{name.replace('_', '-')} needs the original in memory; drop"
                     " --keep-predictions."
                 )
+
+    @property
+    def texts(self) -> Sequence[TextPart]:
+        """The text that is read: what is given, or what stands in for it."""
+        asks_text = any(part.name == FROM_TEXT for part in self.own_answers)
+        if self.text or (self.own_answers and not asks_text):
+            return self.text
+        return (TextPart(DEFAULT_DATA),)
 
     @property
     def step_tokens(self) -> int:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from truedepth.checkpoint.writing import write_checkpoint
 from truedepth.errors import TruedepthError
 from truedepth.files.atomic import atomic_directory, beside, check_apart, check_output
 from truedepth.files.resumable import unfinished
-from truedepth.healing.answers import Answering
+from truedepth.healing.answers import ANSWERS, Answering
+from truedepth.healing.belonging import check_belong
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Train
 from truedepth.healing.student import (
@@ -41,7 +43,6 @@ from truedepth.healing.student import (
 from truedepth.healing.teacher import KeptPredictions, Original, Teacher
 from truedepth.healing.text import TrainingText, text_parts, training_text
 from truedepth.healing.training import last_whole, passes_per_step, run_training
-from truedepth.plan.config import plan_of
 from truedepth.runtime.device import default_device, device_of, fast_dtype
 from truedepth.runtime.loading import load
 from truedepth.sources.opening import open_source
@@ -51,7 +52,8 @@ from truedepth.text import window_of
 from truedepth.version import __version__
 from truedepth.widening.layout import Layout
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PREDICTIONS = "checkpoints", "predictions"
+WAITING = timedelta(days=1)  # for the process that writes answers or reads text
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class _Run:
         return {
             **self.recorded_options(),
             "version": __version__,
-            "text": [[part.name, part.weight] for part in options.text],
+            "text": [[part.name, part.weight] for part in options.texts],
             "own_answers": [[part.name, part.weight] for part in options.own_answers],
             "micro_batch_size": options.micro_batch_size,
             "eval_every": options.eval_every,
@@ -228,10 +230,15 @@ class _Run:
         settings = self._settings()
         with contextlib.ExitStack() as stack:
             if self.state.is_main_process:
-                nothing_lost = restart or last_whole(self.kept / CHECKPOINTS) is None
-                stack.enter_context(unfinished(self.kept, settings, begin_again=nothing_lost))
+                begin_again = restart or not self._has_work()
+                stack.enter_context(unfinished(self.kept, settings, begin_again=begin_again))
             self.state.wait_for_everyone()
             yield
+
+    def _has_work(self) -> bool:
+        """Whether an unfinished run has left what took long: a state, answers or predictions."""
+        kept = [*self.kept.glob(ANSWERS.format("*")), *self.kept.glob(f"{PREDICTIONS}/*")]
+        return bool(kept) or last_whole(self.kept / CHECKPOINTS) is not None
 
     def text(self) -> TrainingText:
         """The windows for training and validation, in files of the run's directory."""
@@ -239,7 +246,7 @@ class _Run:
         length = window_of(self.source, options.sequence_length)
         answering = Answering(self.original, options, length, self.state.device, self.dtype)
         return training_text(
-            [*text_parts(options.text, self.source, options.seed), *answering.parts(self.kept)],
+            [*text_parts(options.texts, self.source, options.seed), *answering.parts(self.kept)],
             self.source,
             self.kept,
             length=length,
@@ -278,7 +285,7 @@ class _Run:
 
         def kept(name: str, ids: Tensor, temperature: float) -> Teacher:
             predictions = KeptPredictions(
-                self.kept / "predictions" / name,
+                self.kept / PREDICTIONS / name,
                 len(ids),
                 ids.shape[1],
                 min(options.keep_predictions, self.original.config["vocab_size"]),
@@ -340,48 +347,15 @@ def _opened(source: Source, original: Source, options: Healing, out: Path) -> _R
     Raises:
         TruedepthError: Models, options or `out` do not fit, or there is no such device.
     """
-    _check(source, original)
+    check_belong(source, original)
     options = replace(options, sequence_length=window_of(source, options.sequence_length))
     for each in (source, original):
         check_apart(each.path, out)
     options, dtype = _with_device_and_dtype(options, original)
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=options.device == "cpu", timeout=WAITING)
     passes_per_step(options, state.num_processes)
     kept = beside(out, "healing")
     return _Run(source, original, Layout.of(source), options, dtype, state, kept)
-
-
-def _check(source: Source, original: Source) -> None:
-    """Check that the models fit.
-
-    Raises:
-        TruedepthError: They do not.
-    """
-    plan = plan_of(source.config)
-    if plan is None:
-        raise TruedepthError(
-            f"{source.path} is not a checkpoint that truedepth has made; convert a model first."
-        )
-    if source.path.is_file():
-        raise TruedepthError(
-            f"{source.path} is a GGUF file; heal the checkpoint it was exported from."
-        )
-    if Layout.of(source).is_original:
-        raise TruedepthError(
-            f"{source.path} computes what its original does: there is nothing to heal."
-        )
-    if plan_of(original.config) is not None or original.num_layers != plan.num_layers:
-        raise TruedepthError(
-            f"{original.name} is not the original of {source.path}, which was made from a model of"
-            f" {plan.num_layers} layers."
-        )
-    for name in ("vocab_size", "hidden_size"):
-        if original.config[name] != source.config[name]:
-            raise TruedepthError(
-                f"{original.name} is not the original of {source.path}: {name} differs,"
-                f" {original.config[name]} and {source.config[name]}."
-            )
-    source.check_companions()
 
 
 def _with_device_and_dtype(options: Healing, original: Source) -> tuple[Healing, torch.dtype]:

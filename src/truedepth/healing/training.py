@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -34,7 +35,7 @@ NO_ROOM = 1 << 20
 
 
 class Windows(Dataset[dict[str, Any]]):
-    """Windows of tokens, each with its index."""
+    """Windows of tokens, each with its number."""
 
     def __init__(self, ids: Tensor) -> None:
         """Take token ids `[windows, length]` of any integer type."""
@@ -45,6 +46,32 @@ class Windows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"input_ids": self._ids[index].long(), "number": index}
+
+
+class Passes(Windows):
+    """As many windows as a run takes, in passes over all of them, each in an order of its own.
+
+    So every step is whole, and the same for any number of processes, wherever a pass ends.
+    """
+
+    def __init__(self, ids: Tensor, count: int, seed: int) -> None:
+        """Take token ids `[windows, length]`, how many windows to give, and the orders' seed."""
+        super().__init__(ids)
+        self._count, self._seed = count, seed
+        self._order = -1, torch.empty(0, dtype=torch.int64)  # of one pass
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self._count:
+            raise IndexError(index)  # where a loop over all of them ends
+        number, place = divmod(index, len(self._ids))
+        if number != self._order[0]:
+            seed = random.Random(f"{self._seed} pass {number}").getrandbits(63)
+            drawn = torch.Generator().manual_seed(seed)
+            self._order = number, torch.randperm(len(self._ids), generator=drawn)
+        return super().__getitem__(int(self._order[1][place]))
 
 
 def run_training(
@@ -70,8 +97,9 @@ def run_training(
     Returns:
         The student's trained parameters from the best validation, by name, on the CPU and complete
         in the first process; the measurements of every validation, the first one from before
-        training: `step`, `loss` (the objective at temperature 1, without the hidden-state error),
-        `nll`, `excess`, `stderr`, `kl`; and the step of the best one.
+        training: `step`, `loss` (KL from the original and next-token loss, blended as in the
+        objective, whatever its divergence and temperature), `nll`, `excess`, `stderr`, `kl`; and
+        the step of the least `loss`.
 
     Raises:
         TruedepthError: The loss is no longer finite, or the state cannot be saved.
@@ -79,7 +107,7 @@ def run_training(
     trainer = _Trainer(
         model=model,
         args=training_arguments(options, processes, checkpoints),
-        train_dataset=Windows(windows),
+        train_dataset=Passes(windows, options.steps * options.batch_size, options.seed),
         eval_dataset=Windows(validation),
         compute_metrics=lambda found: _metrics(found.predictions, options.objective),
         callbacks=_callbacks(options, PartialState().is_main_process),
@@ -157,6 +185,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self._check = check
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(model=model, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """The order is the dataset's own."""
+        return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **_: Any) -> Tensor:
         loss: Tensor = model(**inputs)

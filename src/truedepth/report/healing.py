@@ -28,7 +28,13 @@ def print_healing(done: Healed) -> None:
     print("\nOn held-out windows, in nats per token:\n")
     print_rows(
         [
-            (name, *(f"{row['excess']:.4f} ± {row['stderr']:.4f}", f"{row['kl']:.4f}"))
+            (
+                name,
+                *(
+                    f"{row['excess']:.4f} ± {row['stderr']:.4f}",
+                    f"{done.record.at_least}{row['kl']:.4f}",
+                ),
+            )
             for name, row in (("before", before), ("after", after))
         ],
         header=("", "excess loss", "KL"),

@@ -30,13 +30,13 @@ demo: $(ENV)/installed ## convert and measure the default model (4 minutes)
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: $(ENV)/installed ## run the tests (5 to 8 minutes on two cores)
+test: $(ENV)/installed ## run the tests (5 to 20 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm and not gguf"
 
 test-oldest: ## the same with the oldest transformers that pyproject.toml allows
 	$(MAKE) test TRANSFORMERS=$(OLDEST_TRANSFORMERS)
 
-test-slow: $(ENV)/installed ## tests that need the default model or minutes (9 minutes)
+test-slow: $(ENV)/installed ## tests that need the default model or minutes (9 to 20 minutes)
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: $(VLLM_ENV)/installed ## tests that need vLLM, its build for CPUs (16 minutes)

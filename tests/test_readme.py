@@ -46,7 +46,7 @@ def test_the_commands(model, prose, tmp_path):
         if command[1] == "convert":
             command.append("--force")
         if command[1] in ("convert", "plan") and not RAW & {*command}:
-            command += ["--tokens", "2048", "--window", "128"]
+            command += ["--tokens", "512", "--window", "64"]
         searches = command[1] != "predict" and {"--max-loss", "--all-reduces"} & {*command}
         if searches:  # runs of three take as long again
             command += ["--max-run", "2"]
@@ -70,7 +70,7 @@ def test_the_python(model, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) == 2
     for code in reversed(snippets):  # the second makes what the first loads
-        few = "td.Calibration(tokens=2048, window=128)"
+        few = "td.Calibration(tokens=512, window=64)"
         code = code.replace('"default"', repr(model)).replace('"out", plan', f'"out", plan, {few}')
         code = code.replace(
             "max_loss=0.05", f"max_loss=5, merges=td.Merges(max_run=2), calibration={few}"

@@ -12,6 +12,7 @@ import torch
 
 from truedepth.calibration.options import Calibration
 from truedepth.conversion import Conversion, convert
+from truedepth.evaluation.generation import Generation, generation
 from truedepth.evaluation.perplexity import Perplexity, perplexity
 from truedepth.plan.plan import Plan
 from truedepth.progress import working
@@ -30,6 +31,8 @@ TOKENS = 1 << 14  # for calibration; sampled from the model, so that the measure
 WINDOWS = 16
 CONTEXT = 32  # tokens in the KV cache when decoding is timed
 REPETITIONS = 11
+ANSWER = 64  # tokens of an answer
+ANSWERED = 40  # prompts at once
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 
@@ -50,11 +53,15 @@ class Demo:
     kept: bool
     """Whether the converted checkpoint was kept."""
 
+    generation: Generation
+    """What both write in answer to the prompts that come with the package."""
+
     def to_dict(self) -> dict[str, Any]:
         """All results as JSON-compatible data."""
         return asdict(self) | {
             "conversion": self.conversion.to_dict(),
             "perplexity": self.perplexity.to_dict(),
+            "generation": self.generation.to_dict(),
             "speed": self.speed.to_dict(),
         }
 
@@ -90,8 +97,9 @@ def run_demo(
             before = load(source, device=device, dtype=dtype)
             after = load(directory, device=device, dtype=dtype)
         measured = perplexity(after, against=before, windows=WINDOWS)
+        written = generation(after, against=before, max_new_tokens=ANSWER, batch_size=ANSWERED)
         with working("Answering"):
-            answers = [answer(each, PROMPT, max_new_tokens=64).text for each in (before, after)]
+            answers = [answer(each, PROMPT, max_new_tokens=ANSWER).text for each in (before, after)]
         del before, after
         convert(source, original, plan.unpaired, pad_heads=ranks)
         (speed,) = bench(
@@ -115,4 +123,5 @@ def run_demo(
             answer_after=answers[1],
             device=str(device or default_device()),
             kept=out is not None,
+            generation=written,
         )

@@ -93,6 +93,17 @@ def test_convert_eval_generate_info(run, make_model, tmp_path, text):
     assert f"### Loss on {text.name}\n" in card
     assert "### Generation\n" in card
     assert "| answers of | tokens | ended by themselves | ending in a loop |\n| - | -: |" in card
+    few = ["--items", 2, "--lengths", 400, "--batch-size", 2, "--card", "--json", tmp_path / "j"]
+    code, printed, said = run("eval", out, "--against", make_model(), "--probes", *few)
+    assert code == 0, said
+    scores = json.loads((tmp_path / "j").read_text())["scores"]
+    assert {score["items"] for score in scores} == {2}
+    card = (out / "README.md").read_text()
+    assert "### Generation\n" in card
+    assert "### Probes\n" in card
+    for score in scores:
+        assert score["task"] in printed
+        assert f"| {score['task']} | 2 | " in card
     code, _, said = run("eval", make_model(), *arguments, "--card")
     assert code == 2
     assert "is not a checkpoint with a model card that truedepth has written" in said
@@ -431,7 +442,9 @@ def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
     assert data["conversion"]["all_reduces_per_token"] == {"original": 60, "converted": 46}
     for name in ("model", "base"):
         assert min(data["speed"][name]["seconds"]) > 0
-    for words in ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens/s"):
+    assert 0 < data["generation"]["agreement"] < data["generation"]["itself"] == 1
+    said = ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens/s", "end in a loop")
+    for words in (*said, f"{data['generation']['agreement']:.1%}"):
         assert words in out
     assert (tmp_path / "kept" / "config.json").exists()
     assert run("demo", "--out", tmp_path / "kept")[0] == 2

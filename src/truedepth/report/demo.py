@@ -26,6 +26,8 @@ def print_demo(demo: Demo) -> None:
     )
     print()
     assert demo.speed.base is not None
+    written = demo.generation
+    loops = [each for each in (written.original, written.written) if each is not None]
     counted = [
         str(each.collectives.calls.get("all_reduce")) if each.collectives else "-"
         for each in (demo.speed.base, demo.speed.model)
@@ -41,13 +43,22 @@ def print_demo(demo: Demo) -> None:
             ("excess loss, nats per token", "", excess_text(measured)),
             ("KL from the original, nats per token", "", f"{measured.kl:.4f}"),
             ("top-1 agreement", "", f"{measured.top1_agreement:.1%}"),
+            (
+                "greedy tokens as the original's, in its answers",
+                f"{written.itself:.1%}",
+                f"{written.agreement:.1%}",
+            ),
+            ("answers that end in a loop", *(f"{each.loops:.1%}" for each in loops)),
             *([("… counted, with the embedding's", *counted)] if demo.ranks > 1 else []),
             (f"tokens/s, {_where(demo)}", _rate(demo.speed.base), _rate(demo.speed.model)),
             ("speed-up", "", f"{demo.speed.speedup:.2f}x"),
         ],
         header=("", "original", "fewer steps"),
     )
-    print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
+    print(
+        f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}; answers to"
+        f" {written.answers} prompts, of at most\n{written.max_new_tokens} tokens."
+    )
     print("Both models are timed with fused stages (truedepth.fuse).")
     if demo.ranks == 1:
         print("One rank has no all-reduces to save; the gain comes with tensor parallelism.")

@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo help test test-oldest test-slow test-vllm test-vllm-all test-gguf check format same docs clean
 
-demo: $(ENV)/installed ## convert and measure the default model (4 minutes)
+demo: $(ENV)/installed ## convert and measure the default model (4 to 12 minutes)
 	$(BIN)/truedepth demo
 
 help: ## list these targets

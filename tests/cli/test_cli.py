@@ -446,5 +446,7 @@ def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
     said = ("30 -> 23", f"{data['perplexity']['perplexity']:.2f}", "tokens/s", "end in a loop")
     for words in (*said, f"{data['generation']['agreement']:.1%}"):
         assert words in out
+    page = out.partition(demo.PROMPT)[0]  # answers of a random model hold characters of any width
+    assert max(map(len, page.splitlines())) <= 80
     assert (tmp_path / "kept" / "config.json").exists()
     assert run("demo", "--out", tmp_path / "kept")[0] == 2

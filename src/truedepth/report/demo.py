@@ -39,6 +39,7 @@ def print_demo(demo: Demo) -> None:
                 str(plan.unpaired.all_reduces),
                 str(done.executed_plan.all_reduces),
             ),
+            *([("… counted, with the embedding's", *counted)] if demo.ranks > 1 else []),
             ("perplexity", f"{measured.against_perplexity:.2f}", f"{measured.perplexity:.2f}"),
             ("excess loss, nats per token", "", excess_text(measured)),
             ("KL from the original, nats per token", "", f"{measured.kl:.4f}"),
@@ -49,16 +50,13 @@ def print_demo(demo: Demo) -> None:
                 f"{written.agreement:.1%}",
             ),
             ("answers that end in a loop", *(f"{each.loops:.1%}" for each in loops)),
-            *([("… counted, with the embedding's", *counted)] if demo.ranks > 1 else []),
             (f"tokens/s, {_where(demo)}", _rate(demo.speed.base), _rate(demo.speed.model)),
             ("speed-up", "", f"{demo.speed.speedup:.2f}x"),
         ],
         header=("", "original", "fewer steps"),
     )
-    print(
-        f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}; answers to"
-        f" {written.answers} prompts, of at most\n{written.max_new_tokens} tokens."
-    )
+    print(f"\nPerplexity on {measured.tokens:,} tokens of {measured.text}.")
+    print(f"Answers to {written.answers} prompts, of at most {written.max_new_tokens} tokens.")
     print("Both models are timed with fused stages (truedepth.fuse).")
     if demo.ranks == 1:
         print("One rank has no all-reduces to save; the gain comes with tensor parallelism.")

@@ -93,6 +93,7 @@ def test_convert_eval_generate_info(run, make_model, tmp_path, text):
     assert f"### Loss on {text.name}\n" in card
     assert "### Generation\n" in card
     assert "| answers of | tokens | ended by themselves | ending in a loop |\n| - | -: |" in card
+    assert "\n| difference | " in card
     few = ["--items", 2, "--lengths", 400, "--batch-size", 2, "--card", "--json", tmp_path / "j"]
     code, printed, said = run("eval", out, "--against", make_model(), "--probes", *few)
     assert code == 0, said

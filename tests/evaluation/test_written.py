@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import statistics
 
 import pytest
 import torch
@@ -91,6 +93,35 @@ def test_figures_are_those_of_the_answers(pair, prompts):
     assert found.followed == pytest.approx(sum(followed) / len(followed))
     assert found.identical == followed.count(20) / len(PROMPTS) < 1
     assert found.answers == 4
+
+
+def test_errors_are_those_of_answers_to_the_same_prompts(pair, tmp_path):
+    """Against runs of every prompt alone; a token that the original writes ends answers."""
+    source = shutil.copytree(pair[0], tmp_path / "source")
+    out, loaded = pair[1], td.load(source)
+    end = alone(loaded, prompt_ids(loaded.source, PROMPTS[0]), 9)[-1]
+    for path in (source, out):
+        config = path / "generation_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [end]}))
+
+    def measured(prompts):
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        source, out = pair
+        return generation(out, against=source, prompts=tmp_path / "prompts.txt", max_new_tokens=40)
+
+    both, singles = measured(PROMPTS), [measured([prompt]) for prompt in PROMPTS]
+    assert singles[0].difference_stderr is singles[0].agreement_stderr is None
+    for name in ("length", "ended", "loops"):
+        paired = [getattr(one.written, name) - getattr(one.original, name) for one in singles]
+        assert getattr(both.difference, name) == pytest.approx(statistics.mean(paired))
+        error = statistics.stdev(paired) / len(paired) ** 0.5
+        assert getattr(both.difference_stderr, name) == pytest.approx(error)
+    assert both.difference_stderr.length > 0
+    tokens = [one.original.length + one.original.ended for one in singles]
+    assert len(set(tokens)) > 1
+    apart = [(o.agreement - both.agreement) * n for o, n in zip(singles, tokens, strict=True)]
+    error = statistics.stdev(apart) / len(apart) ** 0.5 / statistics.mean(tokens)
+    assert both.agreement_stderr == pytest.approx(error)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ answer leaves the original's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +32,10 @@ LEAST = 16  # tokens that a loop's copies have together at least
 
 @dataclass(frozen=True)
 class Written:
-    """What the answers of one model are like."""
+    """What answers are like: means over answers, or the standard errors of these means."""
 
     length: float
-    """Mean number of tokens, without the end token."""
+    """Number of tokens, without the end token."""
 
     ended: float
     """Share of answers that the model ended itself."""
@@ -69,7 +70,7 @@ class Generation:
     """Share of the original's tokens that the model finds most likely too."""
 
     agreement_stderr: float | None = None
-    """Its standard error over answers, as if all answers were of equal length."""
+    """Its standard error over answers, by the linearized ratio; None for a single answer."""
 
     followed: float | None = None
     """Mean number of tokens before the first difference."""
@@ -80,6 +81,13 @@ class Generation:
     itself: float | None = None
     """`agreement` of the original with itself: less than 1 where rounding, which is another for
     answers in a batch and for all tokens at once, decides between equally likely tokens."""
+
+    difference: Written | None = None
+    """`written` minus `original`."""
+
+    difference_stderr: Written | None = None
+    """Its standard errors, paired over prompts: both models answer the same ones. None for a
+    single prompt."""
 
     def to_dict(self) -> dict[str, Any]:
         """All figures and settings as JSON-compatible data."""
@@ -125,7 +133,7 @@ def generation(
             " tokens; only models with the same tokenizer and chat template can be compared."
         )
     answers: list[list[list[int]]] = []
-    found: list[Written] = []
+    found: list[list[Written]] = []
     hits: list[list[list[bool]]] = []
     for each in reversed(models):  # the original first: the model is compared with its answers
         loaded = load(each, device=device, dtype=dtype)
@@ -136,7 +144,7 @@ def generation(
             )
         answers.append(continuations(loaded, ids, max_new_tokens, batch_size))
         ends = end_tokens(loaded.model.generation_config, loaded.source)
-        found.append(_written(answers[-1], ends))
+        found.append([_written(answer, ends) for answer in answers[-1]])
         if against is not None:
             agreed = [_agreed(loaded, *each) for each in zip(ids, answers[0], strict=True)]
             hits.append(agreed)
@@ -148,45 +156,60 @@ def generation(
         answers=len(asked),
         max_new_tokens=max_new_tokens,
         dtype=computed,
-        written=found[-1],
+        written=_over(mean, found[-1]),
     )
     if against is None:
         return plain
     itself, agreed = hits
+    theirs, ours = found
+    differences = [
+        Written(*map(operator.sub, astuple(our), astuple(their)))
+        for our, their in zip(ours, theirs, strict=True)
+    ]
     return replace(
         plain,
         against=sources[1].label,
-        original=found[0],
+        original=_over(mean, theirs),
         agreement=_share(agreed),
-        agreement_stderr=stderr([mean(each) for each in agreed]),
+        agreement_stderr=_share_stderr(agreed),
         followed=mean([([*each, False]).index(False) for each in agreed]),
         identical=mean([all(each) for each in agreed]),
         itself=_share(itself),
+        difference=_over(mean, differences),
+        difference_stderr=_over(stderr, differences) if len(differences) > 1 else None,
     )
 
 
 def _share(hits: Sequence[Sequence[bool]]) -> float:
+    """The share of hits among the tokens of all answers."""
     return sum(map(sum, hits)) / sum(map(len, hits))
+
+
+def _share_stderr(hits: Sequence[Sequence[bool]]) -> float | None:
+    """Its standard error over answers of unequal lengths (Cochran, Sampling Techniques, 6.3)."""
+    share, length = _share(hits), mean([len(each) for each in hits])
+    return stderr([(sum(each) - share * len(each)) / length for each in hits])
 
 
 @torch.inference_mode()
 def _agreed(loaded: Loaded, prompt: list[int], answer: list[int]) -> list[bool]:
     """At which tokens of an answer the model's most likely one is the same."""
     ids = torch.tensor([prompt + answer], device=loaded.model.device)
-    logits = loaded.model(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
-    agreed: list[bool] = (logits.argmax(-1) == ids[0, len(prompt) :]).tolist()
+    found = loaded.model(ids[:, :-1], use_cache=False, logits_to_keep=len(answer))
+    agreed: list[bool] = (found.logits[0].argmax(-1) == ids[0, len(prompt) :]).tolist()
     return agreed
 
 
-def _written(answers: Sequence[Sequence[int]], ends: Sequence[int]) -> Written:
-    """What answers are like, given the tokens that end one."""
-    ended = [bool(answer) and answer[-1] in ends for answer in answers]
-    bodies = [answer[:-1] if end else answer for answer, end in zip(answers, ended, strict=True)]
-    return Written(
-        length=mean([len(body) for body in bodies]),
-        ended=mean(ended),
-        loops=mean([ends_in_loop(body) for body in bodies]),
-    )
+def _written(answer: Sequence[int], ends: Sequence[int]) -> Written:
+    """What one answer is like, given the tokens that end one."""
+    ended = bool(answer) and answer[-1] in ends
+    body = answer[:-1] if ended else answer
+    return Written(len(body), ended, ends_in_loop(body))
+
+
+def _over(figure: Callable[[list[float]], Any], answers: Sequence[Written]) -> Written:
+    """A figure of many answers, such as their mean."""
+    return Written(*(figure(list(column)) for column in zip(*map(astuple, answers), strict=True)))
 
 
 def ends_in_loop(ids: Sequence[int]) -> bool:

@@ -66,23 +66,28 @@ def _generation(found: Generation) -> list[Rows]:
         ("dtype", found.dtype),
     ]
     if found.agreement is not None:
-        spread = "" if found.agreement_stderr is None else f" ± {found.agreement_stderr:.1%}"
+        agreement = _score_text(found.agreement, found.agreement_stderr)
         rows += [
-            ("agreement", f"{found.agreement:.1%}{spread} of the original's tokens"),
+            ("agreement", f"{agreement} of the original's tokens"),
             ("original itself", f"{found.itself:.1%}: what rounding leaves"),
             ("first difference", f"behind {found.followed:.1f} tokens on average"),
             ("identical answers", f"{found.identical:.1%}"),
         ]
     both = {"original": found.original, "model": found.written}
-    written = Rows(
-        [
-            (name, f"{each.length:.1f}", f"{each.ended:.1%}", f"{each.loops:.1%}")
-            for name, each in both.items()
-            if each is not None
-        ],
-        header=("answers of", "tokens", "ended by themselves", "ending in a loop"),
-    )
-    return [Rows(rows), written]
+    written = [
+        (name, f"{each.length:.1f}", f"{each.ended:.1%}", f"{each.loops:.1%}")
+        for name, each in both.items()
+        if each is not None
+    ]
+    if (change := found.difference) is not None:
+        error = found.difference_stderr
+        length = f"{change.length:+.1f}"
+        if error is not None and error.length:
+            length += f" ± {error.length:.1f}"
+        shares = [(change.ended, error and error.ended), (change.loops, error and error.loops)]
+        written.append(("difference", length, *(_score_text(*each, sign="+") for each in shares)))
+    header = ("answers of", "tokens", "ended by themselves", "ending in a loop")
+    return [Rows(rows), Rows(written, header)]
 
 
 def _probes(found: Probes) -> list[Rows]:

@@ -42,9 +42,8 @@ def prompts(tmp_path):
 
 
 def answering(source, prompts, **options):
-    options = Healing(
-        text=(), own_answers=(TextPart(str(prompts)),), **{"answer_tokens": 12, **options}
-    )
+    options = {"text": (), "answer_tokens": 12, **options}
+    options = Healing(own_answers=(TextPart(str(prompts)),), **options)
     return Answering(source, options, LENGTH, torch.device("cpu"), torch.float32)
 
 
@@ -143,11 +142,20 @@ def test_an_answer_that_fills_the_window_is_cut(source, prompts, tmp_path):
 
 
 def test_first_sentences():
-    texts = ["One. Two.", "  Is it 3.5 m? No", "", "word " * 100, "no end"]
+    texts = [
+        "Go on. Two.",
+        "  Is it 3.5 m? No",
+        "",
+        " \n\n ",
+        "1.\n\nMr. Smith\nwent home! He ran.\n \nHe\n\nWe stay. So do they.",
+        "word " * 100,
+        "no end",
+    ]
     found = list(first_sentences(texts))
-    assert found[:2] == ["One.", "Is it 3.5 m?"]
-    assert found[2] == ("word " * 60).strip()
-    assert found[3:] == ["no end"]
+    assert found[:2] == ["Go on.", "Is it 3.5 m?"]
+    assert found[2:4] == ["Mr. Smith\nwent home!", "We stay."]
+    assert found[4] == ("word " * 60).strip()
+    assert found[5:] == ["no end"]
 
 
 def test_prompts_from_the_text(source, tmp_path):
@@ -161,6 +169,16 @@ def test_prompts_from_the_text(source, tmp_path):
     assert (part.title, part.weight) == ("answers to text", 3.0)
     asked = prompt_ids(source, "The cat sat.")
     assert next(iter(part.documents))[: len(asked)] == asked
+
+
+def test_texts_take_turns_with_prompts(source, tmp_path):
+    for name, text in (("a", "The cat sat.\n\nThe mat sat."), ("b", "The dog sat.")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    texts = tuple(TextPart(str(tmp_path / f"{name}.txt")) for name in "ab")
+    made = answering(source, "text", text=texts, answer_temperature=0.0)
+    some(made, tmp_path, 9)
+    lines = [json.loads(line) for line in (tmp_path / "answers-1.jsonl").open()][1:]
+    assert [line["prompt"] for line in lines] == ["The cat sat.", "The dog sat.", "The mat sat."]
 
 
 def test_the_end_of_a_window_is_what_the_student_samples(source):
@@ -248,5 +266,21 @@ def test_training_on_answers_and_on_policy(make_model, prompts, prose, options, 
     assert math.isclose(*found, rel_tol=1e-3)
     assert set(done.record.text) == {prose.name, "answers to prompts.jsonl"}
     assert done.record.text["answers to prompts.jsonl"] == pytest.approx(
-        done.record.text[prose.name], abs=64
+        done.record.text[prose.name] / 3, abs=64
     )
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_a_chat_model_trains_on_a_share_of_its_own_answers(
+    make_model, prose, options, tmp_path, share
+):
+    text = tmp_path / "sentences.txt"
+    text.write_text(prose.read_text().replace(" the ", " the end.\n\n the "))
+    original = td.open_source(make_model())
+    original.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    td.convert(original, tmp_path / "converted", td.Plan(6, [[1, 2], [4, 5]]))
+    options = replace(options, text=[TextPart(str(text))], answer_share=share, answer_tokens=20)
+    done = td.heal(tmp_path / "converted", tmp_path / "out", teacher=original, healing=options)
+    read = dict(done.record.text)
+    assert read.pop("answers to text", 0) == pytest.approx(share * options.tokens, abs=64)
+    assert list(read) == [text.name]

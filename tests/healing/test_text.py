@@ -13,7 +13,9 @@ import truedepth as td
 from tiny_models import byte_tokenizer
 from truedepth.healing.options import TextPart
 from truedepth.healing.text import (
+    Part,
     document_tokens,
+    mixed,
     packed,
     part_documents,
     text_parts,
@@ -84,6 +86,23 @@ def test_a_mixture_has_the_shares_that_weights_say(source, tmp_path):
     parts[1] = TextPart(parts[1].name, 3.0)
     text = read(parts, source, tmp_path / "kept", 80, 8)
     assert text.tokens == {"a.jsonl": 20 * 32, "b.jsonl": 60 * 32}
+
+
+@pytest.mark.parametrize(
+    ("texts", "added", "share", "expected"),
+    [
+        ([1, 3], [2], 0.25, [0.1875, 0.5625, 0.25]),
+        ([5], [1, 3], 0.4, [0.6, 0.1, 0.3]),
+        ([2, 2], [], 0.25, [0.5, 0.5]),
+        ([], [1, 3], 0.25, [0.25, 0.75]),
+        ([1], [4], 1.0, [1.0]),
+    ],
+)
+def test_what_is_added_has_a_share(texts, added, share, expected):
+    texts, added = ([Part(str(w), w, []) for w in weights] for weights in (texts, added))
+    found = mixed(texts, added, share)
+    assert [part.weight for part in found] == pytest.approx(expected)
+    assert found[-1].title == (added or texts)[-1].title
 
 
 def test_a_text_that_ends_early_leaves_its_share_to_the_others(source, tmp_path):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, count, islice
+from itertools import count, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ ANSWERS = "answers-{}.jsonl"
 """The file of a part's answers, by the part's number."""
 
 BATCHES = {"cpu": 32, "cuda": 256}  # prompts that are answered at once
-LONGEST_SENTENCE = 300  # characters of a first sentence
+LONGEST_SENTENCE = 300  # characters
+SENTENCE = re.compile(r"\S+\s.*?[.!?](?=\s|$)", re.DOTALL)  # no end after one word: "1.", "Mr."
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Answering:
         if name != FROM_TEXT:
             return read_prompts(name)
         texts = (part_documents(part.name, self.options.seed) for part in self.options.texts)
-        return first_sentences(chain.from_iterable(texts))
+        turns = zip_longest(*map(first_sentences, texts))
+        return (prompt for turn in turns for prompt in turn if prompt is not None)
 
     @cached_property
     def _loaded(self) -> Loaded:
@@ -138,7 +140,7 @@ class Answering:
             if not fitting:
                 raise TruedepthError(
                     f"No prompt leaves room for an answer in a window of {self.length} tokens; give"
-                    " shorter prompts or a larger --sequence-length."
+                    " shorter prompts, a larger --sequence-length, or --answer-share 0."
                 )
             if self.options.answer_temperature == 0:
                 return
@@ -180,11 +182,11 @@ def _key(prompt: Prompt) -> str:
 
 
 def first_sentences(documents: Iterable[str]) -> Iterator[str]:
-    """The first sentence of each document that has one."""
+    """The first sentence of each paragraph that has one; else the beginning of the document."""
     for text in documents:
-        text = text.strip()
-        start = text[:LONGEST_SENTENCE]
-        if found := re.match(r".*?[.!?](?=\s|$)", start, re.DOTALL):
-            yield found[0]
-        elif start:
-            yield start if start == text else start.rpartition(" ")[0] or start
+        starts = [each.strip()[:LONGEST_SENTENCE] for each in re.split(r"\n\s*\n", text.strip())]
+        found = [sentence[0] for start in starts if (sentence := SENTENCE.match(start))]
+        if found:
+            yield from found
+        elif start := starts[0]:
+            yield start if start == text.strip() else start.rpartition(" ")[0] or start

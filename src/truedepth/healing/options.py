@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -125,13 +125,17 @@ class Healing:
 
     text: Annotated[Sequence[TextPart], TEXT] = ()
     """Text to train on: a `.txt` or `.jsonl` file, a directory of such files, or a dataset of the
-    Hugging Face hub; NAME=2 gives it twice the weight. Default: --own-answers alone, or without
-    them RedPajama's sample from the hub."""
+    Hugging Face hub; NAME=2 gives it twice the weight. Default: the answers to a file of prompts
+    alone, or without one RedPajama's sample from the hub."""
 
     own_answers: Annotated[Sequence[TextPart], TEXT] = ()
     """Prompts that the original answers, to train on what it says itself: a `.jsonl` file with a
     `prompt`, or the `messages` of a chat, in every line; a `.txt` file with a prompt in every line;
-    or the word "text", for the first sentences of --text. NAME=2 gives them twice the weight."""
+    or the word "text", for the first sentences of --text. NAME=2 gives it twice the weight among
+    these. Default: "text" if the original has a chat template, else none."""
+
+    answer_share: Annotated[float, Bounds(0, 1), TEXT] = 0.25
+    """Share of the tokens that own answers have, where there is text besides; 0: no answers."""
 
     answer_temperature: Annotated[float, Bounds(0), TEXT] = 1.0
     """Temperature at which answers are sampled; 0 takes the most likely token always, and answers
@@ -220,12 +224,20 @@ class Healing:
                 f"{self.tokens} tokens are less than one step of {self.batch_size} windows of"
                 f" {length}."
             )
+        if self.own_answers and not self.answer_share:
+            raise TruedepthError("--own-answers needs an --answer-share above 0.")
         for name in ("hidden", "on_policy"):
             if self.keep_predictions and getattr(self.objective, name):
                 raise TruedepthError(
                     f"--{name.replace('_', '-')} needs the original in memory; drop"
                     " --keep-predictions."
                 )
+
+    def of_chat_model(self) -> Healing:
+        """The options for an original with a chat template: what it says itself is a part."""
+        if self.own_answers or not self.answer_share:
+            return self
+        return replace(self, own_answers=(TextPart(FROM_TEXT),))
 
     @property
     def texts(self) -> Sequence[TextPart]:
@@ -262,6 +274,7 @@ class Recipe(StrEnum):
             return Healing()
         return Healing(
             objective=Objective(next_token=1.0),
+            answer_share=0.0,
             learning_rate=1e-4,
             schedule=LearningRateSchedule.linear,
             batch_size=32,

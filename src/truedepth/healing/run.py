@@ -41,7 +41,7 @@ from truedepth.healing.student import (
     student_of,
 )
 from truedepth.healing.teacher import KeptPredictions, Original, Teacher
-from truedepth.healing.text import TrainingText, text_parts, training_text
+from truedepth.healing.text import TrainingText, mixed, text_parts, training_text
 from truedepth.healing.training import last_whole, passes_per_step, run_training
 from truedepth.runtime.device import default_device, device_of, fast_dtype
 from truedepth.runtime.loading import load
@@ -245,8 +245,9 @@ class _Run:
         options = self.options
         length = window_of(self.source, options.sequence_length)
         answering = Answering(self.original, options, length, self.state.device, self.dtype)
+        texts = text_parts(options.texts, self.source, options.seed)
         return training_text(
-            [*text_parts(options.texts, self.source, options.seed), *answering.parts(self.kept)],
+            mixed(texts, answering.parts(self.kept), options.answer_share),
             self.source,
             self.kept,
             length=length,
@@ -349,6 +350,8 @@ def _opened(source: Source, original: Source, options: Healing, out: Path) -> _R
     """
     check_belong(source, original)
     options = replace(options, sequence_length=window_of(source, options.sequence_length))
+    if original.tokenizer.chat_template:
+        options = options.of_chat_model()
     for each in (source, original):
         check_apart(each.path, out)
     options, dtype = _with_device_and_dtype(options, original)

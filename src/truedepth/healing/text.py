@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ def text_parts(parts: Sequence[TextPart], source: Source, seed: int) -> list[Par
         Part(part.title, part.weight, document_tokens(part_documents(part.name, seed), source))
         for part in parts
     ]
+
+
+def mixed(texts: Sequence[Part], added: Sequence[Part], share: float) -> list[Part]:
+    """The parts of a mixture of which `added` have a share of the tokens.
+
+    Args:
+        texts: Parts that have the rest, each by its weight among them.
+        added: Parts that have the share likewise; all of it if there are no others.
+        share: From 0 to 1.
+    """
+    found = []
+    for parts, rest in ((texts, 1 - share if added else 1.0), (added, share if texts else 1.0)):
+        whole = sum(part.weight for part in parts)
+        found += [replace(part, weight=part.weight / whole * rest) for part in parts if rest]
+    return found
 
 
 def training_text(

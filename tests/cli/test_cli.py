@@ -437,6 +437,7 @@ def test_the_demos_page(run, make_model, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "TOKENS", 2048)
     monkeypatch.setattr(demo, "WINDOWS", 2)
     monkeypatch.setattr(demo, "REPETITIONS", 1)
+    monkeypatch.setattr(demo, "ANSWER", 16)
     code, out, _ = run("demo", "--out", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert code == 0
     data = json.loads((tmp_path / "demo.json").read_text())

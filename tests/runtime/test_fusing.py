@@ -101,13 +101,16 @@ def test_merged_stages_are_one_norm_and_two_products(model):
     assert torch.equal(last.norm.weight, torch.ones(64))
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    "compiler", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @torch.inference_mode()
-def test_cached_decoding(model, static):
+def test_cached_decoding(model, compiler):
+    """Plain and compiled as a whole, as a static cache allows."""
     ids, same = random_ids(), fused(model)
-    cache = StaticCache(same.config, max_cache_len=32) if static else DynamicCache()
+    cache = StaticCache(same.config, max_cache_len=32) if compiler else DynamicCache()
     given = cache_argument(same, cache)
-    step = torch.compile(same, fullgraph=True) if static else same
+    step = torch.compile(same, fullgraph=True, backend=compiler) if compiler else same
     logits = [same(ids[:, :5], **given).logits]
     for position in range(5, 9):
         positions = torch.full((2, 1), position)

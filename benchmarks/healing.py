@@ -1,7 +1,8 @@
 """What healing repairs, by plan, start, objective and what is trained.
 
     python benchmarks/healing.py --plan FILE [--plan FILE…] --calibration FILE [--calibration FILE…]
-        --train-text FILE[=W] [--train-text FILE[=W]…] [--own-answers FILE[=W]…] --text FILE…
+        --train-text FILE[=W] [--train-text FILE[=W]…] [--own-answers FILE[=W]…]
+        [--answer-share 0.25] --text FILE…
         --directory DIR --json PATH [--tokens 204800] [--runs kl,next-token,raw,lora]
         [--dtype bfloat16] [--answers 128 [--prompts FILE]] [--probes 50] [--task-dir DIR]
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=1 << 16)
     parser.add_argument("--train-text", action="append", required=True)
     parser.add_argument("--own-answers", action="append", default=[])
+    parser.add_argument("--answer-share", type=float, default=Healing.answer_share)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--tokens", type=int, default=204800)
     parser.add_argument("--batch-size", type=int, default=Healing.batch_size)
@@ -147,7 +149,8 @@ def main() -> None:
     healing = Healing(
         text=tuple(map(TextPart.parse, arguments.train_text)),
         own_answers=tuple(map(TextPart.parse, arguments.own_answers)),
-        keep_answers=arguments.directory / "answers" if arguments.own_answers else None,
+        answer_share=arguments.answer_share,
+        keep_answers=arguments.directory / "answers",
         tokens=arguments.tokens,
         batch_size=arguments.batch_size,
         micro_batch_size=arguments.micro_batch_size,

@@ -135,6 +135,34 @@ def test_gradient_checkpointing_takes_the_same_steps(
         torch.testing.assert_close(plain[name], saving[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("backend", "saving"),
+    [("aot_eager", False), pytest.param("inductor", True, marks=pytest.mark.slow)],
+)
+def test_compiled_layers_take_the_same_steps(
+    make_model, raw, options, tmp_path, monkeypatch, backend, saving
+):
+    """All layers of both models are compiled; where torch gave up, this would fail."""
+    calls, compiled = [], torch.nn.Module.compile
+
+    def compile_with(self):
+        calls.append(self)
+        compiled(self, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
+    torch._dynamo.reset()
+    few = replace(options, tokens=256, gradient_checkpointing=saving)
+    for name, quick in (("plain", False), ("compiled", True)):
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=quick):
+            changes = replace(few, compile=quick)
+            td.heal(raw, tmp_path / name, teacher=make_model(), healing=changes)
+    assert len(calls) == 5 + 6  # the wide layer is one
+    plain, quick = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert changed(weights(raw), plain) == names_of()
+    for name in plain:
+        torch.testing.assert_close(plain[name], quick[name], atol=1e-5, rtol=1e-4)
+
+
 def test_an_interrupted_run_resumes(make_model, raw, options, tmp_path, monkeypatch):
     td.heal(raw, tmp_path / "whole", teacher=make_model(), healing=options)
     step = _Trainer.training_step

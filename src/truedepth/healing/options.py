@@ -203,6 +203,10 @@ class Healing:
     eval_every: Annotated[int, Bounds(1), RUN] = 50
     """Steps between validations, each of which also saves the state of the run."""
 
+    compile: Annotated[bool, RUN] = False
+    """Compile the layers of both models (torch.compile): steps take less time, after some minutes
+    of compiling whenever a run begins or resumes."""
+
     seed: int = 0
     """Random seed."""
 

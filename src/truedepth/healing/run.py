@@ -34,6 +34,7 @@ from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Healing, Train
 from truedepth.healing.student import (
     add_lora,
+    compile_layers,
     is_trained,
     merged_tensors,
     original_beside,
@@ -200,8 +201,8 @@ class _Run:
     def recorded_options(self) -> dict[str, Any]:
         """The options that config.json records: those that reproduce the run."""
         fields = asdict(self.options)
-        passing = ("device", "tensorboard", "micro_batch_size", "eval_every", "validation")
-        for name in ("text", "own_answers", "keep_answers", *passing):
+        passing = ("device", "compile", "tensorboard", "micro_batch_size", "eval_every")
+        for name in ("text", "own_answers", "keep_answers", "validation", *passing):
             del fields[name]
         return {
             **fields,
@@ -220,6 +221,7 @@ class _Run:
             "micro_batch_size": options.micro_batch_size,
             "eval_every": options.eval_every,
             "validation": options.validation,
+            "compile": options.compile,
             "checkpoint": self.source.fingerprint,
             "original": self.original.fingerprint,
         }
@@ -276,6 +278,10 @@ class _Run:
         if options.gradient_checkpointing:
             older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
             getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
+        if options.compile:
+            compile_layers(student, family)
+            if isinstance(teachers[0], Original):
+                compile_layers(model, family)
         joined = Distillation(student, *teachers, self.layout, options.objective, options.seed)
         return joined, lora
 

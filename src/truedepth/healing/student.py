@@ -130,6 +130,24 @@ def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int
     return config
 
 
+def compile_layers(model: PreTrainedModel, family: Family) -> None:
+    """Compile every layer, in place, when it is first called.
+
+    Layers share the code of their class, and torch gives up on code that it has compiled a few
+    times. So its limit is raised: for each layer, once with gradients and once without.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        number, inside = family.split(f"{name}.")
+        if number is not None and not inside:
+            layers.append(module)
+    limits = torch._dynamo.config
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(limits, limit, getattr(limits, limit) + 2 * len(layers))
+    for layer in layers:
+        layer.compile()
+
+
 def merged_tensors(
     trained: Mapping[str, Tensor], source: Source, lora: Any = None
 ) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 from truedepth.evaluation.accuracy import Accuracy
-from truedepth.evaluation.generation import Generation
+from truedepth.evaluation.generation import Generation, Written
 from truedepth.evaluation.perplexity import Perplexity
 from truedepth.evaluation.probes import Probes
 from truedepth.evaluation.scores import TaskScore
@@ -80,12 +81,15 @@ def _generation(found: Generation) -> list[Rows]:
         if each is not None
     ]
     if (change := found.difference) is not None:
-        error = found.difference_stderr
-        length = f"{change.length:+.1f}"
-        if error is not None and error.length:
-            length += f" ± {error.length:.1f}"
-        shares = [(change.ended, error and error.ended), (change.loops, error and error.loops)]
-        written.append(("difference", length, *(_score_text(*each, sign="+") for each in shares)))
+        length, ended, loops = astuple(found.difference_stderr or Written(0.0, 0.0, 0.0))
+        written.append(
+            (
+                "difference",
+                f"{change.length:+.1f}" + (f" ± {length:.1f}" if length else ""),
+                _score_text(change.ended, ended, sign="+"),
+                _score_text(change.loops, loops, sign="+"),
+            )
+        )
     header = ("answers of", "tokens", "ended by themselves", "ending in a loop")
     return [Rows(rows), Rows(written, header)]
 

@@ -48,7 +48,6 @@ def main() -> None:
     def healed(checkpoint: Path, out: Path, seed: int) -> Path:
         options = Healing(
             text=(TextPart(given.train_text),),
-            answer_share=0.0,
             tokens=given.tokens // 2,
             batch_size=given.batch_size,
             micro_batch_size=given.batch_size,

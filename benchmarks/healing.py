@@ -150,7 +150,7 @@ def main() -> None:
         text=tuple(map(TextPart.parse, arguments.train_text)),
         own_answers=tuple(map(TextPart.parse, arguments.own_answers)),
         answer_share=arguments.answer_share,
-        keep_answers=arguments.directory / "answers",
+        keep_answers=arguments.directory / "answers" if arguments.own_answers else None,
         tokens=arguments.tokens,
         batch_size=arguments.batch_size,
         micro_batch_size=arguments.micro_batch_size,

@@ -37,7 +37,7 @@ if way == "a second model":
     run.original_beside = lambda *given, shared: beside(*given, shared=False)
 options = Healing(
     text=(TextPart(text),), tokens=2 * 2 * 512, batch_size=2, micro_batch_size=1, validation=2,
-    answer_share=0.0, keep_predictions=64 * (way == "kept on disk"),
+    keep_predictions=64 * (way == "kept on disk"),
 )
 td.heal(checkpoint, out, teacher=teacher, healing=options)
 if torch.cuda.is_available():

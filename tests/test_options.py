@@ -98,6 +98,8 @@ def test_a_function_is_read_without_importing_it():
         (lambda: Objective(temperature=0.0), "temperature must be above 0, not 0."),
         (lambda: Objective(hidden=-1.0), "hidden must be at least 0, not -1."),
         (lambda: TextPart("a", 0.0), "weight must be above 0, not 0."),
+        (lambda: Healing(answer_share=0.0), "answer_share must be above 0, at most 1, not 0."),
+        (lambda: Healing(answer_share=1.5), "answer_share must be above 0, at most 1, not 1.5."),
         (lambda: Healing(tokens=0), "tokens must be at least 1, not 0."),
         (lambda: Healing(sequence_length=1), "sequence_length must be at least 2, not 1."),
         (lambda: Healing(validation=0), "validation must be at least 1, not 0."),

@@ -46,7 +46,7 @@ class Bounds:
     def __str__(self) -> str:
         """The limit, as the end of "must be …"."""
         if self.above is not None:
-            return f"above {self.above}"
+            return f"above {self.above}" + ("" if self.most is None else f", at most {self.most}")
         return (
             f"at least {self.least}" if self.most is None else f"from {self.least} to {self.most}"
         )

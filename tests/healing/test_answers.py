@@ -268,19 +268,3 @@ def test_training_on_answers_and_on_policy(make_model, prompts, prose, options, 
     assert done.record.text["answers to prompts.jsonl"] == pytest.approx(
         done.record.text[prose.name] / 3, abs=64
     )
-
-
-@pytest.mark.parametrize("share", [0.25, 0.0])
-def test_a_chat_model_trains_on_a_share_of_its_own_answers(
-    make_model, prose, options, tmp_path, share
-):
-    text = tmp_path / "sentences.txt"
-    text.write_text(prose.read_text().replace(" the ", " the end.\n\n the "))
-    original = td.open_source(make_model())
-    original.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    td.convert(original, tmp_path / "converted", td.Plan(6, [[1, 2], [4, 5]]))
-    options = replace(options, text=[TextPart(str(text))], answer_share=share, answer_tokens=20)
-    done = td.heal(tmp_path / "converted", tmp_path / "out", teacher=original, healing=options)
-    read = dict(done.record.text)
-    assert read.pop("answers to text", 0) == pytest.approx(share * options.tokens, abs=64)
-    assert list(read) == [text.name]

@@ -12,7 +12,7 @@ from truedepth.cli.options import JsonPath, Out, trusted, write_json
 from truedepth.errors import TruedepthError
 from truedepth.healing.options import RUN, TRAINED, Healing, Recipe, Train
 
-ANSWERING = ("answer_temperature", "answer_tokens", "keep_answers")
+ANSWERING = ("answer_share", "answer_temperature", "answer_tokens", "keep_answers")
 
 
 @command("truedepth.healing.run.heal")
@@ -46,9 +46,6 @@ def heal(
     Run the same command again to resume an interrupted run.
     """
     options = healing.over(recipe.healing)
-    original = trusted(teacher, allow_pickle, trust_remote_code)
-    if original.tokenizer.chat_template:
-        options = options.of_chat_model()
     _check_needed(healing, options, keep_adapter)
 
     from accelerate import PartialState
@@ -59,7 +56,7 @@ def heal(
     done = heal_checkpoint(
         trusted(checkpoint, False, trust_remote_code),
         out,
-        teacher=original,
+        teacher=trusted(teacher, allow_pickle, trust_remote_code),
         healing=options,
         keep_adapter=keep_adapter,
         shard_size=shard_size,
@@ -78,11 +75,9 @@ def _check_needed(healing: Given[Healing], options: Healing, keep_adapter: Path 
         TruedepthError: There is one.
     """
     said = {*healing.said} | ({"keep_adapter"} if keep_adapter is not None else set())
-    answers = bool(options.own_answers)
     for names, needed, given in (
         (("rank", "keep_adapter"), "--train lora", options.train is Train.lora),
-        (("answer_share",), "--own-answers", answers or not options.answer_share),
-        (ANSWERING, "--own-answers", answers),
+        (ANSWERING, "--own-answers", bool(options.own_answers)),
         (("rollout",), "--on-policy", options.objective.on_policy > 0),
     ):
         for name in names:

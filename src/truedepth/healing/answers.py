@@ -140,7 +140,7 @@ class Answering:
             if not fitting:
                 raise TruedepthError(
                     f"No prompt leaves room for an answer in a window of {self.length} tokens; give"
-                    " shorter prompts, a larger --sequence-length, or --answer-share 0."
+                    " shorter prompts or a larger --sequence-length."
                 )
             if self.options.answer_temperature == 0:
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -132,10 +132,10 @@ class Healing:
     """Prompts that the original answers, to train on what it says itself: a `.jsonl` file with a
     `prompt`, or the `messages` of a chat, in every line; a `.txt` file with a prompt in every line;
     or the word "text", for the first sentences of --text. NAME=2 gives it twice the weight among
-    these. Default: "text" if the original has a chat template, else none."""
+    these."""
 
-    answer_share: Annotated[float, Bounds(0, 1), TEXT] = 0.25
-    """Share of the tokens that own answers have, where there is text besides; 0: no answers."""
+    answer_share: Annotated[float, Bounds(above=0, most=1), TEXT] = 0.25
+    """Share of the tokens that own answers have, where there is text besides."""
 
     answer_temperature: Annotated[float, Bounds(0), TEXT] = 1.0
     """Temperature at which answers are sampled; 0 takes the most likely token always, and answers
@@ -228,20 +228,12 @@ class Healing:
                 f"{self.tokens} tokens are less than one step of {self.batch_size} windows of"
                 f" {length}."
             )
-        if self.own_answers and not self.answer_share:
-            raise TruedepthError("--own-answers needs an --answer-share above 0.")
         for name in ("hidden", "on_policy"):
             if self.keep_predictions and getattr(self.objective, name):
                 raise TruedepthError(
                     f"--{name.replace('_', '-')} needs the original in memory; drop"
                     " --keep-predictions."
                 )
-
-    def of_chat_model(self) -> Healing:
-        """The options for an original with a chat template: what it says itself is a part."""
-        if self.own_answers or not self.answer_share:
-            return self
-        return replace(self, own_answers=(TextPart(FROM_TEXT),))
 
     @property
     def texts(self) -> Sequence[TextPart]:
@@ -278,7 +270,6 @@ class Recipe(StrEnum):
             return Healing()
         return Healing(
             objective=Objective(next_token=1.0),
-            answer_share=0.0,
             learning_rate=1e-4,
             schedule=LearningRateSchedule.linear,
             batch_size=32,

@@ -356,8 +356,6 @@ def _opened(source: Source, original: Source, options: Healing, out: Path) -> _R
     """
     check_belong(source, original)
     options = replace(options, sequence_length=window_of(source, options.sequence_length))
-    if original.tokenizer.chat_template:
-        options = options.of_chat_model()
     for each in (source, original):
         check_apart(each.path, out)
     options, dtype = _with_device_and_dtype(options, original)

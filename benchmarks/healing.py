@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=Healing.eval_every)
     parser.add_argument("--runs", default="kl")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--answers", type=int, default=0, help="tokens of a greedy answer")
     parser.add_argument("--prompts", help="prompts to answer; default: the built-in ones")
     parser.add_argument("--probes", type=int, default=0, help="items of each probe")
@@ -156,6 +157,7 @@ def main() -> None:
         micro_batch_size=arguments.micro_batch_size,
         eval_every=arguments.eval_every,
         dtype=getattr(torch, arguments.dtype),
+        compile=arguments.compile,
     )
     for path in arguments.plan:
         plan = Plan.from_yaml(path)

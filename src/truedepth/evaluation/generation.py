@@ -161,15 +161,11 @@ def generation(
     if against is None:
         return plain
     itself, agreed = hits
-    theirs, ours = found
-    differences = [
-        Written(*map(operator.sub, astuple(our), astuple(their)))
-        for our, their in zip(ours, theirs, strict=True)
-    ]
+    differences = _differences(*found)
     return replace(
         plain,
         against=sources[1].label,
-        original=_over(mean, theirs),
+        original=_over(mean, found[0]),
         agreement=_share(agreed),
         agreement_stderr=_share_stderr(agreed),
         followed=mean([([*each, False]).index(False) for each in agreed]),
@@ -205,6 +201,14 @@ def _written(answer: Sequence[int], ends: Sequence[int]) -> Written:
     ended = bool(answer) and answer[-1] in ends
     body = answer[:-1] if ended else answer
     return Written(len(body), ended, ends_in_loop(body))
+
+
+def _differences(originals: Sequence[Written], models: Sequence[Written]) -> list[Written]:
+    """How the model's answers differ from the original's, prompt by prompt."""
+    return [
+        Written(*map(operator.sub, astuple(model), astuple(original)))
+        for original, model in zip(originals, models, strict=True)
+    ]
 
 
 def _over(figure: Callable[[list[float]], Any], answers: Sequence[Written]) -> Written:

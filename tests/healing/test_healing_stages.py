@@ -16,7 +16,12 @@ from tiny_models import random_ids
 from truedepth.families.lookup import original_family
 from truedepth.healing.distillation import Distillation
 from truedepth.healing.options import Objective, Train
-from truedepth.healing.student import is_trained, original_beside, student_of
+from truedepth.healing.student import (
+    compile_layers,
+    is_trained,
+    original_beside,
+    student_of,
+)
 from truedepth.healing.teacher import Original
 from truedepth.healing.training import _Trainer
 from truedepth.widening.layout import Layout
@@ -135,28 +140,30 @@ def test_gradient_checkpointing_takes_the_same_steps(
         torch.testing.assert_close(plain[name], saving[name], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("backend", "saving"),
-    [("aot_eager", False), pytest.param("inductor", True, marks=pytest.mark.slow)],
-)
-def test_compiled_layers_take_the_same_steps(
-    make_model, raw, options, tmp_path, monkeypatch, backend, saving
-):
-    """All layers of both models are compiled; where torch gave up, this would fail."""
-    calls, compiled = [], torch.nn.Module.compile
+def test_every_layer_of_both_models_is_compiled(make_model, raw, monkeypatch):
+    found, family = [], td.open_source(make_model()).family
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: found.append(self))
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for path, layers in ((raw, 5), (make_model(), 6)):
+            model = td.load(path).model
+            compile_layers(model, family)
+            assert found == list(model.model.layers)
+            assert len(found) == layers  # the wide layer is one
+            found.clear()
+        assert torch._dynamo.config.recompile_limit == limit + 2 * 11
 
-    def compile_with(self):
-        calls.append(self)
-        compiled(self, backend=backend)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", [False, True])
+def test_compiled_layers_take_the_same_steps(make_model, raw, options, tmp_path, saving):
+    """Where torch gave up compiling, this would fail."""
     torch._dynamo.reset()
     few = replace(options, tokens=256, gradient_checkpointing=saving)
     for name, quick in (("plain", False), ("compiled", True)):
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=quick):
             changes = replace(few, compile=quick)
             td.heal(raw, tmp_path / name, teacher=make_model(), healing=changes)
-    assert len(calls) == 5 + 6  # the wide layer is one
     plain, quick = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert changed(weights(raw), plain) == names_of()
     for name in plain:

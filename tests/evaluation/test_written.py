@@ -106,7 +106,6 @@ def test_errors_are_those_of_answers_to_the_same_prompts(pair, tmp_path):
 
     def measured(prompts):
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-        source, out = pair
         return generation(out, against=source, prompts=tmp_path / "prompts.txt", max_new_tokens=40)
 
     both, singles = measured(PROMPTS), [measured([prompt]) for prompt in PROMPTS]

@@ -5,12 +5,14 @@
         [--answer-share 0.25] --text FILE…
         --directory DIR --json PATH [--tokens 204800] [--runs kl,next-token,raw,lora]
         [--dtype bfloat16] [--answers 128 [--prompts FILE]] [--probes 50] [--task-dir DIR]
+        [--plot PATH]
 
 Every run heals the calibrated conversion of a plan by distillation, except for what its name says:
 `next-token` (the paper's objective), `blend` (a fifth of it), `raw` (not calibrated before),
 `lora`, `all`, `hidden`. Measured are losses on every text and, where an option asks for it, greedy
 answers, probes and benchmarks. What is already in the JSON file is not measured again, and a run
-that was cut off resumes, so the same command goes on where it stopped.
+that was cut off resumes, so the same command goes on where it stopped. The plot shows the
+validations of all runs in the JSON file.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import truedepth as td
 from rows import Rows, losses, parser_of
 from truedepth.healing.options import Healing, Objective, TextPart, Train
 from truedepth.plan.plan import Plan
+from truedepth.report.plots import plot_healing
 from truedepth.runtime.device import default_device, fast_dtype
 from truedepth.runtime.loading import Loaded
 
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--task-dir", type=Path)
     parser.add_argument("--limit", type=int, default=500, help="items of each benchmark")
     parser.add_argument("--directory", type=Path, required=True, help="for checkpoints")
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     bench = Bench(arguments)
     healing = Healing(
@@ -165,6 +169,13 @@ def main() -> None:
             start = bench.start(plan, "raw" if run.partition(":")[0] == "raw" else "calibrated")
             key = f"{plan.all_reduces}, {run}, {arguments.tokens} tokens"
             bench.measure(key, bench.heal(start, run, healing, key))
+    if arguments.plot:
+        runs = {key: row for key, row in bench.rows.items() if "curve" in row}
+        curves = {
+            key: (row["batch_size"] * row["sequence_length"], row["curve"])
+            for key, row in runs.items()
+        }
+        plot_healing(curves, arguments.plot)
 
 
 if __name__ == "__main__":

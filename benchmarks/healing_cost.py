@@ -25,6 +25,7 @@ from rows import Rows, parser_of
 from stages import staggered
 from truedepth.families.registration import register
 from truedepth.healing.distillation import Distillation
+from truedepth.healing.front import share_front
 from truedepth.healing.options import Objective, Train
 from truedepth.healing.student import is_trained
 from truedepth.healing.teacher import Original
@@ -46,15 +47,21 @@ def cost(shape: dict[str, Any], plan: Plan, length: int) -> dict[str, float]:
     layout = layout_of(shape, plan)
     trained = is_trained(layout.source.family, layout, Train.paired)
     held = 2 * sum(each.numel() for each in original.parameters())
-    for name, parameter in student.named_parameters():
+    theirs = dict(original.named_parameters())
+    for name, parameter in list(student.named_parameters()):
         parameter.requires_grad_(trained(name))
         if trained(name):
             held += 16 * parameter.numel()  # beside the original's, which is not shared
+        else:  # the staggered plan keeps every layer in its place
+            module, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(module), leaf, theirs[name])
+            theirs[name].requires_grad_(False)
     teacher = Original(original)
     model = Distillation(student, teacher, teacher, layout, Objective())
     ids = torch.zeros(1, length, dtype=torch.long)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         original(ids, use_cache=False)
+    share_front(student, original, layout.source.family, layout)
     with FlopCounterMode(display=False) as step:
         model(ids, torch.zeros(1, dtype=torch.long)).backward()
     return {

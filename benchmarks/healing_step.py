@@ -17,6 +17,7 @@ import torch
 import truedepth as td
 from rows import machine, parser_of, report
 from truedepth.healing.distillation import Distillation
+from truedepth.healing.front import share_front
 from truedepth.healing.options import Objective, Train
 from truedepth.healing.student import compile_layers, is_trained, original_beside, student_of
 from truedepth.healing.teacher import Original
@@ -33,6 +34,7 @@ def distillation(source: Source, original: Source, compiled: bool, device: str) 
     trained = is_trained(original.family, layout, Train.paired)
     student = student_of(source, trained, dtype).to(device)
     beside = original_beside(student, original, layout, dtype).to(device)
+    share_front(student, beside, original.family, layout)
     if compiled:
         compile_layers(student, original.family)
         compile_layers(beside, original.family)

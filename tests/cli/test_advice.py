@@ -45,7 +45,7 @@ SAID_BY = {
     "healing": "heal",
     "planning": "plan convert",
     "report/healing.py": "heal",
-    "report/plots.py": "plan bench",
+    "report/plots.py": "bench heal plan",
     "runtime/generation.py": "generate demo",
     "runtime/prompt.py": "generate eval",  # demo's model is known, and so is its chat template
     "speed": "bench",

@@ -225,6 +225,10 @@ BAD = {
         ["plan", "{model}", "-o", "{tmp}/p.yaml", "--pairs", "1", "--plot", "{tmp}/p.doc"],
         "must end in one of .png, .svg, .pdf",
     ),
+    "no picture of healing": (
+        ["heal", "{model}", "{out}", "--teacher", "{model}", "--plot", "{tmp}/p.doc"],
+        "must end in one of .png, .svg, .pdf",
+    ),
     "tokens for nothing": (["convert", "{model}", "{out}", *PAIR, "--tokens", "99"], "--calibrate"),
     "budget for nothing": (["convert", "{model}", "{out}", *PAIR, "--budget", "9"], "--max-loss"),
     "search without text": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -308,7 +309,13 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(
 ):
     def run(out, seed="0", code=forks.COMMAND):
         words = command_line(converted, tmp_path / out, make_model(), prose, 1536, 4)
-        return forks.python(code, *words, *all_of_it, "--seed", seed)
+        words += ["--seed", seed, "--plot", tmp_path / f"{out}.svg"]
+        return forks.python(code, *words, *all_of_it)
+
+    def drawn(out):
+        picture = (tmp_path / f"{out}.svg").read_text()
+        assert "excess loss" in picture
+        return re.findall(r' d="(.*?)"', picture, re.DOTALL)
 
     assert run("whole").returncode == 0
     assert run("killed", code=KILLED).returncode == -9
@@ -323,6 +330,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(
     assert "step 8 of 12" in done.stderr
     assert "step 4 of 12" not in done.stderr
     assert not changed(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert drawn("whole") == drawn("killed")
     assert not (tmp_path / ".killed.healing").exists()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from truedepth.cli.commands import Fields, Given, command
-from truedepth.cli.options import JsonPath, Out, trusted, write_json
+from truedepth.cli.options import JsonPath, Out, trusted, writable, write_json
 from truedepth.errors import TruedepthError
 from truedepth.healing.options import RUN, TRAINED, Healing, Recipe, Train
 
@@ -39,13 +39,25 @@ def heal(
     trust_remote_code: bool,
     shard_size: str,
     force: bool,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture of the validations against tokens: .png, .svg or .pdf.",
+            callback=writable,
+        ),
+        RUN,
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Train what CKPT runs together toward the original.
 
     Run the same command again to resume an interrupted run.
     """
+    from truedepth.report.plots import check_plot, plot_healing
+
     options = healing.over(recipe.healing)
+    if plot is not None:
+        check_plot(plot)
     _check_needed(healing, options, keep_adapter)
 
     from accelerate import PartialState
@@ -65,6 +77,8 @@ def heal(
     )
     if PartialState().is_main_process:
         write_json(json_path, done.to_dict())
+        if plot is not None:
+            plot_healing({"": (done.step_tokens, done.curve)}, plot)
         print_healing(done)
 
 

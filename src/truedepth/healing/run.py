@@ -31,6 +31,7 @@ from truedepth.files.resumable import unfinished
 from truedepth.healing.answers import ANSWERS, Answering
 from truedepth.healing.belonging import check_belong
 from truedepth.healing.distillation import Distillation
+from truedepth.healing.front import share_front
 from truedepth.healing.options import Healing, Train
 from truedepth.healing.student import (
     add_lora,
@@ -38,6 +39,7 @@ from truedepth.healing.student import (
     is_trained,
     merged_tensors,
     original_beside,
+    recompute_activations,
     save_adapter,
     student_of,
 )
@@ -84,6 +86,9 @@ class Healed:
 
     seconds: float
     """Duration of this call; earlier calls of a resumed run are not included."""
+
+    step_tokens: int
+    """Tokens per step."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -163,6 +168,7 @@ def heal(
         tokens=options.steps * options.step_tokens,
         text_tokens=sum(text.tokens.values()),
         seconds=time.monotonic() - start,
+        step_tokens=options.step_tokens,
     )
 
 
@@ -271,13 +277,13 @@ class _Run:
                 student, self.original, self.layout, self.dtype, shared=not sharded
             )
             teacher = Original(model.to(self.state.device))
+            share_front(student, model, family, self.layout)
             teachers = teacher, teacher
         lora = None
         if options.train is Train.lora:
             lora = add_lora(student, family, self.layout, options.rank)
         if options.gradient_checkpointing:
-            older = student.gradient_checkpointing_enable  # its name in transformers before 5.23
-            getattr(student, "activation_checkpointing_enable", older)({"use_reentrant": False})
+            recompute_activations(student)
         if options.compile:
             compile_layers(student, family)
             if isinstance(teachers[0], Original):

@@ -130,6 +130,12 @@ def add_lora(student: PreTrainedModel, family: Family, layout: Layout, rank: int
     return config
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only the layers' inputs for the backward pass, which computes the rest again."""
+    older = model.gradient_checkpointing_enable  # its name in transformers before 5.23
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+
+
 def compile_layers(model: PreTrainedModel, family: Family) -> None:
     """Compile every layer, in place, when it is first called.
 

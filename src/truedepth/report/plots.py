@@ -1,7 +1,8 @@
-"""Plots: the frontier of a search, and speed-ups."""
+"""Plots: the frontier of a search, speed-ups, and what healing lowers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from truedepth.errors import TruedepthError
@@ -105,6 +106,43 @@ def plot_benchmark(found: Benchmark, path: Path) -> None:
     axes.set_xscale("log", base=2)
     lengths = sorted({row.case.length for row in found.rows})
     axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_healing(
+    curves: Mapping[str, tuple[int, Sequence[Mapping[str, float]]]], path: Path
+) -> None:
+    """Draw KL and excess loss, with standard errors, of every validation against tokens.
+
+    Args:
+        curves: By the name of a run, its tokens per step and `Healed.curve`.
+        path: The picture, with a suffix of `FORMATS`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (step_tokens, curve)) in enumerate(curves.items()):
+        tokens = [step_tokens * row["step"] for row in curve]
+        start = f"{name}: " if name else ""
+        color = f"C{number}"
+        axes.plot(tokens, [row["kl"] for row in curve], "o-", color=color, label=f"{start}KL")
+        axes.errorbar(
+            tokens,
+            [row["excess"] for row in curve],
+            [row["stderr"] for row in curve],
+            fmt="o:",
+            mfc="white",
+            capsize=3,
+            color=color,
+            label=f"{start}excess loss",
+        )
+    axes.set(xlabel="tokens trained on", ylabel="nats per token, held-out windows")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

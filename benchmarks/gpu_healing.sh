@@ -1,5 +1,5 @@
 #!/bin/sh
-# What healing repairs, on one GPU: the rows of docs/healing.md, those named beside each other.
+# What healing repairs, on one GPU: rows of docs/results.md, those named beside each other.
 #
 #     benchmarks/gpu_healing.sh TEXTS TASKS DIRECTORY ROW…
 #
@@ -9,13 +9,12 @@
 # checkpoints; a call that was cut off resumes there. TOKENS, MODEL and PYTHON name other ones;
 # OPTIONS are more options of healing.py.
 set -eu
+: "${4:?TEXTS TASKS DIRECTORY ROW…}"
 root=$(cd "$(dirname "$0")/.." && pwd)
 texts=$1 tasks=$2 to=$3
 shift 3
 export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
-trap 'kill 0' INT TERM
-
-mkdir -p "$to"
+trap 'trap - TERM; kill 0' INT TERM
 
 row() {
     case $1 in

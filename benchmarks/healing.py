@@ -170,10 +170,10 @@ def main() -> None:
             key = f"{plan.all_reduces}, {run}, {arguments.tokens} tokens"
             bench.measure(key, bench.heal(start, run, healing, key))
     if arguments.plot:
-        runs = {key: row for key, row in bench.rows.items() if "curve" in row}
         curves = {
             key: (row["batch_size"] * row["sequence_length"], row["curve"])
-            for key, row in runs.items()
+            for key, row in bench.rows.items()
+            if "curve" in row
         }
         plot_healing(curves, arguments.plot)
 

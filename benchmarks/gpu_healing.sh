@@ -4,10 +4,10 @@
 #     benchmarks/gpu_healing.sh TEXTS TASKS DIRECTORY ROW…
 #
 # TEXTS and TASKS are directories with the texts and the benchmark items. A row is 46, 40 or 30 (the
-# plans of docs/results.md, 2 million tokens), 46-local (rank-local, for three ranks), or a row with
-# the run of healing.py behind it: 46:all:2e-5. DIRECTORY gets one JSON file per row, and the
-# checkpoints; a call that was cut off resumes there. TOKENS, MODEL and PYTHON name other ones;
-# OPTIONS are more options of healing.py.
+# plans of docs/results.md, 2 million tokens), 46-local or 40-local (rank-local, for three ranks), or
+# one of these with the run of healing.py behind it, as 46:all:2e-5, which is measured on the texts
+# alone. DIRECTORY gets one JSON file and one plot per row, and the checkpoints; a call that was cut
+# off resumes there. TOKENS, MODEL and PYTHON name other ones; OPTIONS are more options of healing.py.
 set -eu
 : "${4:?TEXTS TASKS DIRECTORY ROW…}"
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,15 +17,24 @@ export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
 trap 'trap - TERM; kill 0' INT TERM
 
 row() {
-    case $1 in
-    46) plan=$root/src/truedepth/demo_plan.yaml ;;
-    46-local) plan=$root/docs/results/plan_local_46.yaml ;;
-    *) plan=$root/docs/results/plan_stages_$1.yaml ;;
+    plan=$1 run=kl name=$(printf %s "$1" | tr : -)
+    set -- --answers 128 --probes 50 --limit 500 --task-dir "$tasks"
+    case $plan in
+    *:*)
+        run=${plan#*:} plan=${plan%%:*}
+        set --
+        ;;
     esac
+    case $plan in
+    46) plan=$root/src/truedepth/demo_plan.yaml ;;
+    *-local) plan=$root/docs/results/plan_local_${plan%-local}.yaml ;;
+    *) plan=$root/docs/results/plan_stages_$plan.yaml ;;
+    esac
+    mkdir -p "$to/$name"
     # each text by its size, short ones twice, so that none is read more than three times
     # shellcheck disable=SC2086
     exec "${PYTHON:-$root/.venv/bin/python}" "$root/benchmarks/healing.py" \
-        --model "${MODEL:-default}" --plan "$plan" --runs "$2" --tokens "${TOKENS:-2000000}" \
+        --model "${MODEL:-default}" --plan "$plan" --runs "$run" --tokens "${TOKENS:-2000000}" \
         --calibration "$texts/c4-calibration.jsonl" --calibration "$texts/mixed-technical.txt" \
         --calibration "$texts/mixed-code.txt" \
         --calibration "$texts/gutenberg-melville-moby_dick.txt" \
@@ -35,17 +44,13 @@ row() {
         --train-text "$texts/gutenberg-carroll-alice.txt=0.15" \
         --train-text "$texts/mixed-technical.txt=0.4" --train-text "$texts/mixed-code.txt=0.5" \
         --text "$texts/wikitext2-valid.txt" --text "$texts/mixed-wiki.txt" \
-        --answers 128 --probes 50 --task-dir "$tasks" --limit 500 \
-        --directory "$to/$3" --json "$to/$3.json" --plot "$to/$3.png" ${OPTIONS:-}
+        --directory "$to/$name" --json "$to/$name.json" --plot "$to/$name.png" ${OPTIONS:-} "$@" \
+        >"$to/$name.log" 2>&1
 }
 
 running=
 for each; do
-    run=kl
-    case $each in *:*) run=${each#*:} ;; esac
-    name=$(printf %s "$each" | tr : -)
-    mkdir -p "$to/$name"
-    row "${each%%:*}" "$run" "$name" >"$to/$name.log" 2>&1 &
+    row "$each" &
     running="$running $!"
 done
 failed=0

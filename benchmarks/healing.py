@@ -2,7 +2,7 @@
 
     python benchmarks/healing.py --plan FILE [--plan FILE…] --calibration FILE [--calibration FILE…]
         --train-text FILE[=W] [--train-text FILE[=W]…] [--own-answers FILE[=W]…]
-        [--answer-share 0.25] --text FILE…
+        [--answer-share 0.5] [--warmup 0.05] --text FILE…
         --directory DIR --json PATH [--tokens 204800] [--runs kl,next-token,raw,lora]
         [--dtype bfloat16] [--answers 128 [--prompts FILE]] [--probes 50] [--task-dir DIR]
         [--plot PATH]
@@ -95,13 +95,15 @@ class Bench:
                 num_fewshot=0,
                 limit=arguments.limit,
             ).to_dict()
-        for way, measured in ways.items():
-            if (name := f"{key}: {way}") not in self.rows:
-                self.rows[name] = measured(self.load(path))
-                self.rows.show(name)
+        missing = {f"{key}: {way}": measured for way, measured in ways.items()}
+        missing = {name: measured for name, measured in missing.items() if name not in self.rows}
+        model = self.load(path) if missing else None
+        for name, measured in missing.items():
+            self.rows[name] = measured(model)
+            self.rows.show(name)
 
     def start(self, plan: Plan, name: str) -> Path:
-        """The conversion of a plan that a run begins with, measured."""
+        """The conversion of a plan that a run begins with."""
         path: Path = self.arguments.directory / f"{plan.all_reduces}-{name}"
         if not path.exists():
             calibration = td.Calibration(
@@ -109,7 +111,6 @@ class Bench:
             )
             repair = calibration if name == "calibrated" else None
             td.convert(self.source, path, plan, calibration=repair)
-        self.measure(f"{plan.all_reduces}, {name}", path)
         return path
 
     def heal(self, start: Path, run: str, healing: Healing, key: str) -> Path:
@@ -125,7 +126,7 @@ class Bench:
 
 
 def main() -> None:
-    """Heal and measure, row after row; before a run comes the conversion that it begins with."""
+    """Heal, run after run; then measure what was healed, and what the runs began with."""
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--plan", type=Path, action="append", required=True)
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=Healing.batch_size)
     parser.add_argument("--micro-batch-size", type=int, default=Healing.micro_batch_size)
     parser.add_argument("--eval-every", type=int, default=Healing.eval_every)
+    parser.add_argument("--warmup", type=float, default=Healing.warmup)
     parser.add_argument("--runs", default="kl")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true")
@@ -160,15 +162,20 @@ def main() -> None:
         batch_size=arguments.batch_size,
         micro_batch_size=arguments.micro_batch_size,
         eval_every=arguments.eval_every,
+        warmup=arguments.warmup,
         dtype=getattr(torch, arguments.dtype),
         compile=arguments.compile,
     )
+    healed, starts = {}, {}
     for path in arguments.plan:
         plan = Plan.from_yaml(path)
         for run in arguments.runs.split(","):
-            start = bench.start(plan, "raw" if run.partition(":")[0] == "raw" else "calibrated")
+            name = "raw" if run.partition(":")[0] == "raw" else "calibrated"
+            start = starts[f"{plan.all_reduces}, {name}"] = bench.start(plan, name)
             key = f"{plan.all_reduces}, {run}, {arguments.tokens} tokens"
-            bench.measure(key, bench.heal(start, run, healing, key))
+            healed[key] = bench.heal(start, run, healing, key)
+    for key, path in (healed | starts).items():
+        bench.measure(key, path)
     if arguments.plot:
         curves = {
             key: (row["batch_size"] * row["sequence_length"], row["curve"])

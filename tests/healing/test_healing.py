@@ -517,12 +517,12 @@ def test_options_for_lora_only(monkeypatch, capsys):
 
 def test_options_for_answers_only(monkeypatch, capsys):
     assert given(monkeypatch, "--answer-tokens", "8") is None
-    assert given(monkeypatch, "--answer-share", "0.5") is None
+    assert given(monkeypatch, "--answer-share", "0.25") is None
     said = capsys.readouterr().err
     assert "--answer-tokens goes with --own-answers" in said
     assert "--answer-share goes with --own-answers" in said
-    found = given(monkeypatch, "--own-answers", "text", "--answer-share", "0.5")
-    assert (found.own_answers, found.answer_share) == ((TextPart("text"),), 0.5)
+    found = given(monkeypatch, "--own-answers", "text", "--answer-share", "0.25")
+    assert (found.own_answers, found.answer_share) == ((TextPart("text"),), 0.25)
 
 
 def test_logs_for_tensorboard(make_model, converted, options, tmp_path):

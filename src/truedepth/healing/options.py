@@ -134,7 +134,7 @@ class Healing:
     or the word "text", for the first sentences of --text. NAME=2 gives it twice the weight among
     these."""
 
-    answer_share: Annotated[float, Bounds(above=0, most=1), TEXT] = 0.25
+    answer_share: Annotated[float, Bounds(above=0, most=1), TEXT] = 0.5
     """Share of the tokens that own answers have, where there is text besides."""
 
     answer_temperature: Annotated[float, Bounds(0), TEXT] = 1.0

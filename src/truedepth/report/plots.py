@@ -127,22 +127,16 @@ def plot_healing(
     axes = figure.subplots()
     for number, (name, (step_tokens, curve)) in enumerate(curves.items()):
         tokens = [step_tokens * row["step"] for row in curve]
-        start = f"{name}: " if name else ""
+        excess, errors = ([row[key] for row in curve] for key in ("excess", "stderr"))
         color = f"C{number}"
-        axes.plot(tokens, [row["kl"] for row in curve], "o-", color=color, label=f"{start}KL")
-        axes.errorbar(
-            tokens,
-            [row["excess"] for row in curve],
-            [row["stderr"] for row in curve],
-            fmt="o:",
-            mfc="white",
-            capsize=3,
-            color=color,
-            label=f"{start}excess loss",
-        )
+        axes.plot(tokens, [row["kl"] for row in curve], "o-", color=color, label=name or None)
+        axes.errorbar(tokens, excess, errors, fmt="o:", mfc="white", capsize=3, color=color)
+    shade = "gray" if len(curves) > 1 else "C0"
+    axes.plot([], [], "o-", color=shade, label="KL")
+    axes.plot([], [], "o:", mfc="white", color=shade, label="excess loss")
     axes.set(xlabel="tokens trained on", ylabel="nats per token, held-out windows")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper") if len(curves) > 1 else axes.legend()
     figure.savefig(path, dpi=150)

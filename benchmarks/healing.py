@@ -97,7 +97,9 @@ class Bench:
             ).to_dict()
         missing = {f"{key}: {way}": measured for way, measured in ways.items()}
         missing = {name: measured for name, measured in missing.items() if name not in self.rows}
-        model = self.load(path) if missing else None
+        if not missing:
+            return
+        model = self.load(path)
         for name, measured in missing.items():
             self.rows[name] = measured(model)
             self.rows.show(name)

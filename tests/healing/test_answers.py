@@ -250,6 +250,7 @@ def test_training_on_answers_and_on_policy(make_model, prompts, prose, options, 
     options = replace(
         options,
         own_answers=(TextPart(str(prompts)),),
+        answer_share=0.25,
         answer_tokens=20,
         objective=Objective(divergence=0.5, on_policy=0.5, rollout=8),
     )
